@@ -1,0 +1,54 @@
+"""recurgolf: depth-recurrent language models within a byte budget.
+
+import recurgolf
+run = recurgolf.compose(["experiment=smoke", "lora.rank=2"])
+summary = recurgolf.train(run)
+print(summary.val_bpb, summary.artifact_bytes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recurgolf.run import Run
+    from recurgolf.training.summary import Summary
+
+__version__ = "0.1.0"
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
+    """The Run that `recurgolf *overrides` would train.
+
+    Args:
+        overrides: as on the command line: `["experiment=smoke", "lora.rank=1"]`.
+        config_dir: a folder with YAML of your own, as `--config-dir`.
+
+    Raises:
+        recurgolf.config.ConfigError: what cannot be composed, with the nearest right name.
+    """
+    from recurgolf.cli import compose as composed
+
+    return composed(overrides, config_dir)
+
+
+def train(run: Run, folder: str | Path | None = None) -> Summary:
+    """Train, pack and score a Run, as the command does.
+
+    Args:
+        folder: where everything goes; default `outputs/<name>/<time>_seed=<seed>`.
+
+    Returns:
+        The figures of summary.json; `summary.folder` is where the rest lies.
+    """
+    from datetime import datetime
+
+    from recurgolf.training.launch import launch
+
+    if folder is None:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path("outputs") / run.name / f"{stamp}_seed={run.seed}"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return launch(run, Path(folder))

@@ -1,0 +1,6 @@
+"""`python -m recurgolf` is the same as `recurgolf`."""
+
+from recurgolf.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The config group `artifact/codec`: how the payloads of the file are made small.
+
+A payload is a stream of arrays of one type. A transform reorders its bytes, a codec shortens them;
+both are named in the header, section by section. The decoding halves are in `decode.py`.
+"""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from recurgolf.artifact.decode import (
+    DECODERS,
+    Decoder,
+    MissingLibrary,
+    Segments,
+    Shape,
+    categorical,
+    library,
+    read_tables,
+    segments_of,
+)
+from recurgolf.config import REGISTRY, ConfigError, option, suggestion
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A section's payload and how it was made; `tried` holds every (codec, transform, bytes)."""
+
+    codec: str
+    transform: str
+    payload: bytes
+    tried: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass
+class Codec:
+    """One way to shorten a stream of bytes; equal input gives equal output."""
+
+    transform: str = "auto"
+    """`none`, `shuffle` (first bytes of all items first), `planes`, `transpose`; `auto` shuffles
+    items of several bytes, `best` tries all."""
+
+    def check(self) -> None:
+        """Refuse what cannot work on this machine, before anything is packed."""
+        known = [*TRANSFORMS, "auto", "best"]
+        if self.transform not in known:
+            raise ConfigError(
+                f"artifact.codec.transform={self.transform!r}{suggestion(self.transform, known)}"
+            )
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        """Payload of transformed bytes that `decoder` turns back."""
+        raise NotImplementedError
+
+    def decoder(self) -> Decoder:
+        """The inverse; a codec from outside the package overrides it."""
+        return DECODERS[type(self).kind]  # type: ignore[attr-defined]
+
+    def encode(self, raw: bytes, shapes: list[Shape], itemsize: int) -> Encoded:
+        """Transform and compress the arrays of one section.
+
+        Args:
+            raw: the arrays, row-major, one after the other.
+            shapes: their shapes.
+            itemsize: bytes per entry, the same for all.
+        """
+        choices = {"auto": ["shuffle" if itemsize > 1 else "none"], "best": list(TRANSFORMS)}
+        kind, results = type(self).kind, []  # type: ignore[attr-defined]
+        for transform in choices.get(self.transform, [self.transform]):
+            data = TRANSFORMS[transform](raw, shapes, itemsize)
+            payload = self.compress(data, segments_of(transform, shapes, itemsize))
+            results.append(Encoded(kind, transform, payload))
+        return smallest(results)
+
+
+def smallest(results: list[Encoded]) -> Encoded:
+    """The shortest payload, the first of equals, with the sizes of all."""
+    best = min(results, key=lambda result: len(result.payload))
+    tried = [
+        attempt
+        for result in results
+        for attempt in result.tried or ((result.codec, result.transform, len(result.payload)),)
+    ]
+    return Encoded(best.codec, best.transform, best.payload, tuple(tried))
+
+
+@option("artifact/codec", "none")
+@dataclass
+class StoreCodec(Codec):
+    """The bytes as they are."""
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        return data
+
+
+@option("artifact/codec", "zlib")
+@dataclass
+class ZlibCodec(Codec):
+    """Deflate, without header or checksum (the container has its own)."""
+
+    level: int = 9
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        coder = zlib.compressobj(self.level, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
+        return coder.compress(data) + coder.flush()
+
+
+@option("artifact/codec", "lzma")
+@dataclass
+class LzmaCodec(Codec):
+    """LZMA2, without header or checksum."""
+
+    preset: int = 9
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        filters = [
+            {
+                "id": lzma.FILTER_LZMA2,
+                "preset": self.preset | lzma.PRESET_EXTREME,
+                "dict_size": 1 << 24,
+            }
+        ]
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+
+
+@option("artifact/codec", "brotli")
+@dataclass
+class BrotliCodec(Codec):
+    """Brotli: within about 1.5 % of the entropy of Gaussian codes, decoded by a small library."""
+
+    quality: int = 11
+
+    def check(self) -> None:
+        super().check()
+        _require("brotli", "brotli")
+        if not 0 <= self.quality <= 11:
+            raise ConfigError(f"artifact.codec.quality={self.quality}; brotli has 0 to 11")
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        return library("brotli", "brotli").compress(data, quality=self.quality, lgwin=24)
+
+
+@option("artifact/codec", "zstd")
+@dataclass
+class ZstdCodec(Codec):
+    """Zstandard."""
+
+    level: int = 22
+
+    def check(self) -> None:
+        super().check()
+        _require("zstandard", "zstandard")
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        zstandard = library("zstandard", "zstandard")
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            self.level, source_size=len(data), write_checksum=False, write_content_size=False
+        )
+        return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+@option("artifact/codec", "ans")
+@dataclass
+class AnsCodec(Codec):
+    """Entropy coding of single bytes by asymmetric numeral systems, the tables in the payload.
+
+    Tried in turn: one table for all, one per array, and rows sorted into classes by their mean
+    magnitude (rows whose codes are small and rows whose codes are large do not share statistics).
+    """
+
+    def check(self) -> None:
+        super().check()
+        _require("constriction", "constriction")
+
+    def compress(self, data: bytes, segments: Segments) -> bytes:
+        if not data:
+            return b""
+        # Offset by 128: -1 and 0 become neighbours, and a table covers one range of symbols.
+        symbols = (np.frombuffer(data, np.uint8) + np.uint8(128)).astype(np.int64)
+        rows = [count for count, _ in segments]
+        lengths = np.repeat([size for _, size in segments], rows)
+        candidates = [
+            _ans_payload(0, np.zeros(sum(rows), np.int64), symbols, lengths, segments),
+            _ans_payload(1, np.repeat(np.arange(len(rows)), rows), symbols, lengths, segments),
+        ]
+        for per_octave in (1, 2, 4):
+            classes = _row_classes(symbols, lengths, per_octave)
+            candidates.append(_ans_payload(2, classes, symbols, lengths, segments))
+        return min(candidates, key=len)
+
+
+@option("artifact/codec", "best")
+@dataclass
+class BestCodec(Codec):
+    """Every listed codec with every transform; each section keeps its smallest."""
+
+    transform: str = "best"
+    codecs: list[str] = field(default_factory=lambda: ["brotli", "lzma", "zlib", "none"])
+    """Kinds to try. `ans` and `zstd` need optional libraries, here and where the file is read."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.codecs:
+            raise ConfigError("artifact.codec.codecs is empty; name at least one codec")
+        for codec in self._candidates():
+            codec.check()
+
+    def encode(self, raw: bytes, shapes: list[Shape], itemsize: int) -> Encoded:
+        return smallest([codec.encode(raw, shapes, itemsize) for codec in self._candidates()])
+
+    def _candidates(self) -> list[Codec]:
+        known = {kind: cls for kind, cls in REGISTRY["artifact/codec"].items() if kind != "best"}
+        for kind in self.codecs:
+            if kind not in known:
+                raise ConfigError(f"no codec of kind {kind!r}{suggestion(kind, known)}")
+        return [known[kind](transform=self.transform) for kind in self.codecs]
+
+
+def shuffle(raw: bytes, shapes: list[Shape], itemsize: int) -> bytes:
+    """First bytes of all items, then the second bytes, and so on."""
+    return b"".join(raw[i::itemsize] for i in range(itemsize))
+
+
+def planes(raw: bytes, shapes: list[Shape], itemsize: int) -> bytes:
+    """Bit 7 of all bytes, then bit 6, …"""
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8)[None], axis=0)
+    return np.packbits(bits, axis=1).tobytes()
+
+
+def transpose(raw: bytes, shapes: list[Shape], itemsize: int) -> bytes:
+    """Every matrix column by column."""
+    out, start = [], 0
+    for shape in shapes:
+        size = itemsize * int(np.prod(shape, dtype=np.int64))
+        part = np.frombuffer(raw[start : start + size], np.dtype((np.void, itemsize)))
+        out.append((part.reshape(shape).T if len(shape) == 2 else part).tobytes())
+        start += size
+    return b"".join(out)
+
+
+TRANSFORMS: dict[str, Callable[[bytes, list[Shape], int], bytes]] = {
+    "none": lambda raw, shapes, itemsize: raw,
+    "shuffle": shuffle,
+    "planes": planes,
+    "transpose": transpose,
+}
+
+
+def all_decoders() -> dict[str, Decoder]:
+    """Decoders of every registered codec, those of plugins included."""
+    codecs = {kind: cls() for kind, cls in REGISTRY["artifact/codec"].items() if kind != "best"}
+    return {kind: codec.decoder() for kind, codec in codecs.items()}
+
+
+def _require(module: str, package: str) -> None:
+    try:
+        library(module, package)
+    except MissingLibrary as error:
+        raise ConfigError(f"artifact.codec: {error}") from None
+
+
+def _row_classes(symbols: np.ndarray, lengths: np.ndarray, per_octave: int) -> np.ndarray:
+    """Rows by mean magnitude on a logarithmic scale, numbered without gaps."""
+    ends = np.cumsum(lengths)
+    totals = np.concatenate([[0], np.cumsum(np.abs(symbols - 128))])
+    means = (totals[ends] - totals[ends - lengths]) / np.maximum(lengths, 1)
+    octaves = np.round(per_octave * np.log2(np.maximum(means, 1e-3)))
+    return np.unique(octaves, return_inverse=True)[1]
+
+
+def _ans_payload(
+    mode: int, classes: np.ndarray, symbols: np.ndarray, lengths: np.ndarray, segments: Segments
+) -> bytes:
+    labels = np.repeat(classes, lengths)
+    counts = np.zeros((int(classes.max(initial=-1)) + 1, 256), np.int64)
+    np.add.at(counts, (labels, symbols), 1)
+    info = classes.astype(np.uint8).tobytes() if mode == 2 else b""
+    info += b"".join(_table_bytes(row) for row in counts)
+    packed = ZlibCodec().compress(info, [])
+    stream = library("constriction", "constriction").stream
+    coder = stream.stack.AnsCoder()
+    _, tables = read_tables(mode, info, segments)
+    for label in reversed(range(len(tables))):
+        lowest, levels = tables[label]
+        mine = symbols[labels == label] - lowest
+        coder.encode_reverse(mine.astype(np.int32), categorical(stream, levels))
+    words = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<BI", mode, len(packed)) + packed + words
+
+
+def _table_bytes(counts: np.ndarray) -> bytes:
+    """Lowest and highest symbol, then the levels between them as differences."""
+    present = np.flatnonzero(counts)
+    if not len(present):
+        return bytes([0, 0, 1])
+    lowest, highest = int(present[0]), int(present[-1])
+    used = counts[lowest : highest + 1]
+    relative = np.log2(np.maximum(used, 1) / used.max())
+    levels = np.where(used > 0, np.maximum(np.round(8 * relative) + 248, 1), 0).astype(np.uint8)
+    steps = np.diff(levels, prepend=np.uint8(0))
+    return bytes([lowest, highest]) + steps.astype(np.uint8).tobytes()

@@ -1,0 +1,149 @@
+"""Typed options: the registry of every component, and the way to and from run.json.
+
+An option is a dataclass registered with `@option(group, kind)`. Hydra composes YAML against these
+classes (cli.py hands them over), `to_run_tree` turns the composed config into plain objects, and
+`to_dict`/`from_dict` write and read them again without Hydra, each registered node carrying its
+`kind`. This is the only module that imports omegaconf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+REGISTRY: dict[str, dict[str, type]] = {}
+"""Group -> kind -> dataclass. Filled by the `@option` lines when the package's modules load."""
+
+
+CONFIG_LIBRARY_ERRORS = (OmegaConfBaseException,)
+"""What OmegaConf raises on a wrong key or type; cli.py rewords it."""
+
+
+class ConfigError(ValueError):
+    """A contradiction in what the user asked for. Its text is the whole message shown."""
+
+
+def option(group: str, kind: str) -> Callable[[type[T]], type[T]]:
+    """Register a dataclass as the option `kind` of a config group (`model/mixer` when nested)."""
+
+    def register(cls: type[T]) -> type[T]:
+        known = REGISTRY.setdefault(group, {})
+        if kind in known and known[kind].__qualname__ != cls.__qualname__:
+            raise ConfigError(
+                f"two components are registered as {group}={kind}: {known[kind]}, {cls}"
+            )
+        known[kind] = cls
+        cls.kind = kind  # type: ignore[attr-defined]
+        return cls
+
+    return register
+
+
+def kind_of(node: Any) -> str:
+    """The registered kind of an option object; its tag in W&B and its name in YAML."""
+    return type(node).kind
+
+
+def load_plugins(modules: typing.Iterable[str] = ()) -> None:
+    """Import components that live outside the package, so that their `@option` lines run.
+
+    Args:
+        modules: importable module names, besides every `recurgolf.plugins` entry point installed.
+    """
+    for entry in entry_points(group="recurgolf.plugins"):
+        entry.load()
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"plugins: cannot import {name!r} ({error}); it must be importable from the folder "
+                "where recurgolf was started, or installed"
+            ) from None
+
+
+def to_object(config: DictConfig) -> Any:
+    """The composed config as instances of the registered classes, interpolations resolved."""
+    OmegaConf.resolve(config)
+    return OmegaConf.to_object(config)
+
+
+def key_names(config: DictConfig, parent: str) -> list[str]:
+    """Keys below a dotted path of a composed config; empty where there is no such node."""
+    node = OmegaConf.select(config, parent) if parent else config
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+
+
+def to_dict(node: Any) -> Any:
+    """JSON-ready copy of an option tree; `from_dict` is its inverse."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        fields = {f.name: to_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
+        return {"kind": kind_of(node), **fields} if hasattr(type(node), "kind") else fields
+    if isinstance(node, Mapping):
+        return {str(key): to_dict(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [to_dict(value) for value in node]
+    return node
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Build `cls` (or the registered subclass that `data["kind"]` names) from `to_dict`'s output.
+
+    Raises:
+        ConfigError: an unknown key or kind, named with the nearest right one.
+    """
+    data = dict(data)
+    kind = data.pop("kind", None)
+    if kind is not None:
+        cls = _subclass_of_kind(cls, kind)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in names:
+            raise ConfigError(f"{cls.__name__} has no field {key!r}{suggestion(key, names)}")
+    return cls(**{key: _decode(hints[key], value) for key, value in data.items()})
+
+
+def suggestion(wrong: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean x?)', or the list of what there is."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else f" (there are: {', '.join(known)})"
+
+
+def _subclass_of_kind(base: type[T], kind: str) -> type[T]:
+    found = [
+        cls
+        for options in REGISTRY.values()
+        for name, cls in options.items()
+        if name == kind and issubclass(cls, base)
+    ]
+    if len(found) != 1:
+        kinds = [k for o in REGISTRY.values() for k, c in o.items() if issubclass(c, base)]
+        raise ConfigError(f"no {base.__name__} of kind {kind!r}{suggestion(kind, kinds)}")
+    return found[0]
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in args if a is not type(None)]
+        return None if value is None else _decode(inner[0], value) if len(inner) == 1 else value
+    if origin is list:
+        return [_decode(args[0], item) for item in value]
+    if origin is dict:
+        return {key: _decode(args[1], item) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value)  # type: ignore[arg-type]
+    return float(value) if hint is float and isinstance(value, int) else value

@@ -1,0 +1,195 @@
+"""Data: text or shards in, a checked `Dataset` out, and the order in which ranks read it.
+
+An option of the group `data` says where the text is from; `prepare` makes tokenizer and shards
+once, keeps them in the cache folder (RECURGOLF_CACHE, else ~/.cache/recurgolf) and finds them there
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recurgolf.config import ConfigError, option
+from recurgolf.data.byte_count import ByteCount
+from recurgolf.data.corpus import Corpus, embedded_corpus, text_corpus
+from recurgolf.data.dataset import Dataset, open_dataset
+from recurgolf.data.export import ExportSettings, Step, cached_export
+from recurgolf.data.loader import Loader, LoaderConfig, ShuffledConfig
+from recurgolf.data.shards import DataError
+from recurgolf.data.tokenizer import MAX_VOCAB, Tokenizer
+
+Progress = Callable[[str], None]
+"""Called with a line of text when a part of the preparation is done."""
+
+
+def silent(line: str) -> None:
+    """A `Progress` that says nothing."""
+
+
+@dataclass
+class Data:
+    """What to train and score on."""
+
+    vocab_size: int = 1024
+    """Pieces of the tokenizer; must be its real number where the tokenizer is given."""
+    tokenizer: str | None = None
+    """A .model (SentencePiece) or .json (pure bytes) file; null: the data's own."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Order of the training tokens; shuffled, where nothing is said."""
+
+    def __post_init__(self) -> None:
+        # The schema's own default must be the common class, else no other kind composes over it.
+        if type(self.loader) is LoaderConfig:
+            self.loader = ShuffledConfig()
+
+    def check(self) -> None:
+        """Refuse what cannot be, without reading any data."""
+        if not 2 <= self.vocab_size <= MAX_VOCAB:
+            raise ConfigError(
+                f"data.vocab_size={self.vocab_size}: from 2 to {MAX_VOCAB} (tokens are uint16)"
+            )
+
+    def prepare(self, progress: Progress = silent) -> Dataset:
+        """Make or find tokenizer and shards, check them, and hand them over.
+
+        Safe in several processes at once; a second call with the same settings is quick.
+
+        Raises:
+            DataError: missing or contradictory data; the text says what would be right.
+        """
+        raise NotImplementedError
+
+    def _tokenizer_path(self) -> Path | None:
+        return Path(self.tokenizer).expanduser() if self.tokenizer else None
+
+
+@dataclass
+class FromText(Data):
+    """Tokenizer and shards are made from documents."""
+
+    tokenizer_sees_validation: bool = False
+    """Train the tokenizer on all documents, as the challenge's exporter does."""
+    shard_tokens: int = 100_000_000
+    """Tokens per shard file."""
+
+    def check(self) -> None:
+        super().check()
+        if self.shard_tokens < 1:
+            raise ConfigError(f"data.shard_tokens={self.shard_tokens}: at least 1")
+
+    def corpus(self) -> Corpus:
+        """The documents."""
+        raise NotImplementedError
+
+    def export_settings(self) -> ExportSettings:
+        """How they become a data folder."""
+        return ExportSettings(
+            self.vocab_size,
+            self._tokenizer_path(),
+            self.tokenizer_sees_validation,
+            self.shard_tokens,
+        )
+
+    def prepare(self, progress: Progress = silent) -> Dataset:
+        self.check()
+        root = cached_export(self.corpus(), self.export_settings(), lines(progress))
+        folder = next((root / "datasets").iterdir())
+        return open_dataset(folder, None, self.vocab_size)
+
+
+@option("data", "embedded")
+@dataclass
+class Embedded(FromText):
+    """wiki_vital: 4.9 MB of Wikipedia lead sections from the extra `demo`; 1,000 for validation."""
+
+    def corpus(self) -> Corpus:
+        return embedded_corpus()
+
+
+@option("data", "text")
+@dataclass
+class Text(FromText):
+    """The user's own files.
+
+    `*.jsonl` holds one document a line, any other file is plain UTF-8 text; `.gz` and `.xz` are
+    unpacked. All documents are held in memory at once. Which are for validation depends on their
+    text alone.
+    """
+
+    files: str = ""
+    """Glob pattern, `**` for folders at any depth."""
+    text_field: str = "text"
+    """Key of a JSONL object that holds the text."""
+    separator: str | None = None
+    r"""What stands between documents of a plain text, \n for a line end; null: a file is one."""
+    val_documents: int | None = None
+    """Validation documents; null: by `val_fraction`."""
+    val_fraction: float = 0.05
+    """Share of the documents that is for validation, at least one document."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.files:
+            raise ConfigError("data=text needs data.files='PATTERN', such as 'corpus/**/*.txt'")
+        if self.separator == "":
+            raise ConfigError("data.separator='' is empty: give the text between documents or null")
+        if self.val_documents is not None and self.val_documents < 1:
+            raise ConfigError(f"data.val_documents={self.val_documents}: at least 1")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction={self.val_fraction}: between 0 and 1")
+
+    def corpus(self) -> Corpus:
+        return text_corpus(
+            str(Path(self.files).expanduser()),
+            text_field=self.text_field,
+            # A command line has no line ends in its values, only a backslash and an n.
+            separator=self.separator and self.separator.replace("\\n", "\n"),
+            val_documents=self.val_documents,
+            val_fraction=self.val_fraction,
+        )
+
+
+@option("data", "shards")
+@dataclass
+class Shards(Data):
+    """Shards as the challenge ships them; the tokenizer is found by their manifest or given."""
+
+    path: str = ""
+    """Folder with fineweb_train_*.bin and fineweb_val_*.bin."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.path:
+            raise ConfigError("data=shards needs data.path=FOLDER (with fineweb_val_*.bin in it)")
+
+    def prepare(self, progress: Progress = silent) -> Dataset:
+        self.check()
+        return open_dataset(Path(self.path).expanduser(), self._tokenizer_path(), self.vocab_size)
+
+
+def lines(progress: Progress) -> Step:
+    """Report a line for every part that is finished."""
+
+    def step(what: str, done: int, total: int) -> None:
+        if done == total:
+            progress(f"data: {what}: done" if total == 1 else f"data: {what}: {total:,}")
+
+    return step
+
+
+__all__ = [
+    "ByteCount",
+    "Data",
+    "DataError",
+    "Dataset",
+    "Embedded",
+    "FromText",
+    "Loader",
+    "LoaderConfig",
+    "Shards",
+    "Text",
+    "Tokenizer",
+    "lines",
+]

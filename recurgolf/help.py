@@ -1,0 +1,42 @@
+"""The text of `recurgolf --help`, made from the YAML that is there; imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VERBS = {
+    "train": "compose a run, train it, pack it, score the file (the default)",
+    "plan": "parameters, visits, FLOPs and predicted bytes, before any training",
+    "evaluate": "score a finished run's file again: recurgolf evaluate FOLDER [eval=sliding]",
+}
+
+_EXAMPLES = """\
+  recurgolf                                        the default, on the CPU, in four minutes
+  recurgolf lora.rank=1 looping=cycle              any override of any key
+  recurgolf -m lora.rank=1,2 'seed=range(1,4)'     every combination, then a table over seeds
+"""
+
+
+def help_text(conf: Path) -> str:
+    """Verbs, groups with their options, and three examples."""
+    verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
+    folders = sorted(p for p in conf.rglob("*") if p.is_dir() and p.name != "hydra")
+    groups = "\n".join(
+        f"  {f.relative_to(conf)!s:<20} {', '.join(sorted(p.stem for p in f.glob('*.yaml')))}"
+        for f in folders
+        if any(f.glob("*.yaml"))
+    )
+    return (
+        "recurgolf: depth-recurrent language models within a byte budget\n\n"
+        "usage: recurgolf [VERB] [group=option] [key=value] ...\n\n"
+        f"verbs\n{verbs}\n\n"
+        f"groups and their options (group=option)\n{groups}\n\n"
+        "every key of an option can be set: group.key=value; a wrong one names the nearest right "
+        "one\n\n"
+        f"examples\n{_EXAMPLES}\n"
+        "flags\n"
+        "  -m, --multirun      run every combination of comma-separated values\n"
+        "  --config-dir DIR    a folder with YAML of your own (see README)\n"
+        "  --cfg job           print the composed configuration and stop\n"
+        "  --hydra-help        what else Hydra can do\n"
+    )

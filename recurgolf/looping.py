@@ -1,0 +1,236 @@
+"""Looping schedules: which blocks one forward pass visits, in which order.
+
+A schedule is a pure function `plan(fraction) -> LoopPlan` of training progress, the same on every
+rank and on every repetition. The plan is a hashable value: it is the key of a compiled graph and
+says, for every visit, which repetition of its block it is (the index of per-iteration adapters and
+per-visit scales). Model code knows plans and nothing of schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from recurgolf.config import ConfigError, option
+
+
+class Visit(NamedTuple):
+    """One application of a block: `nth` is 0 on the first visit of that block, 1 on the second."""
+
+    block: int
+    nth: int
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """The visits of one forward pass.
+
+    Attributes:
+        blocks: block index of every visit, in order.
+        core: half-open range of visit positions that belong to the repeated part; before it lies
+            the prelude, after it the coda. `(n, n)` where nothing repeats.
+        grad_from: position of the first visit that gradients flow into; earlier visits run
+            without a graph (truncated backpropagation).
+    """
+
+    blocks: tuple[int, ...]
+    core: tuple[int, int]
+    grad_from: int = 0
+
+    @cached_property
+    def visits(self) -> tuple[Visit, ...]:
+        seen: dict[int, int] = {}
+        visits = []
+        for block in self.blocks:
+            visits.append(Visit(block, seen.get(block, 0)))
+            seen[block] = seen.get(block, 0) + 1
+        return tuple(visits)
+
+    @property
+    def num_visits(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def looped_blocks(self) -> tuple[int, ...]:
+        """Blocks of the core, ascending; empty where nothing repeats."""
+        return tuple(sorted(set(self.blocks[self.core[0] : self.core[1]])))
+
+    def describe(self) -> str:
+        """`0 (1 2)x3 3`: a line for logs and for `recurgolf plan`."""
+        start, stop = self.core
+        parts = [" ".join(map(str, self.blocks[:start]))]
+        if stop > start:
+            core = self.blocks[start:stop]
+            period = len(set(core))
+            parts.append(f"({' '.join(map(str, core[:period]))})x{len(core) // period}")
+        parts.append(" ".join(map(str, self.blocks[stop:])))
+        return " ".join(part for part in parts if part)
+
+
+@dataclass
+class Looping:
+    """A schedule of plans over `num_blocks` blocks."""
+
+    def check(self, num_blocks: int) -> None:
+        """Refuse a range that the model does not have."""
+
+    def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
+        """The plan at a fraction of training, 0 at the start and 1 at the end."""
+        raise NotImplementedError
+
+    def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
+        """The plan for scoring; `passes` overrides the configured number."""
+        raise NotImplementedError
+
+    def all_plans(self, num_blocks: int) -> list[LoopPlan]:
+        """Every plan that training can meet, in order; what warm-up must compile."""
+        plans: dict[LoopPlan, None] = {}
+        for permille in range(1001):
+            plans.setdefault(self.plan(num_blocks, permille / 1000))
+        return list(plans)
+
+    def passes_of(self, num_blocks: int) -> int:
+        """How often training visits a looped block at most."""
+        return max(visit.nth + 1 for visit in self.plan(num_blocks, 1.0).visits)
+
+    def largest_plan(self, num_blocks: int) -> LoopPlan:
+        """The plan with the most visits of training or scoring: it sizes per-visit parameters."""
+        plans = [*self.all_plans(num_blocks), self.eval_plan(num_blocks)]
+        return max(plans, key=lambda plan: plan.num_visits)
+
+
+@option("looping", "none")
+@dataclass
+class NoLooping(Looping):
+    """Every block once."""
+
+    def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
+        return LoopPlan(tuple(range(num_blocks)), (num_blocks, num_blocks))
+
+    def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
+        if passes not in (None, 1):
+            raise ConfigError(
+                f"eval passes={passes} asked for, but looping=none visits every block once; "
+                "choose another looping option"
+            )
+        return self.plan(num_blocks)
+
+
+@dataclass
+class _Repeat(Looping):
+    """Repeats one contiguous band of blocks; subclasses say which."""
+
+    passes: int = 2
+    """How often the band is run in training."""
+    passes_eval: int | None = None
+    """How often when scoring; null: as in training."""
+    start_fraction: float = 0.0
+    """Fraction of training before which every block runs once (delayed looping)."""
+    ramp_fraction: float = 0.0
+    """Fraction of training over which passes grow one by one after the start."""
+    backprop_passes: int | None = None
+    """Gradients flow through the last so many passes only; null: through all."""
+
+    def band(self, num_blocks: int) -> tuple[int, int]:
+        """First block of the band and the first behind it."""
+        raise NotImplementedError
+
+    def check(self, num_blocks: int) -> None:
+        for name in ("passes", "passes_eval", "backprop_passes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"looping.{name}={value}: at least 1")
+        for name in ("start_fraction", "ramp_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"looping.{name}={value}: a fraction of training, from 0 to 1")
+
+    def passes_at(self, fraction: float) -> int:
+        if fraction < self.start_fraction:
+            return 1
+        if self.ramp_fraction == 0 or self.passes == 1:
+            return self.passes
+        grown = (fraction - self.start_fraction) / self.ramp_fraction
+        return min(2 + int(grown * (self.passes - 1)), self.passes)
+
+    def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
+        return self._unrolled(num_blocks, self.passes_at(fraction))
+
+    def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
+        if passes is not None and passes < 1:
+            raise ConfigError(f"eval passes={passes}: at least 1")
+        return self._unrolled(num_blocks, passes or self.passes_eval or self.passes)
+
+    def _unrolled(self, num_blocks: int, passes: int) -> LoopPlan:
+        start, stop = self.band(num_blocks)
+        width = stop - start
+        blocks = (*range(start), *(tuple(range(start, stop)) * passes), *range(stop, num_blocks))
+        kept = min(self.backprop_passes or passes, passes)
+        return LoopPlan(
+            blocks,
+            core=(start, start + width * passes),
+            grad_from=0 if kept == passes else start + width * (passes - kept),
+        )
+
+
+@option("looping", "segment")
+@dataclass
+class SegmentLooping(_Repeat):
+    """Repeats a band of blocks between two flat parts (the golf records' middle band)."""
+
+    start: int = 1
+    """First block of the band."""
+    end: int = 1
+    """Last block of the band, inclusive."""
+
+    def check(self, num_blocks: int) -> None:
+        super().check(num_blocks)
+        if not 0 <= self.start <= self.end < num_blocks:
+            raise ConfigError(
+                f"looping.start={self.start} to looping.end={self.end} is not a range of the "
+                f"model's {num_blocks} blocks (0 to {num_blocks - 1})"
+            )
+
+    def band(self, num_blocks: int) -> tuple[int, int]:
+        return self.start, self.end + 1
+
+
+@option("looping", "cycle")
+@dataclass
+class CycleLooping(_Repeat):
+    """Runs all blocks in order, `passes` times over."""
+
+    def band(self, num_blocks: int) -> tuple[int, int]:
+        return 0, num_blocks
+
+
+@option("looping", "prelude_core_coda")
+@dataclass
+class PreludeCoreCoda(_Repeat):
+    """`prelude` blocks once, the core repeated, `coda` blocks once (Huginn, 2502.05171)."""
+
+    prelude: int = 1
+    coda: int = 1
+
+    def check(self, num_blocks: int) -> None:
+        super().check(num_blocks)
+        if self.prelude < 0 or self.coda < 0 or self.prelude + self.coda >= num_blocks:
+            raise ConfigError(
+                f"looping.prelude={self.prelude} + looping.coda={self.coda} leaves no core in a "
+                f"model of {num_blocks} blocks"
+            )
+
+    def band(self, num_blocks: int) -> tuple[int, int]:
+        return self.prelude, num_blocks - self.coda
+
+
+__all__ = [
+    "CycleLooping",
+    "LoopPlan",
+    "Looping",
+    "NoLooping",
+    "PreludeCoreCoda",
+    "SegmentLooping",
+    "Visit",
+]

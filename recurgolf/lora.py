@@ -1,0 +1,193 @@
+"""Per-iteration low-rank adapters: every visit of a looped block gets its own small correction.
+
+`y = W x + (alpha / rank) B_v A_v x`, with A_v, B_v chosen by how many-th visit of the block it is
+(Relaxed Recursive Transformers, 2410.20672). Adapters stay in float32 and are cast at the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.looping import LoopPlan, Visit
+
+NO_ADAPTERS: Mapping[str, Callable[[Tensor], Tensor]] = {}
+
+
+@option("lora", "low_rank")
+@dataclass
+class LoRA:
+    """Which projections of which visits get an adapter, and how it starts."""
+
+    rank: int = 0
+    """0: no adapters at all."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Projections of the block: q_proj k_proj v_proj o_proj up_proj down_proj, or `residual`
+    (a correction of the block's output)."""
+    blocks: str = "looped"
+    """looped: blocks that a plan visits more than once | all."""
+    visits: str = "repeats"
+    """repeats: from the second visit on | all: the first too | shared: one for all visits."""
+    alpha: float | None = None
+    """Scale is alpha / rank; null: 1."""
+    init: str = "uniform"
+    """Start of A: uniform U(+-1/sqrt(in)) | normal N(0, 1/in). B starts at zero."""
+    compat_init_fan: str = "in"
+    """`rank` reproduces a public bug: the bound of A is 1/sqrt(rank), 8 times too wide at 512/8."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank={self.rank}: 0 (no adapters) or more")
+        for name, allowed in (
+            ("blocks", ("looped", "all")),
+            ("visits", ("repeats", "all", "shared")),
+            ("init", ("uniform", "normal")),
+            ("compat_init_fan", ("in", "rank")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"lora.{name}={value!r}{suggestion(value, allowed)}")
+        if self.rank and not self.targets:
+            raise ConfigError(f"lora.rank={self.rank}, but lora.targets is empty")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None or self.rank == 0 else self.alpha / self.rank
+
+    def slots(self, largest_plan: LoopPlan) -> dict[int, int]:
+        """Block -> number of adapters it gets, for the plan with the most visits."""
+        counts: dict[int, int] = {}
+        for visit in largest_plan.visits:
+            counts[visit.block] = max(counts.get(visit.block, 0), visit.nth + 1)
+        if self.blocks == "looped":
+            looped = largest_plan.looped_blocks
+            counts = {block: count for block, count in counts.items() if block in looped}
+        number = {"repeats": lambda n: n - 1, "all": lambda n: n, "shared": lambda n: 1}
+        slots = {block: number[self.visits](count) for block, count in counts.items()}
+        return {block: count for block, count in slots.items() if count > 0}
+
+    def check(
+        self, projections: Callable[[int], Mapping[str, tuple[int, int]]], largest_plan: LoopPlan
+    ) -> None:
+        """Refuse adapters that would sit on nothing.
+
+        Args:
+            projections: block -> its projections (Model.projections).
+        """
+        if self.rank == 0:
+            return
+        slots = self.slots(largest_plan)
+        if not slots:
+            raise ConfigError(
+                f"lora.rank={self.rank} with lora.visits={self.visits}, lora.blocks={self.blocks}: "
+                f"no visit qualifies in the plan {largest_plan.describe()}; loop some blocks, or "
+                "set lora.blocks=all lora.visits=all, or lora.rank=0"
+            )
+        for target in self.targets:
+            having = [block for block in slots if target in projections(block)]
+            if not having:
+                known = {name for block in slots for name in projections(block)}
+                raise ConfigError(
+                    f"lora.targets: the adapted blocks {sorted(slots)} have no projection "
+                    f"{target!r}{suggestion(target, known)}"
+                )
+            for block in having:
+                limit = min(projections(block)[target])
+                if self.rank > limit:
+                    raise ConfigError(
+                        f"lora.rank={self.rank} exceeds the smaller side {limit} of {target} in "
+                        f"block {block}"
+                    )
+
+    def build(
+        self, projections: Callable[[int], Mapping[str, tuple[int, int]]], largest_plan: LoopPlan
+    ) -> Adapters | None:
+        """The adapters for a model, or None at rank 0."""
+        if self.rank == 0:
+            return None
+        self.check(projections, largest_plan)
+        return Adapters(self, projections, self.slots(largest_plan))
+
+
+class LowRank:
+    """The delta of one projection at one visit: `scale * (x A^T) B^T`."""
+
+    __slots__ = ("a", "b", "scale")
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float):
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.a.to(x.dtype))
+        delta = nn.functional.linear(low, self.b.to(low.dtype))
+        return delta if self.scale == 1.0 else delta * self.scale
+
+
+class AdapterBank(nn.Module):
+    """All visits' factors of one projection: A [slots, rank, in], B [slots, out, rank]."""
+
+    def __init__(self, slots: int, rank: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.lora_a = nn.Parameter(torch.empty(slots, rank, in_dim))
+        self.lora_b = nn.Parameter(torch.zeros(slots, out_dim, rank))
+
+
+class Adapters(nn.Module):
+    """The adapters of a model: `of_visit(visit)` gives those of one visit, by projection name."""
+
+    def __init__(
+        self,
+        config: LoRA,
+        projections: Callable[[int], Mapping[str, tuple[int, int]]],
+        slots: Mapping[int, int],
+    ):
+        super().__init__()
+        self.config = config
+        self.banks = nn.ModuleDict()
+        self.num_slots = dict(slots)
+        for block, count in slots.items():
+            shapes = projections(block)
+            self.banks[str(block)] = nn.ModuleDict(
+                {
+                    target: AdapterBank(count, config.rank, *shapes[target])
+                    for target in config.targets
+                    if target in shapes
+                }
+            )
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        for block in self.banks.values():
+            for bank in block.children():
+                fan = {"in": bank.lora_a.shape[-1], "rank": self.config.rank}
+                bound = 1 / math.sqrt(fan[self.config.compat_init_fan])
+                if self.config.init == "normal":
+                    bank.lora_a.normal_(std=bound)
+                else:
+                    bank.lora_a.uniform_(-bound, bound)
+                bank.lora_b.zero_()
+
+    def slot(self, visit: Visit) -> int | None:
+        """Index into the banks of this visit's block; None where the visit has no adapter.
+
+        Passes beyond those trained use the last adapter.
+        """
+        count = self.num_slots.get(visit.block, 0)
+        index = {"repeats": visit.nth - 1, "all": visit.nth, "shared": 0}[self.config.visits]
+        return None if count == 0 or index < 0 else min(index, count - 1)
+
+    def of_visit(self, visit: Visit) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        slot = self.slot(visit)
+        if slot is None:
+            return NO_ADAPTERS
+        scale = self.config.scale
+        return {
+            target: LowRank(bank.lora_a[slot], bank.lora_b[slot], scale)
+            for target, bank in self.banks[str(visit.block)].items()
+        }

@@ -1,0 +1,195 @@
+"""Transformer blocks: how a mixer and an MLP meet the residual stream.
+
+A block is run once per visit: `block(x, inputs) -> x`, with everything that differs between visits
+in `inputs`. Blocks do not know whether they are looped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.model.norm import rms_norm
+from recurgolf.model.visit import VisitInputs
+
+
+class ChannelMix(nn.Module):
+    """`mix[0] * x + mix[1] * x0` per channel, starting at x."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        mix = self.weight.to(x.dtype)
+        return mix[0] * x + mix[1] * x0
+
+
+class SigmoidMix(nn.Module):
+    """`a x + (1 - a) x0` with one learned a = sigmoid(logit), starting at the middle."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        return torch.lerp(x0, x, torch.sigmoid(self.logit).to(x.dtype))
+
+
+class NoMix(nn.Module):
+    """x as it is."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        return x
+
+
+INPUT_MIXES: dict[str, Callable[[int], nn.Module]] = {
+    "channel": ChannelMix,
+    "sigmoid": SigmoidMix,
+    "none": NoMix,
+}
+"""`block.input_mix` -> constructor(dim)."""
+
+
+@dataclass
+class BlockConfig:
+    """Fields that every block kind has."""
+
+    input_mix: str = "channel"
+    """How the block's input is mixed with the state behind the embedding: channel|sigmoid|none."""
+    branch_gains: bool = True
+    """Learned gain per channel on each branch (mixer_scale, mlp_scale)."""
+    update_gate: bool = False
+    """Gate per token between keeping the input and taking the block's output."""
+
+    def __post_init__(self) -> None:
+        if self.input_mix not in INPUT_MIXES:
+            raise ConfigError(
+                f"model.block.input_mix={self.input_mix!r}{suggestion(self.input_mix, INPUT_MIXES)}"
+            )
+
+    def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    """The norm in front of (or behind) a branch: RMS norm, then a fixed factor."""
+
+    eps: float
+    factor: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed = rms_norm(x, self.eps)
+        return normed if self.factor == 1.0 else normed * self.factor
+
+
+class Block(nn.Module):
+    """What the kinds share: the input mix, the branch gains and the update gate."""
+
+    def __init__(
+        self, dim: int, config: BlockConfig, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm
+    ):
+        super().__init__()
+        self.input_mix = INPUT_MIXES[config.input_mix](dim)
+        self.mixer, self.mlp, self.norm = mixer, mlp, norm
+        self.mixer_scale = nn.Parameter(torch.ones(dim)) if config.branch_gains else None
+        self.mlp_scale = nn.Parameter(torch.ones(dim)) if config.branch_gains else None
+        self.update_gate = nn.Linear(dim, 1) if config.update_gate else None
+
+    def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        mixed = self.input_mix(x, inputs.x0)
+        out = self.update(mixed, inputs)
+        if "residual" in inputs.adapters:
+            out = out + inputs.adapters["residual"](out)
+        if self.update_gate is not None:
+            weight, bias = self.update_gate.weight, self.update_gate.bias
+            gate = nn.functional.linear(
+                mixed.detach(), weight.to(mixed.dtype), bias.to(mixed.dtype)
+            )
+            out = mixed + torch.sigmoid(gate) * (out - mixed)
+        return out
+
+    def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        """The block's own rule, from mixed input to output."""
+        raise NotImplementedError
+
+    def mixer_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        return gained(self.mixer(x, inputs), self.mixer_scale, inputs.mixer_gain)
+
+    def mlp_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        return gained(self.mlp(x, inputs.adapters), self.mlp_scale, inputs.mlp_gain)
+
+
+def gained(y: Tensor, *gains: Tensor | None) -> Tensor:
+    """y times every gain that is there."""
+    for gain in gains:
+        if gain is not None:
+            y = y * gain.to(y.dtype)
+    return y
+
+
+class SequentialBlock(Block):
+    """x + mixer(norm x), then x + mlp(norm x): the pre-norm block."""
+
+    def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        x = x + self.mixer_branch(self.norm(x), inputs)
+        return x + self.mlp_branch(self.norm(x), inputs)
+
+
+class ParallelBlock(Block):
+    """x + mixer(norm x) + mlp(norm x): both branches read the same input (GPT-J)."""
+
+    def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        normed = self.norm(x)
+        return x + self.mixer_branch(normed, inputs) + self.mlp_branch(normed, inputs)
+
+
+class PeriNormBlock(Block):
+    """x + norm(mixer x), then x + norm(mlp x): the norm sits on the output (Peri-LN, 2502.02732).
+
+    There is no input norm, so the input mix is what keeps repeated visits bounded.
+    """
+
+    def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        mixed = rms_norm(self.mixer(x, inputs), self.norm.eps)
+        x = x + gained(mixed, self.mixer_scale, inputs.mixer_gain)
+        mlp = rms_norm(self.mlp(x, inputs.adapters), self.norm.eps)
+        return x + gained(mlp, self.mlp_scale, inputs.mlp_gain)
+
+
+@option("model/block", "sequential")
+@dataclass
+class SequentialConfig(BlockConfig):
+    """The pre-norm block of the official baseline."""
+
+    def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
+        return SequentialBlock(dim, self, mixer, mlp, norm)
+
+
+@option("model/block", "parallel")
+@dataclass
+class ParallelConfig(BlockConfig):
+    """Mixer and MLP side by side."""
+
+    def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
+        return ParallelBlock(dim, self, mixer, mlp, norm)
+
+
+@option("model/block", "peri_norm")
+@dataclass
+class PeriNormConfig(BlockConfig):
+    """Output-normed block for looped cores."""
+
+    input_mix: str = "sigmoid"
+    branch_gains: bool = False
+
+    def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
+        return PeriNormBlock(dim, self, mixer, mlp, norm)

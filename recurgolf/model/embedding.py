@@ -1,0 +1,94 @@
+"""What happens in front of the first block: token embedding and its optional additions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurgolf.model.linear import Linear
+
+
+@dataclass
+class BigramConfig:
+    """Hashed pair embedding added to the token embedding; off while rows is 0."""
+
+    rows: int = 0
+    """Buckets of the hash table; the last one stands for the first position."""
+    dim: int = 128
+    """Width of the table, projected to the model's."""
+    scale: float = 0.05
+    """Start of the learned factor."""
+
+
+@dataclass
+class ValueEmbedConfig:
+    """Token embedding added to the attention values at chosen visits; off while dim is 0."""
+
+    dim: int = 0
+    scale: float = 0.1
+    """Start of the learned factor."""
+    visits: list[int] = field(default_factory=list)
+    """Positions in the full visit list at which the values receive it."""
+
+
+class BigramHash(nn.Module):
+    """An embedding of (previous token, token) through a hash into `rows` buckets."""
+
+    def __init__(self, config: BigramConfig, dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(config.rows, config.dim)
+        self.proj = Linear(config.dim, dim)
+        self.scale = nn.Parameter(torch.tensor(config.scale))
+
+    def bucket(self, tokens: Tensor) -> Tensor:
+        """[batch, length] token ids -> bucket ids (XOR of two products, in int32 as published)."""
+        last = self.embed.num_embeddings - 1
+        ids = tokens.to(torch.int32)
+        mixed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
+        return F.pad(mixed, (1, 0), value=last).long()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        vectors = self.proj(self.embed(self.bucket(tokens)))
+        return vectors * self.scale.to(vectors.dtype)
+
+
+class Smear(nn.Module):
+    """`(1 - g) x_t + g x_(t-1)` per channel, g = sigmoid(gate); nothing precedes position 0.
+
+    With document numbers given, nothing is carried over a document's start.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        gate = torch.sigmoid(self.gate).to(x.dtype)
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if documents is not None:
+            starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            previous = previous.masked_fill(starts[..., None], 0)
+        return (1 - gate) * x + gate * previous
+
+
+class ValueEmbed(nn.Module):
+    """One shared table, projected to the width of the values, with a gain per receiving visit."""
+
+    def __init__(self, config: ValueEmbedConfig, vocab_size: int, kv_dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, config.dim)
+        self.proj = Linear(config.dim, kv_dim)
+        self.scale = nn.Parameter(torch.tensor(config.scale))
+        self.visit_scale = nn.Parameter(torch.ones(len(config.visits)))
+        self.rows = {visit: row for row, visit in enumerate(config.visits)}
+
+    def forward(self, tokens: Tensor) -> Mapping[int, Tensor]:
+        """[batch, length] token ids -> position in the visit list -> [batch, length, kv_dim]."""
+        vectors = self.proj(self.embed(tokens))
+        vectors = vectors * self.scale.to(vectors.dtype)
+        scales = self.visit_scale.to(vectors.dtype)
+        return {visit: vectors * scales[row] for visit, row in self.rows.items()}

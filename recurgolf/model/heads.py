@@ -1,0 +1,111 @@
+"""From the last hidden state to logits and to the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurgolf.model.linear import Linear
+
+ROWS_AT_ONCE = 512
+"""Rows of logits in memory while the loss is computed; a few MB stay in a core's cache."""
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`: keeps logits within +-cap and their gradients alive."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class _ReadoutLoss(torch.autograd.Function):
+    """Mean cross-entropy of `softcap(hidden W^T)`, a few rows at a time.
+
+    The gradients are formed together with the loss, so that no [tokens, vocab] matrix is ever
+    kept: the readout of a small model otherwise spends most of its time on memory traffic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
+    ) -> Tensor:
+        count = targets.numel()
+        matrix = weight.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        d_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, count, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            scores = (hidden[rows] @ matrix.t()).float()
+            tanh = None
+            if cap is not None:
+                tanh = scores.div_(cap).tanh_()
+                scores = tanh * cap
+            losses = F.cross_entropy(scores, targets[rows], reduction="sum")
+            total += losses
+            if d_hidden is None and d_weight is None:
+                continue
+            slope = torch.softmax(scores, dim=-1)
+            slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
+            if tanh is not None:
+                slope.addcmul_(slope, tanh.square_(), value=-1)
+            slope = slope.div_(count).to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = slope @ matrix
+            if d_weight is not None:
+                d_weight += slope.t() @ hidden[rows]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * scale,
+            None,
+            None,
+        )
+
+
+def readout_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """Mean cross-entropy in nats, in float32, of the soft-capped readout.
+
+    Args:
+        hidden: states [..., d].
+        weight: readout matrix [v, d].
+        targets: token ids [...].
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ReadoutLoss.apply(  # type: ignore[no-any-return]
+            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), cap
+        )
+
+
+class MultiTokenHeads(nn.Module):
+    """Training-only heads: head k at position t predicts token t + 2 + k (2404.19737).
+
+    They share the main head's soft cap, start at zero and are left out of the artifact.
+    """
+
+    def __init__(self, count: int, dim: int, vocab_size: int):
+        super().__init__()
+        self.heads = nn.ModuleList(Linear(dim, vocab_size, zero_init=True) for _ in range(count))
+
+    def loss(self, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        """Mean over heads of the mean loss, head k at positions 0 to T-2-k.
+
+        Args:
+            hidden: states [b, t, d].
+            targets: the main head's targets [b, t].
+        """
+        losses = [
+            readout_loss(hidden[:, : -k - 1], head.weight, targets[:, k + 1 :], cap)
+            for k, head in enumerate(self.heads)
+            if hidden.shape[1] > k + 1
+        ]
+        return torch.stack(losses).mean()

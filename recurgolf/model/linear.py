@@ -1,0 +1,50 @@
+"""The one linear layer: no bias, weight cast to the activations, room for adapters and QAT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """`y = x W^T (+ adapter(x))` with W [out_dim, in_dim] kept in float32.
+
+    Attributes:
+        zero_init: starts at zero (projections that write to the residual stream).
+        fake_quantize: applied to the weight in every training forward when quantisation-aware
+            training is on; None otherwise.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, zero_init: bool = False):
+        super().__init__()
+        self.in_dim, self.out_dim, self.zero_init = in_dim, out_dim, zero_init
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.fake_quantize: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor, adapter: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        weight = self.weight
+        if self.fake_quantize is not None and self.training:
+            weight = self.fake_quantize(weight)
+        y = F.linear(x, weight.to(x.dtype))
+        return y if adapter is None else y + adapter(x).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_dim} -> {self.out_dim}"
+
+
+def init_linear(layer: Linear, how: str, zero_output: bool) -> None:
+    """Fill a layer: `uniform` is torch's default U(+-1/sqrt(in)), `orthogonal` has gain 1.
+
+    Matrices with a side below 64 stay uniform under `orthogonal`, as in the public systems.
+    """
+    if layer.zero_init and zero_output:
+        nn.init.zeros_(layer.weight)
+    elif how == "orthogonal" and min(layer.weight.shape) >= 64:
+        nn.init.orthogonal_(layer.weight)
+    else:
+        bound = 1 / math.sqrt(layer.in_dim)
+        nn.init.uniform_(layer.weight, -bound, bound)

@@ -1,0 +1,120 @@
+"""Causal grouped-query attention with normed queries and keys and a learned gain per head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, option
+from recurgolf.model.linear import Linear
+from recurgolf.model.mixers import Mixer
+from recurgolf.model.norm import rms_norm
+from recurgolf.model.rope import rotate
+from recurgolf.model.visit import VisitInputs
+
+
+@option("model/mixer", "attention")
+@dataclass
+class AttentionConfig(Mixer):
+    """Softmax attention (formulae: the official baseline; XSA and partial RoPE are options)."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    """Key and value heads; a divisor of num_heads (grouped-query attention, 2305.13245)."""
+    q_gain_init: float = 1.5
+    """Start of the learned gain on every query head, applied after the rotation."""
+    remove_value_direction: bool = False
+    """XSA: take from each output its part along the value of the same position."""
+    remove_value_direction_last: int | None = None
+    """XSA only in the last n blocks (of all blocks, not visits); null: in all."""
+
+    def check(self, dim: int) -> None:
+        if dim % self.num_heads:
+            raise ConfigError(
+                f"model.dim={dim} is not divisible by model.mixer.num_heads={self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.mixer.num_heads={self.num_heads} is not a multiple of "
+                f"model.mixer.num_kv_heads={self.num_kv_heads}"
+            )
+        if dim // self.num_heads % 2:
+            raise ConfigError(
+                f"model.dim={dim} / model.mixer.num_heads={self.num_heads} gives heads of "
+                f"{dim // self.num_heads}; rotary positions need an even number"
+            )
+
+    def projections(self, dim: int) -> dict[str, tuple[int, int]]:
+        kv_dim = dim // self.num_heads * self.num_kv_heads
+        return {
+            "q_proj": (dim, dim),
+            "k_proj": (dim, kv_dim),
+            "v_proj": (dim, kv_dim),
+            "o_proj": (dim, dim),
+        }
+
+    def build(self, dim: int, block: int, num_blocks: int, norm_eps: float) -> Attention:
+        last = self.remove_value_direction_last
+        xsa = self.remove_value_direction and (last is None or block >= num_blocks - last)
+        return Attention(dim, self, xsa, norm_eps)
+
+    def flops(self, dim: int, length: int) -> int:
+        return 4 * dim * (length + 1) // 2
+
+
+class Attention(nn.Module):
+    """Attention over [batch, length, dim]; the projections take per-visit adapters."""
+
+    def __init__(self, dim: int, config: AttentionConfig, xsa: bool, norm_eps: float):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.xsa, self.norm_eps = xsa, norm_eps
+        kv_dim = dim // self.num_heads * self.num_kv_heads
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, kv_dim)
+        self.v_proj = Linear(dim, kv_dim)
+        self.o_proj = Linear(dim, dim, zero_init=True)
+        self.q_gain = nn.Parameter(torch.full((self.num_heads,), config.q_gain_init))
+
+    def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        batch, length, dim = x.shape
+        adapters = inputs.adapters
+
+        def heads(y: Tensor, count: int) -> Tensor:  # (b, t, h*d) -> (b, h, t, d)
+            return y.view(batch, length, count, -1).transpose(1, 2)
+
+        q = heads(self.q_proj(x, adapters.get("q_proj")), self.num_heads)
+        k = heads(self.k_proj(x, adapters.get("k_proj")), self.num_kv_heads)
+        v = self.v_proj(x, adapters.get("v_proj"))
+        if inputs.values is not None:
+            v = v + inputs.values.to(v.dtype)
+        v = heads(v, self.num_kv_heads)
+        q = rotate(rms_norm(q, self.norm_eps), inputs.rope)
+        k = rotate(rms_norm(k, self.norm_eps), inputs.rope)
+        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        y = self._attend(q, k.to(q.dtype), v.to(q.dtype), inputs.documents)
+        if self.xsa:
+            y = self._remove_value_direction(y, v)
+        y = y.transpose(1, 2).reshape(batch, length, dim)
+        return self.o_proj(y, adapters.get("o_proj"))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        grouped = self.num_heads != self.num_kv_heads
+        if documents is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        length = q.shape[2]
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        same = documents[:, :, None] == documents[:, None, :]
+        mask = (causal & same)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    def _remove_value_direction(self, y: Tensor, v: Tensor) -> Tensor:
+        """y - (y . v/|v|) v/|v| with the value of the same position and kv head."""
+        batch, _, length, head_dim = y.shape
+        direction = F.normalize(v, dim=-1)[:, :, None]  # (b, kv, 1, t, d)
+        grouped = y.view(batch, self.num_kv_heads, -1, length, head_dim)
+        along = (grouped * direction).sum(-1, keepdim=True)
+        return (grouped - along * direction).view_as(y)

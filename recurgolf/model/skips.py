@@ -1,0 +1,79 @@
+"""Skip connections between visits: a state is kept at one visit and joined at a later one.
+
+`model.skips` names the kind. Which visits pair up follows from the LoopPlan alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.looping import LoopPlan
+
+
+def unet_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
+    """Later visit -> (earlier visit, row): the first half pushes, the second half pops.
+
+    The encoder is the first floor(n/2) visits; the k-th decoder visit joins the output of the
+    last encoder visit not yet joined.
+    """
+    encoder = plan.num_visits // 2
+    return {encoder + k: (encoder - 1 - k, k) for k in range(encoder)}
+
+
+def prelude_to_coda_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
+    """The prelude's output joins in front of the coda, around the whole core."""
+    start, stop = plan.core
+    if start == 0 or stop == plan.num_visits:
+        return {}
+    return {stop: (start - 1, 0)}
+
+
+class Skips(nn.Module):
+    """`x + weight * kept`, one row of weights [dim] per pair."""
+
+    def __init__(
+        self, pairs: Callable[[LoopPlan], Mapping[int, tuple[int, int]]], rows: int, dim: int
+    ):
+        super().__init__()
+        self.pairs = pairs
+        self.weight = nn.Parameter(torch.ones(rows, dim))
+
+    def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        return x + self.weight[row].to(x.dtype) * kept
+
+
+class GatedSkips(Skips):
+    """`(1 - g) weight * kept + g x` with g = sigmoid(gate), which starts at the average."""
+
+    def __init__(
+        self, pairs: Callable[[LoopPlan], Mapping[int, tuple[int, int]]], rows: int, dim: int
+    ):
+        super().__init__(pairs, rows, dim)
+        self.gate = nn.Parameter(torch.zeros(rows, dim))
+
+    def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        kept = self.weight[row].to(x.dtype) * kept
+        return torch.lerp(kept, x, torch.sigmoid(self.gate[row]).to(x.dtype))
+
+
+class NoSkips(nn.Module):
+    """No connection; a null object, so that the forward has one shape."""
+
+    @staticmethod
+    def pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
+        return {}
+
+    def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
+        raise AssertionError("nothing is ever joined")
+
+
+SKIPS: dict[str, Callable[[LoopPlan, int], nn.Module]] = {
+    "none": lambda plan, dim: NoSkips(),
+    "unet": lambda plan, dim: Skips(unet_pairs, plan.num_visits // 2, dim),
+    "unet_gated": lambda plan, dim: GatedSkips(unet_pairs, plan.num_visits // 2, dim),
+    "prelude_to_coda": lambda plan, dim: Skips(prelude_to_coda_pairs, 1, dim),
+}
+"""`model.skips` -> constructor(largest plan, dim)."""

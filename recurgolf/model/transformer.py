@@ -1,0 +1,366 @@
+"""The transformer: embed, run a LoopPlan over the blocks, read out. One forward for everything.
+
+Training, evaluation, test-time training, calibration and the artifact all call this module with a
+plan; nothing here knows which schedule, which public system or which phase asked.
+
+Shapes: b batch, t length, d model width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.looping import LoopPlan
+from recurgolf.lora import Adapters
+from recurgolf.model.block import Block, BlockConfig, BlockNorm, SequentialConfig
+from recurgolf.model.embedding import BigramConfig, BigramHash, Smear, ValueEmbed, ValueEmbedConfig
+from recurgolf.model.heads import MultiTokenHeads, readout_loss, softcap
+from recurgolf.model.linear import Linear, init_linear
+from recurgolf.model.mixers import Mixer
+from recurgolf.model.mixers.attention import AttentionConfig
+from recurgolf.model.mlp import MLPS
+from recurgolf.model.norm import rms_norm
+from recurgolf.model.rope import rope_base, rope_table
+from recurgolf.model.skips import SKIPS
+from recurgolf.model.visit import VisitInputs
+
+
+@dataclass
+class RopeConfig:
+    """Rotary positions."""
+
+    base: float = 10000.0
+    dims: int = 0
+    """Dimensions of each head that turn; 0: all."""
+    train_len: int | None = None
+    """Length from which on the base grows with the sequence (NTK); null: never."""
+
+
+@dataclass
+class InitConfig:
+    """Starting values."""
+
+    embed_std: float = 0.005
+    linear: str = "uniform"
+    """Matrices: uniform (torch's default) | orthogonal."""
+    zero_output: bool = True
+    """Projections that write to the residual stream start at zero."""
+
+
+@option("model", "transformer")
+@dataclass
+class Model:
+    """Sizes and parts of the network."""
+
+    vocab_size: int = 1024
+    dim: int = 192
+    num_blocks: int = 4
+    """Blocks with weights of their own; looping decides how often each is visited."""
+    mlp_mult: float = 2.0
+    mlp_activation: str = "relu2"
+    # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
+    block: BlockConfig = field(default_factory=BlockConfig)
+    mixer: Mixer = field(default_factory=Mixer)
+    second_block: BlockConfig | None = None
+    """Another kind of block for the indices in second_block_at."""
+    second_block_at: list[int] = field(default_factory=list)
+    second_mixer: Mixer | None = None
+    """Another mixer for the block indices in second_mixer_at (hybrids)."""
+    second_mixer_at: list[int] = field(default_factory=list)
+    skips: str = "none"
+    """none | unet | unet_gated | prelude_to_coda."""
+    depth_scaled_norm: bool = False
+    """Every norm of block i is followed by the factor 1/sqrt(i + 1)."""
+    visit_gains: bool = False
+    """A learned gain per visit and channel on both branches."""
+    visit_gain_clamp: float = 4.0
+    embed_dim: int | None = None
+    """Width of the token table where it differs from dim."""
+    smear: bool = False
+    """Mix every state with the one before it, behind the embedding."""
+    bigram: BigramConfig = field(default_factory=BigramConfig)
+    value_embed: ValueEmbedConfig = field(default_factory=ValueEmbedConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_embeddings: bool = True
+    logit_softcap: float | None = 30.0
+    mtp_heads: int = 0
+    """Extra heads that predict further ahead, in training only."""
+    mtp_weight: float = 0.2
+    norm_eps: float = 1.1920928955078125e-07
+    """Of every RMS norm; the default is float32's machine epsilon, as in the baseline."""
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        if type(self.block) is BlockConfig:
+            self.block = SequentialConfig()
+        if type(self.mixer) is Mixer:
+            self.mixer = AttentionConfig()
+        if self.mlp_activation not in MLPS:
+            raise ConfigError(
+                f"model.mlp_activation={self.mlp_activation!r}"
+                f"{suggestion(self.mlp_activation, MLPS)}"
+            )
+        if self.skips not in SKIPS:
+            raise ConfigError(f"model.skips={self.skips!r}{suggestion(self.skips, SKIPS)}")
+        if self.init.linear not in ("uniform", "orthogonal"):
+            raise ConfigError(f"model.init.linear={self.init.linear!r}: uniform or orthogonal")
+        for name in ("vocab_size", "dim", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: at least 1")
+        for name in ("second_block", "second_mixer"):
+            wrong = [i for i in getattr(self, f"{name}_at") if not 0 <= i < self.num_blocks]
+            if wrong:
+                raise ConfigError(
+                    f"model.{name}_at={wrong} is outside the {self.num_blocks} blocks "
+                    f"(0 to {self.num_blocks - 1})"
+                )
+            if getattr(self, f"{name}_at") and getattr(self, name) is None:
+                raise ConfigError(f"model.{name}_at is given, but no model.{name}")
+        for block in range(self.num_blocks):
+            self.mixer_of(block).check(self.dim)
+        head_dim = self.head_dim
+        if head_dim is not None and not (
+            0 <= self.rope.dims <= head_dim and self.rope.dims % 2 == 0
+        ):
+            raise ConfigError(
+                f"model.rope.dims={self.rope.dims}: an even number from 0 (all) to the head "
+                f"dimension {head_dim}"
+            )
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.mlp_mult * self.dim)
+
+    @property
+    def head_dim(self) -> int | None:
+        """Width of an attention head; None where no block attends."""
+        for block in range(self.num_blocks):
+            mixer = self.mixer_of(block)
+            if isinstance(mixer, AttentionConfig):
+                return self.dim // mixer.num_heads
+        return None
+
+    def block_of(self, block: int) -> BlockConfig:
+        second = self.second_block is not None and block in self.second_block_at
+        return self.second_block if second else self.block  # type: ignore[return-value]
+
+    def mixer_of(self, block: int) -> Mixer:
+        second = self.second_mixer is not None and block in self.second_mixer_at
+        return self.second_mixer if second else self.mixer  # type: ignore[return-value]
+
+    def projections(self, block: int) -> dict[str, tuple[int, int]]:
+        """Linear projections of a block, name -> (in_dim, out_dim): what adapters can sit on."""
+        hidden = self.mlp_hidden
+        mlp = {"up_proj": (self.dim, hidden), "down_proj": (hidden, self.dim)}
+        if self.mlp_activation == "swiglu":
+            mlp["gate_proj"] = (self.dim, hidden)
+        return {
+            **self.mixer_of(block).projections(self.dim),
+            **mlp,
+            "residual": (self.dim, self.dim),
+        }
+
+    def build(self, largest_plan: LoopPlan) -> Transformer:
+        """The network, initialised from torch's current random state.
+
+        Args:
+            largest_plan: the plan with the most visits; per-visit parameters get its size.
+        """
+        return Transformer(self, largest_plan)
+
+
+class Transformer(nn.Module):
+    """`model(tokens, plan)` gives logits [b, t, v]; with targets, the mean loss in nats."""
+
+    def __init__(self, config: Model, largest_plan: LoopPlan):
+        super().__init__()
+        self.config = config
+        dim, embed_dim = config.dim, config.embed_dim or config.dim
+        self.embed = nn.Embedding(config.vocab_size, embed_dim)
+        self.embed_proj = Linear(embed_dim, dim) if embed_dim != dim else None
+        self.head_proj = Linear(dim, embed_dim) if embed_dim != dim else None
+        self.bigram = BigramHash(config.bigram, embed_dim) if config.bigram.rows else None
+        self.smear = Smear(dim) if config.smear else None
+        self.value_embed = (
+            ValueEmbed(config.value_embed, config.vocab_size, self._kv_dim())
+            if config.value_embed.dim and config.value_embed.visits
+            else None
+        )
+        self.blocks = nn.ModuleList(self._build_block(i) for i in range(config.num_blocks))
+        self.skips = SKIPS[config.skips](largest_plan, dim)
+        shape = (largest_plan.num_visits, dim)
+        self.mixer_visit_gain = nn.Parameter(torch.ones(shape)) if config.visit_gains else None
+        self.mlp_visit_gain = nn.Parameter(torch.ones(shape)) if config.visit_gains else None
+        self.lm_head = (
+            None if config.tie_embeddings else Linear(embed_dim, config.vocab_size, zero_init=True)
+        )
+        self.mtp = (
+            MultiTokenHeads(config.mtp_heads, dim, config.vocab_size) if config.mtp_heads else None
+        )
+        self.adapters: Adapters | None = None
+        self.init_weights()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        plan: LoopPlan,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [b, t, v] or, with `targets` [b, t], the training loss in nats per token.
+
+        Args:
+            tokens: ids [b, t].
+            documents: document number per position where nothing may cross documents.
+        """
+        hidden = self.hidden(tokens, plan, documents)
+        if targets is None:
+            return self.logits(hidden)
+        loss = readout_loss(
+            self._readable(hidden), self.readout, targets, self.config.logit_softcap
+        )
+        if self.mtp is not None and self.training:
+            loss = loss + self.config.mtp_weight * self.mtp.loss(
+                hidden, targets, self.config.logit_softcap
+            )
+        return loss
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        plan: LoopPlan,
+        documents: Tensor | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The normed state behind the last visit [b, t, d], which the heads read.
+
+        Args:
+            observe: called with (position in the plan, state) behind every visit.
+        """
+        x = self.embedded(tokens, documents)
+        inputs = VisitInputs(x, self._rope(tokens.shape[1], tokens.device), documents=documents)
+        values = self.value_embed(tokens) if self.value_embed is not None else {}
+        pairs = self.skips.pairs(plan)
+        sources = {source for source, _ in pairs.values()}
+        kept: dict[int, Tensor] = {}
+        for position, visit in enumerate(plan.visits):
+            if position in pairs:
+                source, row = pairs[position]
+                x = self.skips.join(x, kept.pop(source), row)
+            if self.adapters is not None:
+                inputs.adapters = self.adapters.of_visit(visit)
+            inputs.values = values.get(position)
+            inputs.mixer_gain = self._visit_gain(self.mixer_visit_gain, position)
+            inputs.mlp_gain = self._visit_gain(self.mlp_visit_gain, position)
+            if position < plan.grad_from and torch.is_grad_enabled():
+                with torch.no_grad():
+                    x = self.blocks[visit.block](x, inputs)
+            else:
+                x = self.blocks[visit.block](x, inputs)
+            if observe is not None:
+                observe(position, x)
+            if position in sources:
+                kept[position] = x
+        return rms_norm(x, self.config.norm_eps)
+
+    def embedded(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """The state in front of the first block [b, t, d]."""
+        x = self.embed(tokens)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens)
+        x = rms_norm(x, self.config.norm_eps)
+        if self.embed_proj is not None:
+            x = self.embed_proj(x)
+        return x if self.smear is None else self.smear(x, documents)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., v] of normed states [..., d]."""
+        hidden = self._readable(hidden)
+        raw = nn.functional.linear(hidden, self.readout.to(hidden.dtype))
+        return softcap(raw, self.config.logit_softcap)
+
+    @property
+    def readout(self) -> Tensor:
+        """The matrix of the main head [v, d]."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def idle_parameters(self, plan: LoopPlan) -> list[str]:
+        """Names of the parameters that a training step under this plan gives no gradient."""
+        trained = plan.visits[plan.grad_from :]
+        adapters = self.adapters
+        adapted = {
+            v.block for v in trained if adapters is not None and adapters.slot(v) is not None
+        }
+        visited = {visit.block for visit in trained}
+        idle = [
+            f"blocks.{index}.{name}"
+            for index, block in enumerate(self.blocks)
+            if index not in visited
+            for name, _ in block.named_parameters()
+        ]
+        if adapters is not None:
+            idle += [
+                f"adapters.banks.{index}.{name}"
+                for index, bank in adapters.banks.items()
+                if int(index) not in adapted
+                for name, _ in bank.named_parameters()
+            ]
+        if not self.skips.pairs(plan):
+            idle += [f"skips.{name}" for name, _ in self.skips.named_parameters()]
+        embed = self.value_embed
+        if embed is not None and not any(v < plan.num_visits for v in embed.rows):
+            idle += [f"value_embed.{name}" for name, _ in embed.named_parameters()]
+        return idle
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter; adapters start themselves when they are added."""
+        init = self.config.init
+        nn.init.normal_(self.embed.weight, std=init.embed_std if self.lm_head is None else 1.0)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                init_linear(module, init.linear, init.zero_output)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+        if self.value_embed is not None:
+            nn.init.normal_(self.value_embed.embed.weight, std=0.01)
+        for head in (self.lm_head, *(self.mtp.heads if self.mtp is not None else ())):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+
+    def _build_block(self, index: int) -> Block:
+        config = self.config
+        norm = BlockNorm(config.norm_eps, (index + 1) ** -0.5 if config.depth_scaled_norm else 1.0)
+        mixer = config.mixer_of(index).build(config.dim, index, config.num_blocks, config.norm_eps)
+        mlp = MLPS[config.mlp_activation](config.dim, config.mlp_hidden)
+        return config.block_of(index).build(config.dim, mixer, mlp, norm)
+
+    def _kv_dim(self) -> int:
+        widths = {
+            shape[1]
+            for block in range(self.config.num_blocks)
+            for name, shape in self.config.projections(block).items()
+            if name == "v_proj"
+        }
+        if len(widths) != 1:
+            raise ConfigError("model.value_embed needs attention in every block that receives it")
+        return widths.pop()
+
+    def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rope = self.config.rope
+        dims = rope.dims or self.config.head_dim or 2
+        return rope_table(length, dims, rope_base(rope.base, dims, length, rope.train_len), device)
+
+    def _readable(self, hidden: Tensor) -> Tensor:
+        return hidden if self.head_proj is None else self.head_proj(hidden)
+
+    def _visit_gain(self, table: Tensor | None, position: int) -> Tensor | None:
+        if table is None:
+            return None
+        clamp = self.config.visit_gain_clamp
+        return table[min(position, len(table) - 1)].clamp(-clamp, clamp)

@@ -1,0 +1,243 @@
+"""The optimizer options: rates, decays and clips by role, momentum, and who updates what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.optim.groups import ROLES
+from recurgolf.optim.muon import BUFFER_DTYPES, DECAY_MODES, SCALES, Muon
+from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES
+from recurgolf.optim.numuon import NuMuon
+from recurgolf.optim.schedule import Schedule
+
+LOOP_LR_SCALES: dict[str, Callable[[int], float]] = {
+    "none": lambda passes: 1.0,
+    "inv_sqrt_passes": lambda passes: 1 / math.sqrt(passes),
+}
+
+
+@dataclass
+class OptimizerConfig:
+    """What every optimizer has: a rate and a decay per role, AdamW's constants, clips, a schedule.
+
+    Decay is decoupled (AdamW's): a step shrinks weights by lr times it.
+    """
+
+    matrix_lr: float = 0.04
+    """Projections of the blocks and elsewhere."""
+    embed_lr: float = 0.05
+    """Embedding tables; tied ones bear a small rate (0.05), untied ones a large one (0.6)."""
+    head_lr: float = 0.008
+    """The untied output head."""
+    scalar_lr: float = 0.04
+    """Gains, gates, mixes, skip weights: every vector and every control tensor."""
+    lora_lr: float = 0.01
+    """Low-rank adapters."""
+    mtp_lr: float = 0.008
+    """Multi-token heads, which exist in training only."""
+
+    matrix_weight_decay: float = 0.0
+    embed_weight_decay: float = 0.0
+    head_weight_decay: float = 0.0
+    scalar_weight_decay: float = 0.0
+    lora_weight_decay: float = 0.0
+    mtp_weight_decay: float = 0.0
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    clip_scope: str = "group"
+    """`group`: every role has its own norm. `global`: one norm over everything."""
+    lora_grad_clip: float | None = None
+    """The adapters' own limit, which also takes them out of the global norm; null: grad_clip."""
+    compat_clip_stage: str = "post_sync"
+    """`pre_sync` clips every rank's own gradients before they are averaged (system V)."""
+    lora_warmup_steps: int = 0
+    """Steps with gradients over which the adapters' rate grows linearly from 1/n; 0: none."""
+    loop_lr_scale: str = "none"
+    """`inv_sqrt_passes` divides the matrix rate of looped blocks by the square root of passes."""
+
+    # The base class is the default so that any schedule can be composed into its place.
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        self._one_of("clip_scope", ("group", "global"))
+        self._one_of("compat_clip_stage", ("post_sync", "pre_sync"))
+        self._one_of("loop_lr_scale", LOOP_LR_SCALES)
+        for name in ("grad_clip", "lora_grad_clip", "lora_warmup_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least 0")
+        for role in ROLES:
+            for name in (f"{role}_lr", f"{role}_weight_decay"):
+                if getattr(self, name) < 0:
+                    raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: from 0 to below 1")
+
+    @property
+    def muon_roles(self) -> frozenset[str]:
+        """Roles whose matrices a Muon updates."""
+        return frozenset()
+
+    def lr_of(self, role: str) -> float:
+        return getattr(self, f"{role}_lr")
+
+    def weight_decay_of(self, role: str) -> float:
+        return getattr(self, f"{role}_weight_decay")
+
+    def block_lr_factor(self, passes: int) -> float:
+        """Factor on the matrix rate of blocks that are visited `passes` times."""
+        return LOOP_LR_SCALES[self.loop_lr_scale](passes)
+
+    def momentum_at(self, step: int) -> float:
+        """Momentum after `step` finished steps; here AdamW's constant first beta."""
+        return self.beta1
+
+    def make_adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """AdamW over torch parameter groups; without decay it is Adam."""
+        devices = {param.device.type for group in groups for _, param in group["params"]}
+        return torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=devices <= {"cpu", "cuda"},
+        )
+
+    def make_muon(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer of the groups in `muon_roles`."""
+        raise NotImplementedError
+
+    def _one_of(self, name: str, known: Iterable[str]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            raise ConfigError(f"optimizer.{name}={value!r}{suggestion(value, known)}")
+
+
+@option("optimizer", "adamw")
+@dataclass
+class AllAdamW(OptimizerConfig):
+    """AdamW for every parameter."""
+
+    matrix_lr: float = 0.002
+    embed_lr: float = 0.002
+    head_lr: float = 0.002
+    scalar_lr: float = 0.002
+    lora_lr: float = 0.002
+    mtp_lr: float = 0.002
+    matrix_weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    clip_scope: str = "global"
+
+
+@option("optimizer", "muon_adam")
+@dataclass
+class MuonAdam(OptimizerConfig):
+    """Muon for matrices, AdamW for the rest; rates of the official baseline."""
+
+    matrix_optimizer: str = "muon"
+    """`muon`, or `numuon`: leading singular directions only, fewer as training goes on."""
+    momentum: float = 0.95
+    momentum_start: float = 0.85
+    """Momentum at the first step."""
+    momentum_warmup_steps: int = 500
+    """Steps over which momentum grows linearly from start to its value; 0: constant."""
+    nesterov: bool = True
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_arithmetic: str = "scale_first"
+    """Order of rounding: `scale_first` (B0, M, R), `square_first` (V), `fused` (fastest)."""
+    ns_dtype: str = "bf16"
+    """Precision of the iterations: `bf16`, or `float32` where a CPU multiplies that faster."""
+    row_normalize: bool = False
+    """Unit rows before orthogonalising (MuonEq-R)."""
+    weight_decay_mode: str = "decoupled"
+    """What matrix_weight_decay does: `decoupled`, `coupled_l2` (added to the gradient), `none`."""
+    muon_scale: str = "sqrt_max1"
+    """Factor on a matrix's rate: `sqrt_max1` is sqrt(max(1, rows / cols)); `none`."""
+    buffer_dtype: str = "grad"
+    """`bf16` keeps gradient and momentum in bfloat16; `grad` in the gradient's own precision."""
+    batch_matrices: bool = True
+    """Orthogonalise equal shapes in one call."""
+    lora_optimizer: str = "adamw"
+    """`muon` gives the adapters' matrices to Muon: their updates then have a fixed size."""
+    mtp_optimizer: str = "adamw"
+    numuon_min_rank: float = 0.25
+    """Share of singular directions left at the end of training."""
+
+    compat_decay_without_grad: bool = False
+    """Decoupled decay also for matrices without a gradient (system M)."""
+    compat_shard_rows: int = 0
+    """Orthogonalise plain matrices in so many row shards (system V on so many GPUs); 0: whole."""
+    compat_keep_momentum_after_warmup: bool = False
+    """Let Muon's momentum of the warm-up steps leak into training (system V)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("matrix_optimizer", ("muon", "numuon"))
+        self._one_of("ns_arithmetic", ARITHMETIC)
+        self._one_of("ns_dtype", DTYPES)
+        self._one_of("weight_decay_mode", DECAY_MODES)
+        self._one_of("muon_scale", SCALES)
+        self._one_of("buffer_dtype", BUFFER_DTYPES)
+        self._one_of("lora_optimizer", ("adamw", "muon"))
+        self._one_of("mtp_optimizer", ("adamw", "muon"))
+        for name in ("momentum", "momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: from 0 to below 1")
+        for name, least in (
+            ("ns_steps", 1),
+            ("momentum_warmup_steps", 0),
+            ("compat_shard_rows", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least {least}")
+        if not 0 < self.numuon_min_rank <= 1:
+            raise ConfigError(
+                f"optimizer.numuon_min_rank={self.numuon_min_rank}: a share above 0, at most 1"
+            )
+
+    @property
+    def muon_roles(self) -> frozenset[str]:
+        asked = {"lora": self.lora_optimizer, "mtp": self.mtp_optimizer}
+        return frozenset({"matrix", *(role for role, by in asked.items() if by == "muon")})
+
+    def momentum_at(self, step: int) -> float:
+        """Muon's momentum after `step` finished steps."""
+        if step >= self.momentum_warmup_steps:
+            return self.momentum
+        done = step / self.momentum_warmup_steps
+        return (1 - done) * self.momentum_start + done * self.momentum
+
+    def make_muon(self, groups: list[dict[str, Any]]) -> Optimizer:
+        options: dict[str, Any] = dict(
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            ns_arithmetic=self.ns_arithmetic,
+            ns_dtype=self.ns_dtype,
+            weight_decay_mode=self.weight_decay_mode,
+            row_normalize=self.row_normalize,
+            scale=self.muon_scale,
+            buffer_dtype=self.buffer_dtype,
+            batch=self.batch_matrices,
+            compat_decay_without_grad=self.compat_decay_without_grad,
+            compat_shard_rows=self.compat_shard_rows,
+        )
+        if self.matrix_optimizer == "numuon":
+            return NuMuon(groups, min_rank=self.numuon_min_rank, **options)
+        return Muon(groups, **options)
+
+
+__all__ = ["AllAdamW", "MuonAdam", "OptimizerConfig"]

@@ -1,0 +1,160 @@
+"""What a Run will be, before any weight exists: `recurgolf plan`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recurgolf.artifact.code import pack_code
+from recurgolf.artifact.ledger import Line, predict
+from recurgolf.config import ConfigError
+from recurgolf.looping import LoopPlan
+from recurgolf.run import Run
+
+
+@dataclass
+class Plan:
+    """The figures of a Run that follow from its configuration alone.
+
+    Attributes:
+        params, effective_params: weights that train; the same with every visit counted.
+        flops_per_token: forward and backward, per training token, at full depth.
+        code_bytes, code_bytes_raw: the counted code as shipped, and its readable source.
+        lines: predicted bytes of the model file by component.
+    """
+
+    visits: LoopPlan
+    eval_visits: LoopPlan
+    params: int
+    effective_params: int
+    flops_per_token: int
+    code_bytes: int
+    code_bytes_raw: int
+    lines: list[Line]
+    budget_bytes: int
+
+    @property
+    def model_bytes(self) -> int:
+        return round(sum(line.predicted for line in self.lines))
+
+    @property
+    def total_bytes(self) -> int:
+        return self.model_bytes + self.code_bytes
+
+    @property
+    def headroom(self) -> int:
+        return self.budget_bytes - self.total_bytes
+
+
+def shapes_of(run: Run) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the run's parameters, from a model without storage."""
+    plan = run.largest_plan
+    with torch.device("meta"):
+        model = run.model.build(plan)
+        model.adapters = run.lora.build(run.model.projections, plan)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def packed_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Without what is used in training alone."""
+    return {name: shape for name, shape in shapes.items() if not name.startswith("mtp.")}
+
+
+def effective(shapes: dict[str, tuple[int, ...]], plan: LoopPlan) -> int:
+    """Parameters with every visit of a block counted."""
+    visits = {str(block): plan.blocks.count(block) for block in set(plan.blocks)}
+    total = 0
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        total += math.prod(shape) * (visits.get(parts[1], 0) if parts[0] == "blocks" else 1)
+    return total
+
+
+def flops_per_token(run: Run, plan: LoopPlan) -> int:
+    """Forward and backward (three times the forward), matrix products and mixing.
+
+    Visits before `grad_from` have no backward.
+    """
+    dim, length = run.model.dim, run.trainer.seq_len
+    rank = run.lora.rank
+    slots = run.lora.slots(run.largest_plan) if rank else {}
+    total = 0
+    for position, visit in enumerate(plan.visits):
+        shapes = run.model.projections(visit.block)
+        forward = sum(2 * i * o for name, (i, o) in shapes.items() if name != "residual")
+        forward += run.model.mixer_of(visit.block).flops(dim, length)
+        if visit.block in slots:
+            forward += sum(2 * rank * sum(shapes[t]) for t in run.lora.targets if t in shapes)
+        total += forward * (3 if position >= plan.grad_from else 1)
+    return total + 3 * 2 * (run.model.embed_dim or dim) * run.model.vocab_size
+
+
+def make_plan(run: Run) -> Plan:
+    """Everything `recurgolf plan` prints.
+
+    Raises:
+        ConfigError: a quantiser's rules that do not fit the model's parameters.
+    """
+    shapes = shapes_of(run)
+    kept = packed_shapes(shapes)
+    training = run.plan(1.0)
+    code = pack_code([run.model, run.looping, run.lora, run.eval])
+    return Plan(
+        visits=training,
+        eval_visits=run.eval_plan,
+        params=sum(math.prod(shape) for shape in shapes.values()),
+        effective_params=effective(kept, training),
+        flops_per_token=flops_per_token(run, training),
+        code_bytes=code.packed_bytes,
+        code_bytes_raw=code.raw_bytes,
+        lines=predict(kept, run.quant.assign(kept)),
+        budget_bytes=run.budget.artifact_bytes,
+    )
+
+
+def check_budget(plan: Plan) -> None:
+    """Refuse a budget that the code alone exceeds."""
+    if plan.code_bytes > plan.budget_bytes:
+        raise ConfigError(
+            f"budget.artifact_bytes={plan.budget_bytes:,} is smaller than the code needed to load "
+            f"and score the model ({plan.code_bytes:,} bytes packed)"
+        )
+
+
+def plan_table(run: Run) -> str:
+    """The plan for people."""
+    plan = make_plan(run)
+    training = run.trainer
+    rows = [
+        ("parameters", f"{plan.params:,}"),
+        ("effective parameters", f"{plan.effective_params:,}"),
+        ("visits in training", f"{plan.visits.num_visits}: {plan.visits.describe()}"),
+        ("visits when scoring", f"{plan.eval_visits.num_visits}: {plan.eval_visits.describe()}"),
+        ("FLOPs per training token", f"{plan.flops_per_token:,}"),
+        ("training tokens", f"{training.steps * training.batch_tokens:,}"),
+    ]
+    text = [f"{run.name} (fingerprint {run.fingerprint})", ""]
+    text += [f"  {name:<26}{value}" for name, value in rows]
+    text += ["", f"  {'bytes, predicted':<26}{'params':>12}{'bytes':>12}{'bits/param':>12}"]
+    text += byte_lines(plan.lines)
+    text += [
+        f"  {'model file':<26}{plan.params:>12,}{plan.model_bytes:>12,}",
+        f"  {'code (packed)':<26}{'':>12}{plan.code_bytes:>12,}",
+        f"  {'total':<26}{'':>12}{plan.total_bytes:>12,}",
+        f"  {'budget':<26}{'':>12}{plan.budget_bytes:>12,}",
+        f"  {'headroom':<26}{'':>12}{plan.headroom:>12,}",
+    ]
+    check_budget(plan)
+    return "\n".join(text)
+
+
+def byte_lines(lines: Sequence[Line]) -> list[str]:
+    """One line per component."""
+    return [
+        f"  {line.component:<26}{line.params:>12,}{line.predicted:>12,.0f}"
+        + (f"{8 * line.predicted / line.params:>12.2f}" if line.params else "")
+        for line in lines
+    ]

@@ -1,0 +1,53 @@
+"""Quantisation of plain tensors: grids, rounding, GPTQ, rules over parameter names."""
+
+from recurgolf.quant.clip import (
+    Clip,
+    HessianSigmaClip,
+    MaxClip,
+    MeanAbsClip,
+    MeanSigmaClamp,
+    PercentileClip,
+    PercentileSearchClip,
+    SigmaClip,
+)
+from recurgolf.quant.codes import QuantizedTensor, Stored, dequantize, dequantize_state
+from recurgolf.quant.entropy import code_entropy, fit_tail, predicted_bits, predicted_bytes
+from recurgolf.quant.gptq import GptqResult, gptq_quantize, gptq_quantize_many
+from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.rtn import fake_quantize, rtn_quantize
+from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule
+from recurgolf.quant.state import MethodReport, QuantizedState, quantize_state
+
+__all__ = [
+    "Clip",
+    "GptqResult",
+    "GridSpec",
+    "HessianSigmaClip",
+    "Int6",
+    "Int8",
+    "MaxClip",
+    "MeanAbsClip",
+    "MeanSigmaClamp",
+    "MethodReport",
+    "NoQuant",
+    "PercentileClip",
+    "PercentileSearchClip",
+    "Quant",
+    "QuantizedState",
+    "QuantizedTensor",
+    "Rule",
+    "SigmaClip",
+    "Stored",
+    "TensorRule",
+    "code_entropy",
+    "dequantize",
+    "dequantize_state",
+    "fake_quantize",
+    "fit_tail",
+    "gptq_quantize",
+    "gptq_quantize_many",
+    "predicted_bits",
+    "predicted_bytes",
+    "quantize_state",
+    "rtn_quantize",
+]

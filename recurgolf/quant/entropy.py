@@ -1,0 +1,108 @@
+"""How many bits the codes will take, before any weight exists.
+
+A coded file pays for the entropy of the codes and not for their width: at 6 bits and a clip of 6 σ
+it is 4.4 bits a weight. The model takes the entries of a row as independent draws from a
+distribution of variance 1, Gaussian or Student's t for the heavier tails of trained weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from recurgolf.quant.codes import scale_shape
+from recurgolf.quant.grid import GridSpec
+
+_FLOAT16_SCALE_BITS = 12.0
+"""Coded bits of a float16 scale: the mantissa is noise, sign and exponent are nearly constant."""
+
+
+def spread(tail_df: float | None = None) -> Any:
+    """The distribution of variance 1 that entries follow: Gaussian, or Student's t."""
+    if tail_df is None:
+        return stats.norm()
+    if tail_df <= 2:
+        raise ValueError(f"tail_df={tail_df}; above 2, or the weights have no variance")
+    return stats.t(tail_df, scale=np.sqrt((tail_df - 2) / tail_df))
+
+
+def predicted_bits(spec: GridSpec, cols: int, tail_df: float | None = None) -> float:
+    """Expected entropy of one code, in bits, for rows of `cols` entries.
+
+    Args:
+        tail_df: degrees of freedom of Student's t for the entries, see `fit_tail`; None: Gaussian.
+    """
+    entries = min(spec.group_size or cols, cols)
+    law = spread(tail_df)
+    candidates = []
+    for ratios in spec.clip.ratios(entries, law):
+        rows = _row_grids(spec, ratios, entries, law)
+        probabilities = np.mean([_code_probabilities(spec, *row, law) for row in rows], axis=0)
+        error = _expected_error(spec, *rows[len(rows) // 2], law)
+        candidates.append((error, probabilities))
+    _, probabilities = min(candidates, key=lambda candidate: candidate[0])
+    return float(stats.entropy(probabilities, base=2))
+
+
+def predicted_bytes(spec: GridSpec, shape: tuple[int, int], tail_df: float | None = None) -> float:
+    """Expected coded bytes of a matrix [rows, cols]: its codes and its scales."""
+    num_scales = int(np.prod(scale_shape(shape, spec.group_size, spec.symmetric)))
+    bits = predicted_bits(spec, shape[1], tail_df) * shape[0] * shape[1]
+    return (bits + _FLOAT16_SCALE_BITS * num_scales) / 8
+
+
+def code_entropy(codes: Tensor) -> float:
+    """Zeroth-order entropy of integer codes, bits per code; 0 for an empty tensor."""
+    counts = torch.bincount(codes.flatten().to(torch.int64) + 128).double()
+    share = counts[counts > 0] / counts.sum().clamp_min(1)
+    return float(-(share * share.log2()).sum())
+
+
+def fit_tail(weights: Iterable[Tensor]) -> float | None:
+    """Degrees of freedom of Student's t from the kurtosis inside rows; None: as good as Gaussian.
+
+    Rows are compared with their own σ, so that rows of different size do not pass for tails.
+    """
+    total, fourth = 0, 0.0
+    for weight in weights:
+        rows = weight.detach().double()
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        rows = rows / rows.std(dim=1, keepdim=True).clamp_min(1e-30)
+        total, fourth = total + rows.numel(), fourth + float(rows.pow(4).sum())
+    excess = fourth / max(total, 1) - 3
+    # Student's t has excess kurtosis 6 / (df - 4).
+    return None if excess < 0.05 else 4 + 6 / excess
+
+
+def _row_grids(
+    spec: GridSpec, ratios: np.ndarray, entries: int, law: Any
+) -> list[tuple[float, float]]:
+    """Step and offset of equally likely rows; `ratios` are their clips in units of σ."""
+    low, high = spec.range
+    if spec.symmetric:
+        return [(float(ratio) / high, 0.0) for ratio in ratios]
+    # Top and bottom of a row are independent extremes, cut where the clip lies.
+    quantiles = (np.arange(16) + 0.5) / 16
+    extremes = np.minimum(law.ppf(quantiles ** (1 / entries)), np.max(ratios))
+    pairs = [(top, -extreme) for top in extremes for extreme in extremes]
+    steps = [(float(top - bottom) / (high - low), float(bottom)) for top, bottom in pairs]
+    return [(step, bottom - low * step) for step, bottom in steps]
+
+
+def _code_probabilities(spec: GridSpec, step: float, offset: float, law: Any) -> np.ndarray:
+    low, high = spec.range
+    sign = spec.bits == 1 and spec.symmetric
+    edges = np.zeros(1) if sign else (np.arange(low, high) + 0.5) * step + offset
+    return np.diff(np.concatenate([[0.0], law.cdf(edges), [1.0]]))
+
+
+def _expected_error(spec: GridSpec, step: float, offset: float, law: Any) -> float:
+    """Rounding and clipping error of an entry of variance 1, by quadrature."""
+    x = law.ppf((np.arange(4096) + 0.5) / 4096)
+    codes = np.clip(np.round((x - offset) / step), *spec.range)
+    return float(np.mean((x - codes * step - offset) ** 2))

@@ -1,0 +1,148 @@
+"""Run: the whole of an experiment as one typed, comparable value.
+
+A Run is data. Its parts check themselves; what must hold between parts is checked here, before
+any tensor exists. `run.json` is a Run's `to_dict`, and `Run.read` brings it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recurgolf.artifact.codecs import Codec
+from recurgolf.budget import Budget
+from recurgolf.config import ConfigError, from_dict, kind_of, load_plugins, to_dict
+from recurgolf.data import Data
+from recurgolf.eval import Eval
+from recurgolf.looping import Looping, LoopPlan
+from recurgolf.lora import LoRA
+from recurgolf.model.transformer import Model, Transformer
+from recurgolf.optim import Averaging, OptimizerConfig
+from recurgolf.quant import Quant
+from recurgolf.tracker import Tracking
+from recurgolf.training.settings import TrainerConfig
+
+
+@dataclass
+class ArtifactConfig:
+    """How the file is written."""
+
+    codec: Codec = field(default_factory=Codec)
+
+
+@dataclass
+class Seeds:
+    """Separate sources of chance; null: the run's `seed`."""
+
+    init: int | None = None
+    data: int | None = None
+    noise: int | None = None
+
+
+@dataclass
+class Run:
+    """One experiment: what is trained, on what, how it is packed and how it is scored."""
+
+    name: str
+    model: Model
+    looping: Looping
+    lora: LoRA
+    optimizer: OptimizerConfig
+    averaging: Averaging
+    quant: Quant
+    eval: Eval
+    data: Data
+    trainer: TrainerConfig
+    budget: Budget
+    tracker: Tracking
+    artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    seed: int = 1337
+    seeds: Seeds = field(default_factory=Seeds)
+    plugins: list[str] = field(default_factory=list)
+    """Importable modules with components of your own."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ConfigError(f"name={self.name!r}: a word without slashes")
+        if self.model.vocab_size < self.data.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} is smaller than "
+                f"data.vocab_size={self.data.vocab_size}"
+            )
+        self.data.check()
+        self.quant.check()
+        self.artifact.codec.check()
+        self.tracker.check()
+        self.looping.check(self.model.num_blocks)
+        self.lora.check(self.model.projections, self.largest_plan)
+        if self.eval.passes is not None:
+            self.looping.eval_plan(self.model.num_blocks, self.eval.passes)
+
+    @property
+    def largest_plan(self) -> LoopPlan:
+        """The plan that sizes per-visit parameters."""
+        return self.looping.largest_plan(self.model.num_blocks)
+
+    @property
+    def eval_plan(self) -> LoopPlan:
+        return self.looping.eval_plan(self.model.num_blocks, self.eval.passes)
+
+    def plan(self, fraction: float) -> LoopPlan:
+        """The training plan at a fraction of training."""
+        return self.looping.plan(self.model.num_blocks, fraction)
+
+    def seed_of(self, purpose: str) -> int:
+        """The seed for `init`, `data` or `noise`."""
+        own = getattr(self.seeds, purpose)
+        return self.seed if own is None else own
+
+    def build_model(self) -> Transformer:
+        """The network with its adapters, initialised from `seeds.init` (torch's state is set)."""
+        torch.manual_seed(self.seed_of("init"))
+        model = self.model.build(self.largest_plan)
+        model.adapters = self.lora.build(self.model.projections, self.largest_plan)
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Run:
+        load_plugins(data.get("plugins", ()))
+        return from_dict(cls, data)
+
+    def write(self, folder: Path) -> None:
+        (folder / "run.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """The Run of a finished run's folder."""
+        path = Path(folder) / "run.json"
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is damaged: {error}") from None
+        return cls.from_dict(data)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that can change a result; who watches (tracker) cannot."""
+        data = self.to_dict()
+        del data["tracker"], data["plugins"]
+        text = json.dumps(data, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def tags(self) -> list[str]:
+        """`group:kind` of every part, for filtering runs."""
+        return [
+            f"{name}:{kind_of(part)}"
+            for name in ("looping", "optimizer", "averaging", "quant", "eval", "data")
+            if hasattr(type(part := getattr(self, name)), "kind")
+        ] + [f"lora:{self.lora.rank}" if self.lora.rank else "lora:none"]

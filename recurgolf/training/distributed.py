@@ -1,0 +1,101 @@
+"""Ranks: who this process is, and the few collectives the trainer needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run.
+
+    Attributes:
+        rank: 0 to world_size - 1; rank 0 writes, logs and decides.
+        local_rank: number on this machine, which picks the GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over ranks, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def decided(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every rank, in order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun (or another launcher with its variables) already made the ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+@contextlib.contextmanager
+def torchrun_ranks(backend: str, timeout_seconds: float) -> Iterator[Ranks]:
+    """The process group that torchrun's environment describes."""
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def file_ranks(
+    backend: str, rendezvous: str, rank: int, world_size: int, timeout_seconds: float
+) -> Iterator[Ranks]:
+    """A process group of one machine that meets in a file (no port to collide on)."""
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield Ranks(rank, world_size, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def environment_rank() -> int:
+    """This process's rank by torchrun's environment; 0 outside it."""
+    return int(os.environ.get("RANK", "0"))

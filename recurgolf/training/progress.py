@@ -1,0 +1,84 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Log:
+    """Lines to the console and to a file. Ranks other than the first get `Log(None, False)`."""
+
+    def __init__(self, path: Path | None, console: bool = True):
+        self.file = path.open("a", buffering=1) if path is not None else None
+        self.console = Console(highlight=False, soft_wrap=True) if console else None
+
+    def line(self, text: str) -> None:
+        if self.file is not None:
+            self.file.write(text + "\n")
+        if self.console is not None:
+            self.console.print(text, markup=False)
+            sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """To the file alone: what the bar already shows."""
+        if self.file is not None:
+            self.file.write(text + "\n")
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Bar]:
+        """Progress over `total` units; close it before printing a table."""
+        bar = Bar(self, what, total)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class Bar:
+    """A bar where the console is a terminal; elsewhere a line now and then."""
+
+    def __init__(self, log: Log, what: str, total: int):
+        self.log, self.what, self.total = log, what, total
+        self.live: Progress | None = None
+        self.task = TaskID(0)
+        self.last_line = time.monotonic()
+        if log.console is not None and log.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self.live = Progress(*columns, console=log.console, transient=True)
+            self.task = self.live.add_task(what, total=total, text="")
+            self.live.start()
+
+    def at(self, done: int, text: str = "", line: bool = False) -> None:
+        """Move to `done`; with `line` the text is also written as a line of the log."""
+        if self.live is not None:
+            self.live.update(self.task, completed=done, text=text)
+            if line:
+                self.log.note(text)
+        elif line:
+            self.log.line(text)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.log.line(f"{self.what} {done:,}/{self.total:,} {text}".rstrip())
+            self.last_line = time.monotonic()
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
