@@ -60,6 +60,8 @@ def pack_code(parts: Any) -> PackedCode:
     names = closure({ENTRY, *(cls.__module__ for cls in classes_of(parts))})
     sources = {name: module_source(name) for name in sorted(names)}
     code = {name: [is_package, stripped(text)] for name, (is_package, text) in sources.items()}
+    # Packages that nothing is imported from are there, but empty.
+    code.update((name, [True, ""]) for name in parents(names) - names)
     blob = lzma.compress(
         json.dumps(code, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=_FILTERS
     )
@@ -83,7 +85,7 @@ def classes_of(node: Any) -> Iterator[type]:
 
 
 def closure(names: set[str]) -> set[str]:
-    """The modules of this package that `names` import, directly or not, with their parents."""
+    """The modules of this package that `names` import, directly or not."""
     found: set[str] = set()
     waiting = [name for name in names if name.partition(".")[0] == "recurgolf"]
     while waiting:
@@ -91,10 +93,15 @@ def closure(names: set[str]) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        if "." in name:
-            waiting.append(name.rpartition(".")[0])
         waiting.extend(imports_of(module_source(name)[1]))
     return found
+
+
+def parents(names: set[str]) -> set[str]:
+    """The packages that modules lie in."""
+    return {
+        ".".join(parts[:n]) for parts in (m.split(".") for m in names) for n in range(1, len(parts))
+    }
 
 
 def imports_of(source: str) -> Iterator[str]:
@@ -102,10 +109,10 @@ def imports_of(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("recurgolf"):
             module = node.module or ""
-            yield module
-            for alias in node.names:
-                if _exists(f"{module}.{alias.name}"):
-                    yield f"{module}.{alias.name}"
+            submodules = {alias.name for alias in node.names if _exists(f"{module}.{alias.name}")}
+            yield from (f"{module}.{name}" for name in submodules)
+            if len(submodules) < len(node.names):
+                yield module
         elif isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.startswith("recurgolf"))
 
@@ -125,15 +132,26 @@ def module_source(name: str) -> tuple[bool, str]:
 
 
 def stripped(source: str) -> str:
-    """The source without comments, docstrings and annotations of no effect."""
+    """The source without comments, docstrings and the annotations of functions."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+            known = node.args
+            for argument in (*known.posonlyargs, *known.args, *known.kwonlyargs):
+                argument.annotation = None
+        if isinstance(node, ast.If) and _is_type_checking(node):
+            node.body = [ast.Pass()]
         body = getattr(node, "body", None)
         if not isinstance(body, list):
             continue
         kept = [line for line in body if not _is_text(line)]
         node.body = kept or ([ast.Pass()] if body else [])  # type: ignore[attr-defined]
     return ast.unparse(tree)
+
+
+def _is_type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -102,20 +102,14 @@ class Block(nn.Module):
         self.mixer, self.mlp, self.norm = mixer, mlp, norm
         self.mixer_scale = nn.Parameter(torch.ones(dim)) if config.branch_gains else None
         self.mlp_scale = nn.Parameter(torch.ones(dim)) if config.branch_gains else None
-        self.update_gate = nn.Linear(dim, 1) if config.update_gate else None
+        self.update_gate = UpdateGate(dim) if config.update_gate else None
 
     def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         mixed = self.input_mix(x, inputs.x0)
         out = self.update(mixed, inputs)
         if "residual" in inputs.adapters:
             out = out + inputs.adapters["residual"](out)
-        if self.update_gate is not None:
-            weight, bias = self.update_gate.weight, self.update_gate.bias
-            gate = nn.functional.linear(
-                mixed.detach(), weight.to(mixed.dtype), bias.to(mixed.dtype)
-            )
-            out = mixed + torch.sigmoid(gate) * (out - mixed)
-        return out
+        return out if self.update_gate is None else self.update_gate(mixed, out)
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         """The block's own rule, from mixed input to output."""
@@ -126,6 +120,22 @@ class Block(nn.Module):
 
     def mlp_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         return gained(self.mlp(x, inputs.adapters), self.mlp_scale, inputs.mlp_gain)
+
+
+class UpdateGate(nn.Module):
+    """`x + g (out - x)` with g = sigmoid(w . x + b) per token; the gate sees x without a gradient.
+
+    It starts at sigmoid(2), mostly open, the same for every token.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dim))
+        self.bias = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        gate = nn.functional.linear(x.detach(), self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return x + torch.sigmoid(gate) * (out - x)
 
 
 def gained(y: Tensor, *gains: Tensor | None) -> Tensor:

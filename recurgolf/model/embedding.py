@@ -19,7 +19,7 @@ class BigramConfig:
     rows: int = 0
     """Buckets of the hash table; the last one stands for the first position."""
     dim: int = 128
-    """Width of the table, projected to the model's."""
+    """Width of the table, projected to the model's where it differs."""
     scale: float = 0.05
     """Start of the learned factor."""
 
@@ -29,6 +29,7 @@ class ValueEmbedConfig:
     """Token embedding added to the attention values at chosen visits; off while dim is 0."""
 
     dim: int = 0
+    """Width of the table, projected to the values' where it differs."""
     scale: float = 0.1
     """Start of the learned factor."""
     visits: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class BigramHash(nn.Module):
     def __init__(self, config: BigramConfig, dim: int):
         super().__init__()
         self.embed = nn.Embedding(config.rows, config.dim)
-        self.proj = Linear(config.dim, dim)
+        self.proj = Linear(config.dim, dim) if config.dim != dim else None
         self.scale = nn.Parameter(torch.tensor(config.scale))
 
     def bucket(self, tokens: Tensor) -> Tensor:
@@ -52,7 +53,9 @@ class BigramHash(nn.Module):
         return F.pad(mixed, (1, 0), value=last).long()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        vectors = self.proj(self.embed(self.bucket(tokens)))
+        vectors = self.embed(self.bucket(tokens))
+        if self.proj is not None:
+            vectors = self.proj(vectors)
         return vectors * self.scale.to(vectors.dtype)
 
 
@@ -76,19 +79,21 @@ class Smear(nn.Module):
 
 
 class ValueEmbed(nn.Module):
-    """One shared table, projected to the width of the values, with a gain per receiving visit."""
+    """One shared table, brought to the width of the values, with a gain per receiving visit."""
 
     def __init__(self, config: ValueEmbedConfig, vocab_size: int, kv_dim: int):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, config.dim)
-        self.proj = Linear(config.dim, kv_dim)
+        self.proj = Linear(config.dim, kv_dim) if config.dim != kv_dim else None
         self.scale = nn.Parameter(torch.tensor(config.scale))
         self.visit_scale = nn.Parameter(torch.ones(len(config.visits)))
         self.rows = {visit: row for row, visit in enumerate(config.visits)}
 
     def forward(self, tokens: Tensor) -> Mapping[int, Tensor]:
         """[batch, length] token ids -> position in the visit list -> [batch, length, kv_dim]."""
-        vectors = self.proj(self.embed(tokens))
+        vectors = self.embed(tokens)
+        if self.proj is not None:
+            vectors = self.proj(vectors)
         vectors = vectors * self.scale.to(vectors.dtype)
         scales = self.visit_scale.to(vectors.dtype)
         return {visit: vectors * scales[row] for visit, row in self.rows.items()}

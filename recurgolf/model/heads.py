@@ -90,22 +90,36 @@ class MultiTokenHeads(nn.Module):
     """Training-only heads: head k at position t predicts token t + 2 + k (2404.19737).
 
     They share the main head's soft cap, start at zero and are left out of the artifact.
+
+    Args:
+        drop_last: leave out the last position that still has a target, as system M does.
     """
 
-    def __init__(self, count: int, dim: int, vocab_size: int):
+    def __init__(self, count: int, dim: int, vocab_size: int, drop_last: bool = False):
         super().__init__()
+        self.drop_last = drop_last
         self.heads = nn.ModuleList(Linear(dim, vocab_size, zero_init=True) for _ in range(count))
 
+    def positions(self, head: int, length: int) -> int:
+        """How many positions, from the first on, head number `head` is trained at."""
+        return length - 1 - head - self.drop_last
+
+    def logits(self, head: int, hidden: Tensor, cap: float | None) -> Tensor:
+        """Logits [b, positions, v] of one head from states [b, t, d]."""
+        used = hidden[:, : self.positions(head, hidden.shape[1])]
+        return softcap(self.heads[head](used), cap)
+
     def loss(self, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        """Mean over heads of the mean loss, head k at positions 0 to T-2-k.
+        """Mean over heads of the mean loss.
 
         Args:
             hidden: states [b, t, d].
             targets: the main head's targets [b, t].
         """
-        losses = [
-            readout_loss(hidden[:, : -k - 1], head.weight, targets[:, k + 1 :], cap)
-            for k, head in enumerate(self.heads)
-            if hidden.shape[1] > k + 1
-        ]
+        losses = []
+        for k, head in enumerate(self.heads):
+            used = self.positions(k, hidden.shape[1])
+            if used > 0:
+                ahead = targets[:, k + 1 : k + 1 + used]
+                losses.append(readout_loss(hidden[:, :used], head.weight, ahead, cap))
         return torch.stack(losses).mean()

@@ -36,14 +36,16 @@ class Linear(nn.Module):
         return f"{self.in_dim} -> {self.out_dim}"
 
 
-def init_linear(layer: Linear, how: str, zero_output: bool) -> None:
+def init_linear(layer: Linear, how: str, zero_output: bool, orthogonal_min_side: int = 64) -> None:
     """Fill a layer: `uniform` is torch's default U(+-1/sqrt(in)), `orthogonal` has gain 1.
 
-    Matrices with a side below 64 stay uniform under `orthogonal`, as in the public systems.
+    Args:
+        zero_output: fill layers that say so with zeros.
+        orthogonal_min_side: matrices with a smaller side stay uniform under `orthogonal`.
     """
     if layer.zero_init and zero_output:
         nn.init.zeros_(layer.weight)
-    elif how == "orthogonal" and min(layer.weight.shape) >= 64:
+    elif how == "orthogonal" and min(layer.weight.shape) >= orthogonal_min_side:
         nn.init.orthogonal_(layer.weight)
     else:
         bound = 1 / math.sqrt(layer.in_dim)

@@ -48,6 +48,8 @@ class InitConfig:
     embed_std: float = 0.005
     linear: str = "uniform"
     """Matrices: uniform (torch's default) | orthogonal."""
+    orthogonal_min_side: int = 64
+    """Matrices with a smaller side stay uniform."""
     zero_output: bool = True
     """Projections that write to the residual stream start at zero."""
 
@@ -91,6 +93,8 @@ class Model:
     mtp_heads: int = 0
     """Extra heads that predict further ahead, in training only."""
     mtp_weight: float = 0.2
+    compat_mtp_drop_last: bool = False
+    """Train the extra heads at one position less than they have targets for (system M)."""
     norm_eps: float = 1.1920928955078125e-07
     """Of every RMS norm; the default is float32's machine epsilon, as in the baseline."""
     init: InitConfig = field(default_factory=InitConfig)
@@ -200,7 +204,9 @@ class Transformer(nn.Module):
             None if config.tie_embeddings else Linear(embed_dim, config.vocab_size, zero_init=True)
         )
         self.mtp = (
-            MultiTokenHeads(config.mtp_heads, dim, config.vocab_size) if config.mtp_heads else None
+            MultiTokenHeads(config.mtp_heads, dim, config.vocab_size, config.compat_mtp_drop_last)
+            if config.mtp_heads
+            else None
         )
         self.adapters: Adapters | None = None
         self.init_weights()
@@ -324,7 +330,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=init.embed_std if self.lm_head is None else 1.0)
         for module in self.modules():
             if isinstance(module, Linear):
-                init_linear(module, init.linear, init.zero_output)
+                init_linear(module, init.linear, init.zero_output, init.orthogonal_min_side)
         if self.bigram is not None:
             nn.init.zeros_(self.bigram.embed.weight)
         if self.value_embed is not None:

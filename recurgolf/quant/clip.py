@@ -173,9 +173,9 @@ class MeanSigmaClamp(Clip):
 class HessianSigmaClip(Clip):
     """k·σ, where σ is partly measured with every column weighted by its input's mean square.
 
-    clip = k · ((1 - lam) · σ + lam · σ_H), σ_H² = Σ_j h_j w_j² / Σ_j h_j. Rows whose weight lies on
-    busy inputs keep more range; lam = 0 is SigmaClip. Without a Gram matrix σ_H is the plain root
-    mean square.
+    clip = k · ((1 - lam) · σ + lam · σ_H), where σ_H² is the variance of the row under the weights
+    h_j. Rows that vary most on busy inputs keep more range; lam = 0 is SigmaClip. Without a Gram
+    matrix all inputs count alike.
     """
 
     k: float = 12.85
@@ -189,7 +189,8 @@ class HessianSigmaClip(Clip):
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         importance = torch.ones(weight.shape[1]) if gram_diag is None else gram_diag.float()
         total = importance.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        weighted = ((weight.square() @ importance) / total).sqrt()
+        mean = (weight @ importance / total)[:, None]
+        weighted = ((weight - mean).square() @ importance / total).sqrt()
         clip = self.k * ((1 - self.lam) * _row_std(weight) + self.lam * weighted)
         return _or_max(clip, weight)
 
@@ -225,8 +226,9 @@ def _row_std(weight: Tensor) -> Tensor:
 
 
 def _or_max(clip: Tensor, weight: Tensor) -> Tensor:
-    """Rows without spread (one column, or all equal) keep their own magnitude."""
-    return torch.where(clip > 0, clip, weight.abs().amax(dim=1))
+    """Rows without spread (one column, or all equal but for rounding) keep their own magnitude."""
+    largest = weight.abs().amax(dim=1)
+    return torch.where(clip > 1e-6 * largest, clip, largest)
 
 
 def _row_quantile(weight: Tensor, share: float) -> Tensor:

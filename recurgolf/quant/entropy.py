@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, special, stats
 from torch import Tensor
 
 from recurgolf.quant.codes import scale_shape
@@ -20,6 +20,8 @@ from recurgolf.quant.grid import GridSpec
 
 _FLOAT16_SCALE_BITS = 12.0
 """Coded bits of a float16 scale: the mantissa is noise, sign and exponent are nearly constant."""
+_MIN_DF, _MAX_DF = 2.05, 50.0
+"""Beyond the upper end a row is as good as Gaussian; below 2 it has no variance."""
 
 
 def spread(tail_df: float | None = None) -> Any:
@@ -64,19 +66,28 @@ def code_entropy(codes: Tensor) -> float:
 
 
 def fit_tail(weights: Iterable[Tensor]) -> float | None:
-    """Degrees of freedom of Student's t from the kurtosis inside rows; None: as good as Gaussian.
+    """Degrees of freedom of Student's t from the entries of rows; None: as good as Gaussian.
 
-    Rows are compared with their own σ, so that rows of different size do not pass for tails.
+    Matches E|w| / σ inside rows, which is steadier than the kurtosis. Rows are compared with their
+    own σ, so that rows of different size do not pass for tails.
     """
-    total, fourth = 0, 0.0
+    total, magnitude = 0, 0.0
     for weight in weights:
         rows = weight.detach().double()
         rows = rows - rows.mean(dim=1, keepdim=True)
         rows = rows / rows.std(dim=1, keepdim=True).clamp_min(1e-30)
-        total, fourth = total + rows.numel(), fourth + float(rows.pow(4).sum())
-    excess = fourth / max(total, 1) - 3
-    # Student's t has excess kurtosis 6 / (df - 4).
-    return None if excess < 0.05 else 4 + 6 / excess
+        total, magnitude = total + rows.numel(), magnitude + float(rows.abs().sum())
+    ratio = magnitude / max(total, 1)
+    if ratio > _mean_magnitude(_MAX_DF):
+        return None
+    if ratio < _mean_magnitude(_MIN_DF):
+        return _MIN_DF
+    return float(optimize.brentq(lambda df: _mean_magnitude(df) - ratio, _MIN_DF, _MAX_DF))
+
+
+def _mean_magnitude(df: float) -> float:
+    """E|x| of Student's t scaled to variance 1."""
+    return float(2 * np.sqrt(df - 2) / ((df - 1) * special.beta(df / 2, 0.5)))
 
 
 def _row_grids(

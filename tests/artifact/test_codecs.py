@@ -1,0 +1,169 @@
+"""Every codec and transform gives back what it got; entropy coding is as short as it should be."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from recurgolf.artifact.codecs import (
+    TRANSFORMS,
+    AnsCodec,
+    BestCodec,
+    BrotliCodec,
+    Codec,
+    ZstdCodec,
+    all_decoders,
+    shuffle,
+)
+from recurgolf.artifact.decode import segments_of, transformed_size, undo_transform, unshuffle
+from recurgolf.config import REGISTRY, ConfigError, from_dict, to_dict
+from recurgolf.quant import SigmaClip, code_entropy, rtn_quantize
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+KINDS = sorted(kind for kind in REGISTRY["artifact/codec"] if kind != "best")
+OPTIONAL = {"ans": "constriction", "zstd": "zstandard"}
+
+
+def codec_of(kind, **fields):
+    pytest.importorskip(OPTIONAL.get(kind, "zlib"))
+    return REGISTRY["artifact/codec"][kind](**fields)
+
+
+def decoded(encoded, shapes, itemsize):
+    size = transformed_size(
+        encoded.transform, itemsize * sum(int(np.prod(shape)) for shape in shapes)
+    )
+    segments = segments_of(encoded.transform, shapes, itemsize)
+    data = all_decoders()[encoded.codec](encoded.payload, size, segments)
+    assert len(data) == size
+    return undo_transform(encoded.transform, data, shapes, itemsize)
+
+
+shape = st.one_of(
+    st.just(()),
+    st.tuples(st.integers(0, 40)),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+)
+
+
+@st.composite
+def streams(draw):
+    """Arrays of one type: empty, of one value, constant, random, of few values."""
+    itemsize = draw(st.sampled_from([1, 2, 4, 8]))
+    shapes = draw(st.lists(shape, max_size=4))
+    size = itemsize * sum(int(np.prod(s)) for s in shapes)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    spread = draw(st.sampled_from([0, 0.6, 3, 40, 1000]))
+    values = np.round(rng.normal(draw(st.sampled_from([0, -128, 127])), spread, size))
+    return values.astype(np.int64).astype(np.uint8).tobytes(), shapes, itemsize
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transform", sorted(TRANSFORMS))
+def test_every_codec_and_transform_round_trips(kind, transform):
+    codec = codec_of(kind, transform=transform)
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @given(streams())
+    def round_trips(stream):
+        encoded = codec.encode(*stream)
+        assert (encoded.codec, encoded.transform) == (kind, transform)
+        assert decoded(encoded, *stream[1:]) == stream[0]
+
+    round_trips()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.int64])
+def test_same_tensors_give_same_bytes(kind, dtype):
+    torch.manual_seed(0)
+    raw = (torch.randn(30, 20) * 9).to(dtype).numpy().tobytes()
+    stream = raw, [(30, 20)], dtype.itemsize
+    codec = codec_of(kind)
+    encoded = codec.encode(*stream)
+    assert encoded == codec_of(kind).encode(*stream)
+    assert decoded(encoded, *stream[1:]) == raw
+
+
+def test_shuffle_equals_the_recorded_one():
+    folder = GOLDEN / "per_iteration_lora/quantization"
+    tensors = load_file(folder / "byte_shuffle.safetensors")
+    for case in json.loads((folder / "byte_shuffle.json").read_text())["cases"]:
+        before = tensors[f"{case['case']}.input"].numpy().tobytes()
+        after = tensors[f"{case['case']}.output"].numpy().tobytes()
+        if case["length"] >= case["stride"]:
+            assert after[:5] == b"BSHF" + bytes([case["stride"]])
+            assert shuffle(before, [], case["stride"]) == after[5:]
+        assert unshuffle(shuffle(before, [], case["stride"]), case["stride"]) == before
+
+
+def heavy_codes(rows, cols, k=6.0, seed=0):
+    torch.manual_seed(seed)
+    weight = torch.distributions.StudentT(6.0).sample((rows, cols))
+    return rtn_quantize(weight, bits=6, clip=SigmaClip(k))[0]
+
+
+def test_ans_is_within_half_a_percent_of_entropy_and_below_brotli():
+    pytest.importorskip("constriction")
+    tensors = [heavy_codes(512, 256, seed=1), heavy_codes(256, 512, 12.85, seed=2)]
+    shapes = [tuple(codes.shape) for codes in tensors]
+    raw = b"".join(codes.numpy().tobytes() for codes in tensors)
+    bound = sum(code_entropy(codes) * codes.numel() / 8 for codes in tensors)
+    ours = len(AnsCodec().encode(raw, shapes, 1).payload)
+    assert bound < ours < 1.005 * bound
+    assert ours < len(BrotliCodec(transform="best").encode(raw, shapes, 1).payload)
+
+
+def test_ans_profits_from_rows_of_different_size():
+    pytest.importorskip("constriction")
+    torch.manual_seed(0)
+    codes = (torch.randn(400, 300) * torch.rand(400, 1).mul(4).exp()).round().to(torch.int8)
+    payload = AnsCodec().encode(codes.numpy().tobytes(), [(400, 300)], 1).payload
+    assert len(payload) < 0.95 * code_entropy(codes) * codes.numel() / 8
+
+
+def test_best_keeps_the_smallest_of_all_it_tried():
+    codec = BestCodec(codecs=["zlib", "lzma", "none"])
+    codes = heavy_codes(64, 64)
+    encoded = codec.encode(codes.numpy().tobytes(), [(64, 64)], 1)
+    sizes = {attempt[:2]: attempt[2] for attempt in encoded.tried}
+    assert len(sizes) == 3 * len(TRANSFORMS)
+    assert len(encoded.payload) == min(sizes.values())
+    assert sizes[encoded.codec, encoded.transform] == len(encoded.payload)
+    assert decoded(encoded, [(64, 64)], 1) == codes.numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", sorted(REGISTRY["artifact/codec"]))
+def test_options_round_trip(kind):
+    codec = REGISTRY["artifact/codec"][kind]()
+    assert from_dict(Codec, to_dict(codec)) == codec
+
+
+@pytest.mark.parametrize(("codec", "package"), [(AnsCodec(), "constriction"), (ZstdCodec(), "zst")])
+def test_a_missing_library_is_said_at_the_choice(codec, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"constriction": package, "zst": "zstandard"}[package], None)
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        codec.check()
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        BestCodec(codecs=["zlib", type(codec).kind]).check()
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [
+        (BrotliCodec(transform="shufle"), "'shufle' .did you mean 'shuffle'"),
+        (BrotliCodec(quality=12), "quality=12"),
+        (BestCodec(codecs=["brotly"]), "'brotly' .did you mean 'brotli'"),
+        (BestCodec(codecs=[]), "empty"),
+    ],
+)
+def test_impossible_choices_are_named(codec, words):
+    with pytest.raises(ConfigError, match=words):
+        codec.check()
