@@ -10,9 +10,10 @@ import dataclasses
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 import yaml
@@ -104,20 +105,21 @@ def _train_command(arguments: list[str]) -> int:
     if started_by_torchrun():
         return _train_under_torchrun(arguments)
     multirun = any(a in ("-m", "--multirun") for a in arguments)
-    statuses: list[str] = []
-    refused: list[ConfigError] = []
+    outcomes: list[str | Exception] = []
 
     def job(config: Any) -> float | None:
         from recurgolf.training.launch import launch
 
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            summary = launch(_run_of(config), Path(HydraConfig.get().runtime.output_dir))
-        except ConfigError as error:
+            summary = launch(_run_of(config), folder)
+        except Exception as error:
+            # Kept for later: Hydra would print its own account of it, and end a sweep here.
             if multirun:
-                raise
-            refused.append(error)
+                note_failure(folder, error)
+            outcomes.append(error)
             return None
-        statuses.append(summary.status)
+        outcomes.append(summary.status)
         return summary.val_bpb
 
     check_overrides(arguments)
@@ -132,9 +134,12 @@ def _train_command(arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     finally:
         sys.argv = before
-    if refused:
-        raise refused[0]
-    return EXIT_OVER_BUDGET if "over_budget" in statuses and not multirun else 0
+    if multirun:
+        return int(SweepTable.any_failed)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return EXIT_OVER_BUDGET if "over_budget" in outcomes else 0
 
 
 def _train_under_torchrun(arguments: list[str]) -> int:
@@ -350,25 +355,23 @@ def _unknown_key(key: str) -> str:
     return f"{where} {name!r}{suggestion(name, known)}"
 
 
+def note_failure(folder: Path, error: Exception) -> None:
+    """Leave the cause in the job's folder, where the table at the end finds it."""
+    from recurgolf.compare.sweep import FAILURE
+
+    (folder / FAILURE).write_text(traceback.format_exc())
+    print(f"recurgolf: this job failed: {error}", file=sys.stderr)
+
+
 class SweepTable(Callback):
-    """At the end of a multirun: mean and deviation over seeds, and what failed."""
+    """At the end of a multirun: mean and deviation over seeds, and what failed.
 
-    def __init__(self) -> None:
-        self.jobs: list[dict[str, Any]] = []
+    Hydra makes the object and keeps it to itself, hence the result on the class.
+    """
 
-    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
-        self.jobs.append(
-            {
-                "overrides": list(job_return.overrides or []),
-                "folder": job_return.hydra_cfg.hydra.runtime.output_dir,
-                "status": job_return.status.name.lower(),
-                "error": None
-                if job_return.status.name == "COMPLETED"
-                else str(job_return._return_value),
-            }
-        )
+    any_failed: ClassVar[bool] = False
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         from recurgolf.compare.sweep import finish_sweep
 
-        finish_sweep(Path(config.hydra.sweep.dir), self.jobs)
+        SweepTable.any_failed = finish_sweep(Path(config.hydra.sweep.dir))

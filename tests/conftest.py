@@ -12,7 +12,13 @@ torch.set_num_threads(1)
 def own_folders(tmp_path_factory, monkeypatch):
     """W&B and matplotlib keep their files inside the test session's temporary folder."""
     base = tmp_path_factory.getbasetemp() / "home"
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "MPLCONFIGDIR"):
+    for name in (
+        "WANDB_DIR",
+        "WANDB_DATA_DIR",
+        "WANDB_CACHE_DIR",
+        "WANDB_CONFIG_DIR",
+        "MPLCONFIGDIR",
+    ):
         folder = base / name.lower()
         folder.mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(name, str(folder))

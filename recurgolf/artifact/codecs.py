@@ -7,22 +7,20 @@ both are named in the header, section by section. The decoding halves are in `de
 from __future__ import annotations
 
 import lzma
-import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from recurgolf.artifact.ans import ans_payload
 from recurgolf.artifact.decode import (
     DECODERS,
     Decoder,
     MissingLibrary,
     Segments,
     Shape,
-    categorical,
     library,
-    read_tables,
     segments_of,
 )
 from recurgolf.config import REGISTRY, ConfigError, option, suggestion
@@ -170,8 +168,9 @@ class ZstdCodec(Codec):
 class AnsCodec(Codec):
     """Entropy coding of single bytes by asymmetric numeral systems, the tables in the payload.
 
-    Tried in turn: one table for all, one per array, and rows sorted into classes by their mean
-    magnitude (rows whose codes are small and rows whose codes are large do not share statistics).
+    Tried in turn: one table for all, one per array, classes of rows, and classes of rows and
+    columns together. Rows and columns differ in how large their codes are, so that an entry's
+    class, the sum of two levels on a logarithmic scale, says how wide its table must be.
     """
 
     def check(self) -> None:
@@ -182,17 +181,8 @@ class AnsCodec(Codec):
         if not data:
             return b""
         # Offset by 128: -1 and 0 become neighbours, and a table covers one range of symbols.
-        symbols = (np.frombuffer(data, np.uint8) + np.uint8(128)).astype(np.int64)
-        rows = [count for count, _ in segments]
-        lengths = np.repeat([size for _, size in segments], rows)
-        candidates = [
-            _ans_payload(0, np.zeros(sum(rows), np.int64), symbols, lengths, segments),
-            _ans_payload(1, np.repeat(np.arange(len(rows)), rows), symbols, lengths, segments),
-        ]
-        for per_octave in (1, 2, 4):
-            classes = _row_classes(symbols, lengths, per_octave)
-            candidates.append(_ans_payload(2, classes, symbols, lengths, segments))
-        return min(candidates, key=len)
+        symbols = np.frombuffer(data, np.uint8) + np.uint8(128)
+        return ans_payload(symbols, segments)
 
 
 @option("artifact/codec", "best")
@@ -263,45 +253,3 @@ def _require(module: str, package: str) -> None:
         library(module, package)
     except MissingLibrary as error:
         raise ConfigError(f"artifact.codec: {error}") from None
-
-
-def _row_classes(symbols: np.ndarray, lengths: np.ndarray, per_octave: int) -> np.ndarray:
-    """Rows by mean magnitude on a logarithmic scale, numbered without gaps."""
-    ends = np.cumsum(lengths)
-    totals = np.concatenate([[0], np.cumsum(np.abs(symbols - 128))])
-    means = (totals[ends] - totals[ends - lengths]) / np.maximum(lengths, 1)
-    octaves = np.round(per_octave * np.log2(np.maximum(means, 1e-3)))
-    return np.unique(octaves, return_inverse=True)[1]
-
-
-def _ans_payload(
-    mode: int, classes: np.ndarray, symbols: np.ndarray, lengths: np.ndarray, segments: Segments
-) -> bytes:
-    labels = np.repeat(classes, lengths)
-    counts = np.zeros((int(classes.max(initial=-1)) + 1, 256), np.int64)
-    np.add.at(counts, (labels, symbols), 1)
-    info = classes.astype(np.uint8).tobytes() if mode == 2 else b""
-    info += b"".join(_table_bytes(row) for row in counts)
-    packed = ZlibCodec().compress(info, [])
-    stream = library("constriction", "constriction").stream
-    coder = stream.stack.AnsCoder()
-    _, tables = read_tables(mode, info, segments)
-    for label in reversed(range(len(tables))):
-        lowest, levels = tables[label]
-        mine = symbols[labels == label] - lowest
-        coder.encode_reverse(mine.astype(np.int32), categorical(stream, levels))
-    words = coder.get_compressed().astype("<u4").tobytes()
-    return struct.pack("<BI", mode, len(packed)) + packed + words
-
-
-def _table_bytes(counts: np.ndarray) -> bytes:
-    """Lowest and highest symbol, then the levels between them as differences."""
-    present = np.flatnonzero(counts)
-    if not len(present):
-        return bytes([0, 0, 1])
-    lowest, highest = int(present[0]), int(present[-1])
-    used = counts[lowest : highest + 1]
-    relative = np.log2(np.maximum(used, 1) / used.max())
-    levels = np.where(used > 0, np.maximum(np.round(8 * relative) + 248, 1), 0).astype(np.uint8)
-    steps = np.diff(levels, prepend=np.uint8(0))
-    return bytes([lowest, highest]) + steps.astype(np.uint8).tobytes()

@@ -23,6 +23,8 @@ _CHUNK = 2**16
 _LEVELS = np.array([2.0 ** (i / 8) for i in range(8)])
 # A symbol that never came still has to be codable.
 _NEVER = 2.0**-22
+MIN_ROWS = 16
+"""Arrays of fewer rows have no classes of columns: their mean over rows says too little."""
 
 
 class MissingLibrary(ValueError):
@@ -137,60 +139,102 @@ def decode_zstd(data: bytes, size: int, segments: Segments) -> bytes:
 
 
 def decode_ans(data: bytes, size: int, segments: Segments) -> bytes:
-    """Asymmetric numeral systems with one table per class of rows (see `codecs.AnsCodec`)."""
+    """Asymmetric numeral systems with one table per class of entries (see `codecs.AnsCodec`)."""
     if size == 0:
         return b""
     stream = library("constriction", "constriction").stream
-    mode, tables_size = struct.unpack_from("<BI", data)
-    info = decode_zlib(data[5 : 5 + tables_size], 2**20, [])
+    mode, info_size = struct.unpack_from("<BI", data)
+    # Two levels a row or column at most, and tables of 256 symbols for every level.
+    most = 2**18 + sum(rows + length for rows, length in segments)
+    info = decode_zlib(data[5 : 5 + info_size], most, [])
     classes, tables = read_tables(mode, info, segments)
-    words = np.frombuffer(data[5 + tables_size :], "<u4").astype(np.uint32)
+    models = [categorical(stream, levels) for _, levels in tables]
+    words = np.frombuffer(data[5 + info_size :], "<u4").astype(np.uint32)
     coder = stream.stack.AnsCoder(words)
-    lengths = np.repeat([n for _, n in segments], [rows for rows, _ in segments])
-    # Neighbouring rows of one class are one run of symbols.
-    firsts = np.flatnonzero(np.diff(classes, prepend=-1))
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    stops = starts[np.append(firsts[1:], len(classes))]
-    out = np.empty(size, np.uint8)
-    for label, (lowest, levels) in enumerate(tables):
-        model = categorical(stream, levels)
-        for run in np.flatnonzero(classes[firsts] == label):
-            for start in range(int(starts[firsts[run]]), int(stops[run]), _CHUNK):
-                stop = min(start + _CHUNK, int(stops[run]))
-                # Signed bytes are coded from -128 up, so that neighbours in value are neighbours.
-                out[start:stop] = coder.decode(model, stop - start) + lowest - 128
+    out, start = np.empty(size, np.uint8), 0
+    for (rows, length), labels in zip(segments, classes, strict=True):
+        for label, places in places_of(labels, rows, length):
+            count = rows * length if isinstance(places, slice) else len(places)
+            decoded = np.empty(count, np.uint8)
+            for first in range(0, count, _CHUNK):
+                part = decoded[first : first + _CHUNK]
+                # Signed bytes are coded from -128 up: neighbours in value are neighbours.
+                part[:] = coder.decode(models[label], len(part)) + tables[label][0] - 128
+            out[start : start + rows * length][places] = decoded
+        start += rows * length
     return out.tobytes()
+
+
+Labels = tuple[np.ndarray, np.ndarray]
+"""Levels of the rows and of the columns of an array; the class of an entry is their sum."""
+
+
+def places_of(labels: Labels, rows: int, length: int) -> list[tuple[int, np.ndarray | slice]]:
+    """Classes of an array, ascending, and where their entries are in its flat order."""
+    if rows * length == 0:
+        return []
+    by_row, by_column = labels
+    if by_row.min() == by_row.max() and by_column.min() == by_column.max():
+        return [(int(by_row[0] + by_column[0]), slice(None))]
+    flat = (by_row[:, None] + by_column).astype(np.uint16).ravel()
+    order = np.argsort(flat, kind="stable")
+    counts = np.bincount(flat)
+    ends = np.cumsum(counts)
+    return [
+        (int(label), order[ends[label] - counts[label] : ends[label]])
+        for label in np.flatnonzero(counts)
+    ]
 
 
 def read_tables(
     mode: int, info: bytes, segments: Segments
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Class of every row, and lowest symbol and levels of every class, from an ANS payload.
+) -> tuple[list[Labels], list[tuple[int, np.ndarray]]]:
+    """Labels of every array, and lowest symbol and levels of every class, from an ANS payload.
 
-    Modes: 0 one class for all, 1 one per array, 2 classes stored row by row.
+    Modes: 0 one class for all, 1 one per array, 2 a stored level per row, 3 per row and column
+    (columns only of arrays of at least `MIN_ROWS`).
     """
-    rows = [rows for rows, _ in segments]
-    data, start = np.frombuffer(info, np.uint8), 0
-    if mode == 0:
-        classes = np.zeros(sum(rows), np.int64)
-    elif mode == 1:
-        classes = np.repeat(np.arange(len(rows)), rows)
-    elif mode == 2:
-        start = sum(rows)
-        classes = data[:start].astype(np.int64)
-    else:
+    if mode not in (0, 1, 2, 3):
         raise ValueError(f"unknown mode {mode} of an ans payload")
+    data, at = np.frombuffer(info, np.uint8).astype(np.int64), 0
+    classes = []
+    for index, (rows, length) in enumerate(segments):
+        # Broadcast views: a constant costs no memory.
+        by_row = np.broadcast_to(np.int64(index if mode == 1 else 0), (rows,))
+        by_column = np.broadcast_to(np.int64(0), (length,))
+        if mode >= 2:
+            by_row, at = data[at : at + rows], at + rows
+        if mode == 3 and rows >= MIN_ROWS:
+            by_column, at = data[at : at + length], at + length
+        if len(by_row) != rows or len(by_column) != length:
+            raise ValueError("the classes of an ans payload are cut short")
+        classes.append((by_row, by_column))
     tables = []
-    for _ in range(int(classes.max(initial=-1)) + 1):
-        lowest, highest = int(data[start]), int(data[start + 1])
-        stop = start + 3 + highest - lowest
-        # Levels are stored as differences: neighbours in value are alike in frequency.
-        levels = np.cumsum(data[start + 2 : stop], dtype=np.uint8)
-        if len(levels) != highest - lowest + 1:
+    while at < len(data):
+        if at + 3 > len(data) or data[at] > data[at + 1] or data[at + 2] == 0:
+            raise ValueError("an ans table is cut short or broken")
+        lowest, width, stride = int(data[at]), int(data[at + 1] - data[at] + 1), int(data[at + 2])
+        stop = at + 3 + num_knots(width, stride)
+        if stop > len(data):
             raise ValueError("an ans table is cut short")
-        tables.append((lowest, levels))
-        start = stop
+        # Levels are stored as differences: neighbours in value are alike in frequency.
+        knots = np.cumsum(data[at + 3 : stop]) % 256
+        tables.append((lowest, between(knots, width, stride)))
+        at = stop
     return classes, tables
+
+
+def num_knots(width: int, stride: int) -> int:
+    """Levels that are stored of a table: every `stride`-th, and one at or beyond the end."""
+    return 1 + -(-(width - 1) // stride)
+
+
+def between(knots: np.ndarray, width: int, stride: int) -> np.ndarray:
+    """Levels of all symbols: straight lines between the stored ones, in whole numbers."""
+    place = np.arange(width)
+    left, part = place // stride, place % stride
+    right = np.minimum(left + 1, len(knots) - 1)
+    return (knots[left] * (stride - part) + knots[right] * part) // stride
 
 
 def categorical(stream: Any, levels: np.ndarray) -> Any:
@@ -199,7 +243,7 @@ def categorical(stream: Any, levels: np.ndarray) -> Any:
     Powers of two are exact and the eight factors are constants, so that the probabilities, and with
     them the bytes, are the same on every machine.
     """
-    frequencies = np.ldexp(_LEVELS[levels % 8], (levels // 8).astype(np.int64) - 31)
+    frequencies = np.ldexp(_LEVELS[levels % 8], levels // 8 - 31)
     probabilities = np.where(levels == 0, _NEVER * frequencies.max(), frequencies)
     if len(probabilities) == 1:
         # The library wants two symbols; the second never comes.

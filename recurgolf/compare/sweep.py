@@ -13,7 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
+
+FAILURE = "failure.txt"
+"""Traceback of a job that failed, in its folder."""
 
 
 @dataclass
@@ -41,30 +45,63 @@ def is_seed(override: str) -> bool:
     return key == "seed" or key.startswith("seeds.")
 
 
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """The jobs of a sweep's folder in order, from what each left behind.
+
+    Folders are the truth, whichever launcher ran the jobs and in whichever process.
+    """
+    jobs = []
+    for path in sorted(
+        (p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+    ):
+        note = path / FAILURE
+        finished = (path / SUMMARY).exists() and not note.exists()
+        error = note.read_text().strip().splitlines()[-1] if note.exists() else "it did not finish"
+        jobs.append(
+            {
+                "overrides": (path / ".hydra" / "overrides.yaml").read_text().split("\n"),
+                "folder": str(path),
+                "status": "finished" if finished else "failed",
+                "error": None if finished else error,
+            }
+        )
+    for job in jobs:
+        job["overrides"] = [
+            line[2:].strip("'") for line in job["overrides"] if line.startswith("- ")
+        ]
+    return jobs
+
+
 def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Jobs by their overrides without the seed, in order of appearance."""
+    """Jobs by their overrides without the seed, in order of appearance.
+
+    A group's label names only what differs between groups.
+    """
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if jobs else set()
     groups: dict[str, Group] = {}
     for job in jobs:
-        label = " ".join(o for o in job["overrides"] if not is_seed(o)) or "default"
+        own = [o for o in job["overrides"] if not is_seed(o) and o not in shared]
+        label = " ".join(own) or "all jobs"
         group = groups.setdefault(label, Group(label, [], []))
         group.jobs.append(job)
-        if (Path(job["folder"]) / "summary.json").exists() and job["status"] == "completed":
+        if job["status"] == "finished":
             group.summaries.append(Summary.read(Path(job["folder"])))
     return list(groups.values())
 
 
-def finish_sweep(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Write sweep.json and print the table and what failed."""
+def finish_sweep(folder: Path) -> bool:
+    """Write sweep.json, print the table and what failed; whether anything did."""
+    jobs = read_jobs(folder)
     groups = grouped(jobs)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"jobs": list(jobs), "groups": [as_json(g) for g in groups]}, indent=1)
+    text = json.dumps({"jobs": jobs, "groups": [as_json(g) for g in groups]}, indent=1)
     (folder / "sweep.json").write_text(text + "\n")
     console = Console(highlight=False)
     console.print(table(groups))
-    for job in jobs:
-        if job["status"] != "completed":
-            console.print(f"failed: {' '.join(job['overrides'])}: {job['error']}", markup=False)
+    failed = [job for job in jobs if job["status"] == "failed"]
+    for job in failed:
+        console.print(f"failed: {' '.join(job['overrides'])}: {job['error']}", markup=False)
     console.print(f"sweep: {folder}/sweep.json", markup=False)
+    return bool(failed)
 
 
 def table(groups: Sequence[Group]) -> Table:

@@ -104,6 +104,11 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(dim)) if config.branch_gains else None
         self.update_gate = UpdateGate(dim) if config.update_gate else None
 
+    @property
+    def reads_x0(self) -> bool:
+        """Whether the state behind the embedding comes in at every visit."""
+        return not isinstance(self.input_mix, NoMix)
+
     def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         mixed = self.input_mix(x, inputs.x0)
         out = self.update(mixed, inputs)

@@ -298,30 +298,23 @@ class Transformer(nn.Module):
     def idle_parameters(self, plan: LoopPlan) -> list[str]:
         """Names of the parameters that a training step under this plan gives no gradient."""
         trained = plan.visits[plan.grad_from :]
-        adapters = self.adapters
-        adapted = {
-            v.block for v in trained if adapters is not None and adapters.slot(v) is not None
-        }
-        visited = {visit.block for visit in trained}
-        idle = [
-            f"blocks.{index}.{name}"
-            for index, block in enumerate(self.blocks)
-            if index not in visited
-            for name, _ in block.named_parameters()
-        ]
-        if adapters is not None:
-            idle += [
-                f"adapters.banks.{index}.{name}"
-                for index, bank in adapters.banks.items()
-                if int(index) not in adapted
-                for name, _ in bank.named_parameters()
-            ]
-        if not self.skips.pairs(plan):
-            idle += [f"skips.{name}" for name, _ in self.skips.named_parameters()]
-        embed = self.value_embed
-        if embed is not None and not any(v < plan.num_visits for v in embed.rows):
-            idle += [f"value_embed.{name}" for name, _ in embed.named_parameters()]
-        return idle
+        blocks = {visit.block for visit in trained}
+        idle = [f"blocks.{i}." for i in range(len(self.blocks)) if i not in blocks]
+        if self.adapters is not None:
+            adapted = {v.block for v in trained if self.adapters.slot(v) is not None}
+            banks = map(int, self.adapters.banks)
+            idle += [f"adapters.banks.{i}." for i in banks if i not in adapted]
+        # What a visit without gradients has joined or received leaves no trace.
+        if not any(position >= plan.grad_from for position in self.skips.pairs(plan)):
+            idle.append("skips.")
+        if self.value_embed is not None and not any(
+            plan.grad_from <= position < plan.num_visits for position in self.value_embed.rows
+        ):
+            idle.append("value_embed.")
+        if plan.grad_from > 0 and not any(self.blocks[i].reads_x0 for i in blocks):
+            idle += ["embed_proj.", "bigram.", "smear."]
+            idle += ["embed."] if self.lm_head is not None else []
+        return [name for name, _ in self.named_parameters() if name.startswith(tuple(idle))]
 
     @torch.no_grad()
     def init_weights(self) -> None:

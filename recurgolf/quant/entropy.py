@@ -18,7 +18,7 @@ from torch import Tensor
 from recurgolf.quant.codes import scale_shape
 from recurgolf.quant.grid import GridSpec
 
-_FLOAT16_SCALE_BITS = 12.0
+_FLOAT16_SCALE_BITS = 11.0
 """Coded bits of a float16 scale: the mantissa is noise, sign and exponent are nearly constant."""
 _MIN_DF, _MAX_DF = 2.05, 50.0
 """Beyond the upper end a row is as good as Gaussian; below 2 it has no variance."""
@@ -82,7 +82,10 @@ def fit_tail(weights: Iterable[Tensor]) -> float | None:
         return None
     if ratio < _mean_magnitude(_MIN_DF):
         return _MIN_DF
-    return float(optimize.brentq(lambda df: _mean_magnitude(df) - ratio, _MIN_DF, _MAX_DF))
+    found = optimize.root_scalar(
+        lambda df: _mean_magnitude(df) - ratio, bracket=(_MIN_DF, _MAX_DF), method="brentq"
+    )
+    return float(found.root)
 
 
 def _mean_magnitude(df: float) -> float:

@@ -71,7 +71,7 @@ def test_sigma_clip_follows_the_textbook_entropy():
 def test_bytes_count_codes_and_scales():
     spec = GridSpec(6, SigmaClip(6.0))
     codes_only = predicted_bits(spec, 256) * 128 * 256 / 8
-    assert predicted_bytes(spec, (128, 256)) == pytest.approx(codes_only + 128 * 1.5)
+    assert predicted_bytes(spec, (128, 256)) == pytest.approx(codes_only + 128 * 11 / 8)
 
 
 def test_entropy_of_codes_is_shannons():

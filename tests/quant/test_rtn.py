@@ -92,7 +92,6 @@ def test_mean_sigma_clamp_equals_parallel_recurrent_code_for_code(golden, quant_
 
 def test_baseline_state_and_its_recorded_artifact_hold_our_codes(golden, formula_tensor):
     state = golden("baseline/quantization/int8_state_dict.input.safetensors")
-    recorded = golden("baseline/quantization/int8_state_dict.quantized.safetensors")
     packed = (GOLDEN / "baseline/quantization/artifact.int8.ptz").read_bytes()
     content = torch.load(io.BytesIO(zlib.decompress(packed)), weights_only=True)
     state["extra.long_vector"] = formula_tensor([65537], 37, 1001, 250)
@@ -100,7 +99,6 @@ def test_baseline_state_and_its_recorded_artifact_hold_our_codes(golden, formula
     for name in content["quantized"]:
         codes, scales = baseline_int8(state[name])
         assert_same((codes, scales), content["quantized"][name], content["scales"][name])
-        assert torch.equal(scales, recorded[f"scales.{name}"])
         restored = dequantize(codes, scales).double()
         check = golden("baseline/quantization/int8_state_dict.json")["roundtrip"][name]
         assert float(restored.norm()) == pytest.approx(check["l2"], rel=1e-6)

@@ -1,0 +1,194 @@
+"""Other people's checkpoints: weights with their own names and settings, as a Run and a model.
+
+    imported = load("per_iteration_lora", config, "model.safetensors")
+    logits = imported.model(input_ids)
+    imported.run.write(folder)
+
+Every tensor of a source is used, or the import fails naming it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import recurgolf
+from recurgolf.config import ConfigError, suggestion
+from recurgolf.importers import (
+    baseline,
+    gated_delta_layer,
+    parallel_recurrent,
+    per_iteration_lora,
+    universal_rank1,
+)
+from recurgolf.importers.source import (
+    Place,
+    System,
+    lay,
+    read_settings,
+    read_weights,
+    to_source,
+)
+from recurgolf.looping import LoopPlan
+from recurgolf.lora import LowRank
+from recurgolf.model.mixers.gated_deltanet import GatedDeltaNet
+from recurgolf.model.transformer import Transformer
+from recurgolf.run import Run
+
+SYSTEMS: dict[str, System] = {
+    "baseline": baseline.SYSTEM,
+    "per_iteration_lora": per_iteration_lora.SYSTEM,
+    "universal_rank1": universal_rank1.SYSTEM,
+    "parallel_recurrent": parallel_recurrent.SYSTEM,
+}
+"""Whole systems by name."""
+
+
+@dataclass
+class Imported:
+    """A source read in.
+
+    Attributes:
+        run: the experiment that the source's settings describe; None for a single layer.
+        model: the module with the source's weights, see `ImportedModel` and `ImportedLayer`.
+        places: where every tensor of the source lies in `model.transformer`.
+    """
+
+    run: Run | None
+    model: nn.Module
+    places: list[Place] = field(default_factory=list)
+
+    def to_source(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Tensors named like parameters of our Transformer, under the source's names and shapes.
+
+        What is not there, or None, is left out.
+        """
+        return to_source(self.places, tensors)
+
+    def source_gradients(self) -> dict[str, Tensor]:
+        """The gradients that the last backward left, under the source's names."""
+        named = self.model.get_submodule("transformer").named_parameters()
+        return self.to_source({name: parameter.grad for name, parameter in named})
+
+
+class ImportedModel(nn.Module):
+    """A Transformer that knows its Run's plans: `model(input_ids)` and `model.loss(...)`.
+
+    In training mode it runs the plan of training's end, in evaluation mode the one for scoring.
+
+    Attributes:
+        transformer: the network under our names.
+    """
+
+    def __init__(self, run: Run, transformer: Transformer):
+        super().__init__()
+        self.run, self.transformer = run, transformer
+        self.looping_active = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits [b, t, v] after the soft cap for token ids [b, t]."""
+        return self.transformer(input_ids, self.plan)
+
+    def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Mean loss in nats per token; in training mode with the extra heads' share."""
+        return self.transformer(input_ids, self.plan, target_ids)
+
+    def set_looping(self, active: bool) -> None:
+        """False runs every block once, as training does before a delayed looping begins."""
+        self.looping_active = active
+
+    @property
+    def plan(self) -> LoopPlan:
+        """The visits of the next forward."""
+        if not self.looping_active:
+            return self.run.looping.eval_plan(self.run.model.num_blocks, 1)
+        return self.run.plan(1.0) if self.training else self.run.eval_plan
+
+
+class ImportedLayer(nn.Module):
+    """One Gated DeltaNet layer: `model(hidden) -> hidden`, [b, t, d] both."""
+
+    def __init__(self, layer: GatedDeltaNet, factors: Mapping[str, Tensor], scale: float):
+        super().__init__()
+        self.layer = layer
+        self.factors = nn.ParameterDict({n.replace(".", "/"): f for n, f in factors.items()})
+        self.scale = scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        targets = sorted({name.split("/")[1] for name in self.factors})
+        adapters = {
+            target: LowRank(
+                self.factors[f"lora/{target}/A"], self.factors[f"lora/{target}/B"], self.scale
+            )
+            for target in targets
+        }
+        return self.layer(hidden, adapters)
+
+
+def load(system: str, config: Mapping[str, Any], weights: str | Path) -> Imported:
+    """Read somebody's checkpoint.
+
+    Args:
+        system: `baseline`, `per_iteration_lora`, `universal_rank1`, `parallel_recurrent`, or
+            `gated_delta_layer` for a single layer.
+        config: the source's own hyper-parameters, perhaps under `hyperparameters`; the spelling of
+            its environment variables, in capitals, works too.
+        weights: a state dict with the source's names, `.safetensors` or `.pt`; code in it is not
+            run.
+
+    Raises:
+        ConfigError: an unknown system, a setting that cannot be, a tensor that is missing, of
+            another shape or of no use. The message names it.
+    """
+    readers: dict[str, Callable[[Mapping[str, Any], str | Path], Imported]] = {
+        name: lambda config, weights, found=found: _load_system(found, config, weights)
+        for name, found in SYSTEMS.items()
+    }
+    readers["gated_delta_layer"] = _load_layer
+    if system not in readers:
+        raise ConfigError(f"import {system!r}: no such system{suggestion(system, readers)}")
+    return readers[system](config, weights)
+
+
+def run_of(system: System, settings: Mapping[str, Any]) -> Run:
+    """The system's experiment with what the settings change in it."""
+    changes = system.overrides(settings).items()
+    changed = [f"{key}={written(value)}" for key, value in changes]
+    return recurgolf.compose([f"experiment={system.experiment}", *changed])
+
+
+def _load_system(system: System, config: Mapping[str, Any], weights: str | Path) -> Imported:
+    settings = read_settings(system, config)
+    run = run_of(system, settings)
+    transformer = run.build_model()
+    tensors = read_weights(weights)
+    places = system.places(transformer, settings, tensors)
+    lay(transformer, places, tensors)
+    return Imported(run, ImportedModel(run, transformer), places)
+
+
+def _load_layer(config: Mapping[str, Any], weights: str | Path) -> Imported:
+    tensors = read_weights(weights)
+    ours, state = gated_delta_layer.layer_state_from(config, tensors)
+    settings = config.get("hyperparameters", config)
+    layer = ours.build(int(settings["hidden_size"]))
+    base = {name: tensor for name, tensor in state.items() if not name.startswith("lora.")}
+    layer.load_state_dict(base)
+    factors = {name: tensor for name, tensor in state.items() if name.startswith("lora.")}
+    return Imported(None, ImportedLayer(layer, factors, float(settings.get("lora_scale", 1.0))))
+
+
+def written(value: Any) -> str:
+    """A value as it stands behind the `=` of an override."""
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+__all__ = ["SYSTEMS", "Imported", "ImportedLayer", "ImportedModel", "load", "run_of"]

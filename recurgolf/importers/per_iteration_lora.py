@@ -1,0 +1,138 @@
+"""Per-iteration LoRA: a looped middle band whose repetitions have adapters of their own.
+
+The source keeps adapters by repetition and block, `lora_adapters.<c>.<b>.q_A` [in, rank] for the
+(c + 2)-th visit of block loop_start + b; ours lie per block, transposed, repetitions stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from recurgolf.importers.source import (
+    TRAINING_DEFAULTS,
+    Place,
+    System,
+    shared_overrides,
+    whole_places,
+)
+from recurgolf.model.transformer import Transformer
+
+DEFAULTS = {
+    **TRAINING_DEFAULTS,
+    "vocab_size": 8192,
+    "num_layers": 11,
+    "model_dim": 512,
+    "embedding_dim": 512,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "mlp_mult": 4.0,
+    "tie_embeddings": True,
+    "tied_embed_init_std": 0.005,
+    "logit_softcap": 30.0,
+    "rope_base": 10000.0,
+    "rope_dims": 16,
+    "qk_gain_init": 5.0,
+    "xsa_last_n": 11,
+    "parallel_residual_start": 7,
+    "skip_gates_enabled": True,
+    "ln_scale": True,
+    "num_loops": 2,
+    "loop_start": 3,
+    "loop_end": 5,
+    "enable_looping_at": 0.35,
+    "lora_rank": 0,
+    "lora_lr": 0.01,
+    "mtp_num_heads": 2,
+    "mtp_loss_weight": 0.2,
+    "train_seq_len": 2048,
+    "eval_seq_len": 2048,
+    "eval_stride": 64,
+    "train_batch_tokens": 786_432,
+    "warmdown_frac": 0.72,
+    "min_lr": 0.0,
+    "tied_embed_lr": 0.03,
+    "matrix_lr": 0.022,
+    "scalar_lr": 0.02,
+    "muon_momentum": 0.99,
+    "muon_momentum_warmup_start": 0.92,
+    "muon_momentum_warmup_steps": 1500,
+    "muon_row_normalize": True,
+    "muon_wd": 0.095,
+    "adam_wd": 0.02,
+    "embed_wd": 0.085,
+    "grad_clip_norm": 0.3,
+    "ema_decay": 0.9965,
+    "gptq_reserve_seconds": 12.0,
+}
+
+_FACTORS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
+
+
+def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    blocks, parallel = settings["num_layers"], settings["parallel_residual_start"]
+    looped = settings["num_loops"] > 0
+    wide = settings["embedding_dim"] == settings["model_dim"]
+    return {
+        **shared_overrides(settings),
+        "model.num_blocks": blocks,
+        "model.embed_dim": None if wide else settings["embedding_dim"],
+        "model.mixer.remove_value_direction": settings["xsa_last_n"] > 0,
+        "model.mixer.remove_value_direction_last": settings["xsa_last_n"],
+        "model.second_block_at": list(range(parallel, blocks)) if parallel >= 0 else [],
+        "model.skips": "unet_gated" if settings["skip_gates_enabled"] else "unet",
+        "model.depth_scaled_norm": settings["ln_scale"],
+        "model.rope.dims": settings["rope_dims"],
+        "model.rope.train_len": settings["train_seq_len"],
+        "model.mtp_heads": settings["mtp_num_heads"],
+        "model.mtp_weight": settings["mtp_loss_weight"],
+        "lora.rank": settings["lora_rank"] if looped else 0,
+        "optimizer.lora_lr": settings["lora_lr"],
+        "optimizer.momentum_start": settings["muon_momentum_warmup_start"],
+        "optimizer.momentum_warmup_steps": settings["muon_momentum_warmup_steps"],
+        "optimizer.row_normalize": settings["muon_row_normalize"],
+        "optimizer.matrix_weight_decay": settings["muon_wd"],
+        "optimizer.scalar_weight_decay": settings["adam_wd"],
+        "optimizer.embed_weight_decay": settings["embed_wd"],
+        "optimizer.grad_clip": settings["grad_clip_norm"],
+        "optimizer.schedule.warmdown_fraction": settings["warmdown_frac"],
+        "optimizer.schedule.min_lr": settings["min_lr"],
+        "averaging.decay": settings["ema_decay"],
+        "eval.seq_len": settings["eval_seq_len"],
+        "eval.stride": settings["eval_stride"],
+        # Without a limit on time there is nothing to reserve.
+        "budget.reserve_seconds": settings["gptq_reserve_seconds"]
+        if settings["max_wallclock_seconds"]
+        else 0.0,
+        # Without loops the range has no meaning, and may lie outside the blocks.
+        "looping.start": settings["loop_start"] if looped else 0,
+        "looping.end": settings["loop_end"] if looped else 0,
+        "looping.passes": 1 + settings["num_loops"],
+        "looping.start_fraction": settings["enable_looping_at"],
+    }
+
+
+def places(
+    model: Transformer, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> list[Place]:
+    found = whole_places(model)
+    if model.adapters is None:
+        return found
+    start = settings["loop_start"]
+    for block, slots in model.adapters.num_slots.items():
+        for slot in range(slots):
+            for factor, target in _FACTORS.items():
+                source = f"lora_adapters.{slot}.{block - start}.{factor}"
+                ours = f"adapters.banks.{block}.{target}"
+                for side, name in (("A", "lora_a"), ("B", "lora_b")):
+                    found.append(
+                        Place(f"{source}_{side}", f"{ours}.{name}", (), (slot,), transposed=True)
+                    )
+    return found
+
+
+SYSTEM = System("per_iteration_lora", DEFAULTS, overrides, places)
+
+__all__ = ["SYSTEM"]

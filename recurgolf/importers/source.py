@@ -1,0 +1,321 @@
+"""What the importers share: reading a source's settings and weights, and laying tensors in place.
+
+An importer says where every tensor of its source lies in our model, slice by slice (`Place`). From
+that list alone follow loading, the checks of names and shapes, and the way back: any tensors that
+are named like our parameters (gradients, averaged weights) under the source's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, suggestion
+from recurgolf.model.transformer import Transformer
+
+Index = tuple[int | slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """`source[source_index]` is `ours[our_index]`, transposed where it says so.
+
+    Attributes:
+        rows: length of the source tensor's first dimension; None: as its places need.
+    """
+
+    source: str
+    ours: str
+    source_index: Index = ()
+    our_index: Index = ()
+    transposed: bool = False
+    rows: int | None = None
+
+    def from_source(self, tensor: Tensor) -> Tensor:
+        piece = tensor[self.source_index]
+        return piece.mT if self.transposed else piece
+
+    def from_ours(self, tensor: Tensor) -> Tensor:
+        piece = tensor[self.our_index]
+        return piece.mT if self.transposed else piece
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """How one public system is read.
+
+    Attributes:
+        experiment: the experiment that a Run starts from.
+        defaults: the source's hyper-parameters that matter here, and their values there.
+        overrides: settings -> what they change in the experiment, as composition takes it.
+        places: (model, settings, weights) -> where every tensor lies.
+        aliases: other spellings of settings -> the one in `defaults`.
+    """
+
+    experiment: str
+    defaults: Mapping[str, Any]
+    overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
+    places: Callable[[Transformer, Mapping[str, Any], Mapping[str, Tensor]], list[Place]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read_settings(system: System, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's settings, its defaults where `config` says nothing.
+
+    Args:
+        config: the source's names, or its environment's (capitals, values as text), perhaps under
+            `hyperparameters`. Names that have no bearing on the model or a Run are passed over.
+
+    Raises:
+        ConfigError: a value that is not of the setting's type.
+    """
+    settings = dict(system.defaults)
+    for key, value in config.get("hyperparameters", config).items():
+        name = system.aliases.get(key.lower(), key.lower())
+        if name in settings:
+            settings[name] = _typed(key, value, settings[name])
+    return settings
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool:
+            words = {"0": False, "1": True, "false": False, "true": True, "": False}
+            return words[str(value).lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{key}={value!r} is no {kind.__name__}") from None
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict in float32 from `.safetensors`, or from `.pt` without running code in it.
+
+    Raises:
+        ConfigError: another kind of file, or one that holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        tensors = safetensors.torch.load_file(path)
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's unpickler raises many kinds
+            raise ConfigError(f"weights {path}: no plain state dict ({error})") from None
+    else:
+        raise ConfigError(f"weights {path}: expected .safetensors or .pt")
+    if not isinstance(tensors, Mapping):
+        raise ConfigError(f"weights {path}: holds a {type(tensors).__name__}, not a state dict")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"weights {path}: {name!r} is a {type(tensor).__name__}, no tensor")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def lay(model: nn.Module, places: Iterable[Place], weights: Mapping[str, Tensor]) -> None:
+    """Write a source's weights into our parameters.
+
+    Raises:
+        ConfigError: a tensor that is missing, of another shape or of no use; the message names it.
+    """
+    places = list(places)
+    ours = dict(model.named_parameters())
+    _check(places, ours, weights)
+    for place in places:
+        place_in = ours[place.ours].data[place.our_index]
+        place_in.copy_(place.from_source(weights[place.source]))
+
+
+def to_source(places: Iterable[Place], tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Tensors that are named and shaped like our parameters, under the source's names.
+
+    A source tensor of which no part is there is left out; a part that is not there is zero.
+    """
+    found: dict[str, Tensor] = {}
+    places = list(places)
+    shapes = _source_shapes(places, {p.ours: tensors.get(p.ours) for p in places})
+    for place in places:
+        tensor = tensors.get(place.ours)
+        if tensor is not None:
+            piece = place.from_ours(tensor)
+            whole = found.setdefault(place.source, piece.new_zeros(shapes[place.source]))
+            whole[place.source_index] = piece
+    return found
+
+
+def _check(places: list[Place], ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    shapes = _source_shapes(places, ours)
+    for name in weights:
+        if name not in shapes and weights[name].numel():
+            raise ConfigError(
+                f"weights: no use for {name!r} {tuple(weights[name].shape)} under this "
+                f"configuration{suggestion(name, shapes)}"
+            )
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ConfigError(f"weights: {name!r} {shape} is missing under this configuration")
+        if tuple(weights[name].shape) != shape:
+            raise ConfigError(
+                f"weights: {name} is {tuple(weights[name].shape)}, the configuration asks for "
+                f"{shape}"
+            )
+    filled = dict.fromkeys(ours, 0)
+    for place in places:
+        filled[place.ours] += place.from_ours(ours[place.ours]).numel()
+    left = [name for name, count in filled.items() if count != ours[name].numel()]
+    assert not left, f"an importer forgot a part of {left}"
+
+
+def _source_shapes(
+    places: list[Place], ours: Mapping[str, Tensor | None]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every source tensor that some of our tensors determine."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        tensor = ours[place.ours]
+        if tensor is None:
+            continue
+        piece = tuple(place.from_ours(tensor).shape)
+        if place.source_index:
+            rows = [p.source_index[0] for p in places if p.source == place.source]
+            needed = 1 + max(row for row in rows if isinstance(row, int))
+            piece = (place.rows or needed, *piece)
+        shapes[place.source] = piece
+    return shapes
+
+
+BLOCK_NAMES = {
+    "attn.c_q.weight": "mixer.q_proj.weight",
+    "attn.c_k.weight": "mixer.k_proj.weight",
+    "attn.c_v.weight": "mixer.v_proj.weight",
+    "attn.proj.weight": "mixer.o_proj.weight",
+    "attn.q_gain": "mixer.q_gain",
+    "mlp.fc.weight": "mlp.up_proj.weight",
+    "mlp.proj.weight": "mlp.down_proj.weight",
+    "attn_scale": "mixer_scale",
+    "mlp_scale": "mlp_scale",
+    "resid_mix": "input_mix.weight",
+    "resid_mix_logit": "input_mix.logit",
+    "dtg_gate.weight": "update_gate.weight",
+    "dtg_gate.bias": "update_gate.bias",
+}
+"""Names inside a block that the systems have inherited from the baseline -> ours."""
+
+MODEL_NAMES = {
+    "tok_emb.weight": "embed.weight",
+    "lm_head.weight": "lm_head.weight",
+    "embed_proj.weight": "embed_proj.weight",
+    "head_proj.weight": "head_proj.weight",
+    "skip_weights": "skips.weight",
+    "skip_gates": "skips.gate",
+    "smear.gate": "smear.gate",
+    "bigram.embed.weight": "bigram.embed.weight",
+    "bigram.proj.weight": "bigram.proj.weight",
+    "bigram.scale": "bigram.scale",
+    "ve_shared.embed.weight": "value_embed.embed.weight",
+    "ve_shared.proj.weight": "value_embed.proj.weight",
+    "ve_shared.scale": "value_embed.scale",
+    "ts_attn": "mixer_visit_gain",
+    "ts_mlp": "mlp_visit_gain",
+}
+"""Names outside the blocks -> ours."""
+
+
+def whole_places(model: Transformer) -> list[Place]:
+    """The places of all tensors that only have another name, as far as the model has them."""
+    names = dict(MODEL_NAMES)
+    for block in range(len(model.blocks)):
+        for source, ours in BLOCK_NAMES.items():
+            names[f"blocks.{block}.{source}"] = f"blocks.{block}.{ours}"
+    for head in range(model.config.mtp_heads):
+        names[f"mtp_heads.{head}.weight"] = f"mtp.heads.{head}.weight"
+    have = {name for name, _ in model.named_parameters()}
+    return [Place(source, ours) for source, ours in names.items() if ours in have]
+
+
+def whole_batches(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer overrides for a batch of whole rows on eight ranks, as the sources train.
+
+    A batch that does not divide, which a model read for scoring need not care about, is cut.
+    """
+    rows = settings["train_batch_tokens"] // (8 * settings["train_seq_len"])
+    return {
+        "trainer.devices": 8,
+        "trainer.grad_accum": 1,
+        "trainer.seq_len": settings["train_seq_len"],
+        "trainer.batch_tokens": max(rows, 1) * 8 * settings["train_seq_len"],
+        "trainer.steps": settings["iterations"],
+        "trainer.warmup_steps": settings["warmup_steps"],
+        "budget.train_seconds": settings["max_wallclock_seconds"] or None,
+        "trainer.progress": "wallclock" if settings["max_wallclock_seconds"] else "steps",
+        "seed": settings["seed"],
+    }
+
+
+TRAINING_DEFAULTS = {
+    "iterations": 20000,
+    "warmup_steps": 20,
+    "max_wallclock_seconds": 600.0,
+    "seed": 1337,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "adam_eps": 1e-8,
+    "scalar_lr": 0.04,
+    "head_lr": 0.008,
+    "embed_lr": 0.6,
+    "muon_backend_steps": 5,
+}
+"""Settings of training that all the systems have with these values."""
+
+
+def shared_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What all systems' settings change alike."""
+    tied = settings.get("tie_embeddings", True)
+    return {
+        "data.vocab_size": settings["vocab_size"],
+        "model.dim": settings["model_dim"],
+        "model.mlp_mult": float(settings["mlp_mult"]),
+        "model.mixer.num_heads": settings["num_heads"],
+        "model.mixer.num_kv_heads": settings["num_kv_heads"],
+        "model.mixer.q_gain_init": settings["qk_gain_init"],
+        "model.rope.base": settings["rope_base"],
+        "model.logit_softcap": settings["logit_softcap"],
+        "model.tie_embeddings": tied,
+        "model.init.embed_std": settings["tied_embed_init_std"],
+        "optimizer.matrix_lr": settings["matrix_lr"],
+        "optimizer.embed_lr": settings["tied_embed_lr" if tied else "embed_lr"],
+        "optimizer.head_lr": settings["head_lr"],
+        "optimizer.scalar_lr": settings["scalar_lr"],
+        "optimizer.beta1": settings["beta1"],
+        "optimizer.beta2": settings["beta2"],
+        "optimizer.eps": settings["adam_eps"],
+        "optimizer.ns_steps": settings["muon_backend_steps"],
+        "optimizer.momentum": settings["muon_momentum"],
+        **whole_batches(settings),
+    }
+
+
+__all__ = [
+    "BLOCK_NAMES",
+    "MODEL_NAMES",
+    "TRAINING_DEFAULTS",
+    "Place",
+    "System",
+    "lay",
+    "read_settings",
+    "read_weights",
+    "shared_overrides",
+    "to_source",
+    "whole_places",
+]

@@ -1,0 +1,180 @@
+"""Foreign checkpoints come in whole, or not at all with the name of what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recurgolf import importers
+from recurgolf.config import ConfigError
+from recurgolf.run import Run
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+FOLDERS = {
+    "baseline": "models/tied",
+    "per_iteration_lora": "models/lora3",
+    "universal_rank1": "models/full",
+    "parallel_recurrent": "models/fixed_eval",
+}
+
+
+def source(system):
+    folder = GOLDEN / system / FOLDERS[system]
+    config = json.loads((folder / "config.json").read_text())
+    return config, load_file(folder / "weights.safetensors"), folder / "weights.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(weights):
+        path = tmp_path / "weights.safetensors"
+        save_file(weights, path)
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_all_tensors_come_back_under_the_sources_names(system):
+    config, weights, path = source(system)
+    found = importers.load(system, config, path)
+    back = found.to_source(dict(found.model.transformer.named_parameters()))
+    assert set(back) == set(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_environment_spelling_gives_the_same_model(system):
+    config, _, path = source(system)
+    capitals = {
+        key.upper(): str(int(value)) if isinstance(value, bool) else str(value)
+        for key, value in config["hyperparameters"].items()
+    }
+    first, second = (importers.load(system, c, path) for c in (config, capitals))
+    assert first.run == second.run
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(first.model.eval()(ids), second.model.eval()(ids))
+
+
+def test_a_pt_file_is_read_without_running_code(tmp_path):
+    config, weights, path = source("baseline")
+    torch.save(weights, tmp_path / "weights.pt")
+    first = importers.load("baseline", config, path)
+    second = importers.load("baseline", config, tmp_path / "weights.pt")
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(first.model(ids), second.model(ids))
+
+    class Harmful:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"tok_emb.weight": Harmful()}, tmp_path / "harmful.pt")
+    with pytest.raises(ConfigError, match="no plain state dict"):
+        importers.load("baseline", config, tmp_path / "harmful.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_a_tensor_without_use_fails_the_import_by_name(system, saved):
+    config, weights, _ = source(system)
+    with pytest.raises(ConfigError, match=r"no use for 'blocks\.0\.attn\.rotary\.table'"):
+        extra = {"blocks.0.attn.rotary.table": torch.ones(3)}
+        importers.load(system, config, saved(weights | extra))
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_every_missing_tensor_is_named(system, saved):
+    config, weights, _ = source(system)
+    for name in list(weights)[:: max(1, len(weights) // 4)]:
+        rest = {other: tensor for other, tensor in weights.items() if other != name}
+        with pytest.raises(ConfigError, match=f"'{name}'.* is missing"):
+            importers.load(system, config, saved(rest))
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_a_wrong_shape_is_named_with_what_was_expected(system, saved):
+    config, weights, _ = source(system)
+    name = "qo_bank" if "qo_bank" in weights else "blocks.1.attn.c_q.weight"
+    shape = tuple(weights[name].shape)
+    wrong = weights | {name: torch.ones(shape[0] + 1, *shape[1:])}
+    with pytest.raises(ConfigError, match=rf"{name} is \({shape[0] + 1}, .*asks for \({shape[0]},"):
+        importers.load(system, config, saved(wrong))
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    config, _, path = source("baseline")
+    with pytest.raises(ConfigError, match="no such system .did you mean 'baseline'"):
+        importers.load("base_line", config, path)
+    with pytest.raises(ConfigError, match="no such file"):
+        importers.load("baseline", config, tmp_path / "absent.safetensors")
+    with pytest.raises(ConfigError, match="expected .safetensors or .pt"):
+        importers.load("baseline", config, Path(__file__))
+    with pytest.raises(ConfigError, match="NUM_LAYERS='many' is no int"):
+        importers.load("baseline", {"NUM_LAYERS": "many"}, path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ConfigError, match="holds a list"):
+        importers.load("baseline", config, tmp_path / "list.pt")
+
+
+def test_delayed_looping_can_be_switched():
+    config, _, path = source("per_iteration_lora")
+    model = importers.load("per_iteration_lora", config, path).model.eval()
+    ids = torch.arange(10).view(1, 10)
+    looped = model(ids)
+    model.set_looping(False)
+    assert model.plan.num_visits == 5
+    assert not torch.allclose(model(ids), looped)
+    model.set_looping(True)
+    assert torch.equal(model(ids), looped)
+
+
+def test_evaluation_runs_twice_the_passes_where_none_are_named():
+    config, weights, path = source("parallel_recurrent")
+    settings = config["hyperparameters"] | {"num_eval_recurrences": 0}
+    model = importers.load("parallel_recurrent", settings, path).model
+    assert model.train().plan.num_visits == 3 * 2
+    assert model.eval().plan.num_visits == 3 * 4
+
+
+def test_the_run_carries_the_sources_training_and_survives_its_file(tmp_path):
+    config, _, path = source("per_iteration_lora")
+    settings = config["hyperparameters"] | {
+        "matrix_lr": 0.031,
+        "ema_decay": 0.9,
+        "MUON_WD": "0.2",
+        "iterations": 77,
+        "train_batch_tokens": 1000,
+    }
+    run = importers.load("per_iteration_lora", settings, path).run
+    assert run.optimizer.matrix_lr == 0.031
+    assert run.optimizer.matrix_weight_decay == 0.2
+    assert run.averaging.decay == 0.9
+    assert run.trainer.steps == 77
+    assert run.trainer.batch_tokens % (8 * 16) == 0  # whole rows of 16 on 8 ranks
+    run.write(tmp_path)
+    assert Run.read(tmp_path) == run
+
+
+@pytest.mark.parametrize("layout", ["fused_projections", "split_projections"])
+def test_a_single_gated_delta_layer_equals_its_recording(layout):
+    folder = GOLDEN / "gated_delta" / "layer" / layout
+    config = json.loads((folder / "config.json").read_text())
+    found = importers.load("gated_delta_layer", config, folder / "weights.safetensors")
+    recorded = load_file(folder / "io_T20.safetensors")
+    output = found.model(recorded["hidden_states"])
+    torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)
+
+
+def test_a_gated_delta_layer_with_adapters_equals_its_recording(saved):
+    folder = GOLDEN / "gated_delta" / "layer" / "fused_projections"
+    config = json.loads((folder / "config.json").read_text())
+    recorded = load_file(folder / "io_lora.safetensors")
+    factors = {name: t for name, t in recorded.items() if name.startswith("lora.")}
+    settings = config["hyperparameters"] | {"lora_scale": config["cases"]["io_lora"]["scale"]}
+    weights = load_file(folder / "weights.safetensors") | factors
+    found = importers.load("gated_delta_layer", settings, saved(weights))
+    output = found.model(recorded["hidden_states"])
+    torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)

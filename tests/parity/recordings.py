@@ -1,0 +1,59 @@
+"""The recorded numbers of the four systems: where they lie and how closely they must be met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from recurgolf import importers
+from recurgolf.importers import Imported
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+
+
+def model_folders() -> list[Path]:
+    return sorted(folder.parent for folder in GOLDEN.glob("*/models/*/config.json"))
+
+
+def cases() -> list[tuple[Path, str]]:
+    return [(folder, case) for folder in model_folders() for case in config_of(folder)["cases"]]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def imported(folder: Path, case: str) -> Imported:
+    """The recorded model, in the mode of the case."""
+    config = config_of(folder)
+    how = config["cases"][case]
+    changed = {key: how[key] for key in ("xsa_last_n",) if key in how}
+    found = importers.load(
+        folder.parents[1].name,
+        config["hyperparameters"] | changed,
+        folder / "weights.safetensors",
+    )
+    found.model.train(how["mode"] == "train")
+    found.model.set_looping(how.get("looping_active", True))
+    return found
+
+
+def recorded(folder: Path, case: str) -> dict[str, Tensor]:
+    return load_file(folder / f"{case}.safetensors")
+
+
+def removes_values_from_normed_outputs(folder: Path, case: str) -> bool:
+    """Whether the wider tolerances for XSA on output-normed blocks apply."""
+    settings = config_of(folder)["hyperparameters"] | config_of(folder)["cases"][case]
+    return "universal" in str(folder) and settings["xsa_last_n"] > 0
+
+
+def assert_close(actual: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:
+    torch.testing.assert_close(
+        actual.detach(), expected, atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}"
+    )

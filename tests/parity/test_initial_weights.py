@@ -1,0 +1,98 @@
+"""Fresh models have the recorded statistics, and the published numbers of parameters."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from recordings import GOLDEN
+
+import recurgolf
+from recurgolf import importers
+from recurgolf.importers.source import read_settings, to_source
+
+RECORDED = [
+    (path.parent.name, number, recorded)
+    for path in sorted(GOLDEN.glob("*/init.json"))
+    for number, recorded in enumerate(json.loads(path.read_text()))
+]
+
+# name -> the whole, of it adapters, of it extra heads
+COUNTS = {
+    "parameter_golf_baseline": (17_059_912, 0, 0),
+    "per_iteration_lora": (35_944_536 + 8_388_608 + 172_032, 172_032, 8_388_608),
+    "depth_recurrent_qat": (13_181_976 + 55_296, 55_296, 0),
+    "universal_rank1": (23_533_636, 88_320, 0),
+    "parallel_recurrent": (25_175_076, 0, 0),
+}
+
+
+@functools.cache
+def composed(experiment):
+    return recurgolf.compose([f"experiment={experiment}"])
+
+
+def count(module):
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("experiment", COUNTS)
+def test_full_size_has_the_published_number_of_parameters(experiment):
+    with torch.device("meta"):
+        model = composed(experiment).build_model()
+    assert (count(model), count(model.adapters), count(model.mtp)) == COUNTS[experiment]
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapters"),
+    [("residual", 55_296), ("q_proj,k_proj,v_proj,o_proj", 193_536), ("q_proj,v_proj", 96_768)],
+)
+def test_both_readings_of_the_depth_recurrent_adapters(targets, adapters):
+    run = recurgolf.compose(["experiment=depth_recurrent_qat", f"lora.targets=[{targets}]"])
+    with torch.device("meta"):
+        model = run.build_model()
+    assert count(model.adapters) == adapters
+
+
+def fresh(system, settings):
+    """A fresh model of these settings, its tensors under the source's names."""
+    known = importers.SYSTEMS[system]
+    values = read_settings(known, settings)
+    transformer = importers.run_of(known, values).build_model()
+    return to_source(known.places(transformer, values, {}), dict(transformer.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("system", "number", "recorded"), RECORDED, ids=[f"{s}-{n}" for s, n, _ in RECORDED]
+)
+@torch.no_grad()
+def test_fresh_weights_have_the_recorded_statistics(system, number, recorded):
+    # One recorded model has narrower heads than the default rotation; it was never run.
+    tensors = fresh(system, recorded["hyperparameters"] | {"rope_dims": 0})
+    assert set(tensors) == set(recorded["params"])
+    for name, expected in recorded["params"].items():
+        tensor = tensors[name]
+        assert list(tensor.shape) == expected["shape"], name
+        if expected["min"] == expected["max"]:
+            assert torch.all(tensor == expected["min"]), name
+            continue
+        if expected["fraction_zero"] in (0.5, 1.0):
+            assert (tensor == 0).float().mean().item() == expected["fraction_zero"], name
+        # Five per cent, and four standard errors of two samples where these are few.
+        sampling = 4 * math.sqrt(2) / math.sqrt(2 * tensor.numel())
+        assert tensor.std().item() == pytest.approx(
+            expected["std"], rel=max(0.05, sampling)
+        ), name
+        errors = expected.get(
+            "orthogonality_max_error_per_slice", [expected.get("orthogonality_max_error", 1.0)]
+        )
+        for part, error in zip(tensor if tensor.ndim == 3 else [tensor], errors, strict=True):
+            if error is not None and error < 1e-4:
+                assert deviation(part) < 1e-5, name
+
+
+def deviation(matrix):
+    """Largest deviation from orthonormal rows, or columns where these are fewer."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return (short @ short.T - torch.eye(len(short))).abs().max().item()

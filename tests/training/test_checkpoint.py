@@ -1,0 +1,55 @@
+"""Checkpoints come back bit for bit, or say what is wrong."""
+
+import pytest
+import torch
+
+from recurgolf.training import checkpoint
+
+
+def saved(folder, step=3):
+    parts = {
+        "model": {"a": torch.randn(3, 4), "half": torch.randn(5).bfloat16()},
+        "chance": {"torch": torch.get_rng_state()},
+    }
+    return parts, checkpoint.save(folder, step, parts, {"fingerprint": "f", "loader": {"n": 7}})
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    parts, path = saved(tmp_path)
+    found, state = checkpoint.load(path)
+    assert state["step"] == 3
+    assert state["loader"] == {"n": 7}
+    for part, named in parts.items():
+        for name, tensor in named.items():
+            assert torch.equal(found[part][name], tensor)
+
+
+def test_tied_and_strided_tensors_are_kept(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    path = checkpoint.save(tmp_path, 1, {"m": {"x": base, "y": base.t()}}, {})
+    assert torch.equal(checkpoint.load(path)[0]["m"]["y"], base.t())
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "state"])
+def test_damage_is_named(tmp_path, damage):
+    _, path = saved(tmp_path)
+    tensors = path / checkpoint.TENSORS
+    data = bytearray(tensors.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        tensors.write_bytes(data)
+    elif damage == "cut":
+        tensors.write_bytes(data[:-3])
+    elif damage == "missing":
+        tensors.unlink()
+    else:
+        (path / checkpoint.STATE).write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=path.name):
+        checkpoint.load(path)
+
+
+def test_the_newest_is_the_one_with_most_steps_and_drafts_do_not_count(tmp_path):
+    saved(tmp_path, 9)
+    _, last = saved(tmp_path, 120)
+    (tmp_path / ".step_000999.1").mkdir()
+    assert checkpoint.newest(tmp_path) == last
