@@ -1,5 +1,7 @@
 """Looping schedules are pure functions that give the visits their papers describe."""
 
+from itertools import pairwise
+
 import pytest
 
 from recurgolf.config import REGISTRY, ConfigError
@@ -61,7 +63,7 @@ def test_delayed_looping_starts_at_its_fraction_and_ramps_one_pass_at_a_time():
     assert passes[:500] == [1] * 500
     assert passes[500] == 2
     assert passes[800:] == [4] * 201
-    assert all(b - a in (0, 1) for a, b in zip(passes, passes[1:], strict=False))
+    assert all(b - a in (0, 1) for a, b in pairwise(passes))
 
 
 def test_truncated_backpropagation_keeps_the_last_passes():

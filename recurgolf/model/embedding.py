@@ -36,6 +36,11 @@ class ValueEmbedConfig:
     """Positions in the full visit list at which the values receive it."""
 
 
+def starts(documents: Tensor) -> Tensor:
+    """Whether a position is the first of its document; numbers [batch, length] -> bools."""
+    return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+
+
 class BigramHash(nn.Module):
     """An embedding of (previous token, token) through a hash into `rows` buckets."""
 
@@ -45,15 +50,19 @@ class BigramHash(nn.Module):
         self.proj = Linear(config.dim, dim) if config.dim != dim else None
         self.scale = nn.Parameter(torch.tensor(config.scale))
 
-    def bucket(self, tokens: Tensor) -> Tensor:
-        """[batch, length] token ids -> bucket ids (XOR of two products, in int32 as published)."""
+    def bucket(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """[batch, length] token ids -> bucket ids (XOR of two products, in int32 as published).
+
+        With document numbers given, a document's first token has nothing before it either.
+        """
         last = self.embed.num_embeddings - 1
         ids = tokens.to(torch.int32)
         mixed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
-        return F.pad(mixed, (1, 0), value=last).long()
+        buckets = F.pad(mixed, (1, 0), value=last).long()
+        return buckets if documents is None else buckets.masked_fill(starts(documents), last)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        vectors = self.embed(self.bucket(tokens))
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        vectors = self.embed(self.bucket(tokens, documents))
         if self.proj is not None:
             vectors = self.proj(vectors)
         return vectors * self.scale.to(vectors.dtype)
@@ -73,8 +82,7 @@ class Smear(nn.Module):
         gate = torch.sigmoid(self.gate).to(x.dtype)
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         if documents is not None:
-            starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-            previous = previous.masked_fill(starts[..., None], 0)
+            previous = previous.masked_fill(starts(documents)[..., None], 0)
         return (1 - gate) * x + gate * previous
 
 

@@ -32,7 +32,10 @@ def prelude_to_coda_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
 
 
 class Skips(nn.Module):
-    """`x + weight * kept`, one row of weights [dim] per pair."""
+    """`x + weight * kept`, one row of weights [dim] per pair.
+
+    Pairs beyond those of the largest plan, in scoring with more passes, use the last row.
+    """
 
     def __init__(
         self, pairs: Callable[[LoopPlan], Mapping[int, tuple[int, int]]], rows: int, dim: int
@@ -42,7 +45,11 @@ class Skips(nn.Module):
         self.weight = nn.Parameter(torch.ones(rows, dim))
 
     def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
-        return x + self.weight[row].to(x.dtype) * kept
+        return x + self._row(self.weight, row).to(x.dtype) * kept
+
+    @staticmethod
+    def _row(table: Tensor, row: int) -> Tensor:
+        return table[min(row, len(table) - 1)]
 
 
 class GatedSkips(Skips):
@@ -55,8 +62,8 @@ class GatedSkips(Skips):
         self.gate = nn.Parameter(torch.zeros(rows, dim))
 
     def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
-        kept = self.weight[row].to(x.dtype) * kept
-        return torch.lerp(kept, x, torch.sigmoid(self.gate[row]).to(x.dtype))
+        kept = self._row(self.weight, row).to(x.dtype) * kept
+        return torch.lerp(kept, x, torch.sigmoid(self._row(self.gate, row)).to(x.dtype))
 
 
 class NoSkips(nn.Module):

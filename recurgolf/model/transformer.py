@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         """The state in front of the first block [b, t, d]."""
         x = self.embed(tokens)
         if self.bigram is not None:
-            x = x + self.bigram(tokens)
+            x = x + self.bigram(tokens, documents)
         x = rms_norm(x, self.config.norm_eps)
         if self.embed_proj is not None:
             x = self.embed_proj(x)

@@ -13,7 +13,7 @@ class Clock:
     """Seconds per phase. Phases do not nest: entering one pauses the one around it."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._running: list[tuple[str, float]] = []
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from recurgolf.config import ConfigError, load_plugins
 from recurgolf.plan import check_budget, make_plan
@@ -41,7 +41,7 @@ def launch(run: Run, folder: Path) -> Summary:
     # Plugins such as joblib leave another start method behind, under which spawning fails.
     multiprocessing.set_start_method("spawn", force=True)
     with tempfile.TemporaryDirectory() as meeting:
-        torch.multiprocessing.start_processes(
+        start_processes(
             _spawned,
             args=(run.to_dict(), str(folder), f"{meeting}/rendezvous", backend),
             nprocs=run.trainer.devices,

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recurgolf.data import Dataset
 from recurgolf.eval import Eval, Score, score
 from recurgolf.looping import LoopPlan
+from recurgolf.model.transformer import Transformer
 from recurgolf.optim import build as build_optimizers
 from recurgolf.optim import training_fraction
 from recurgolf.run import Run
@@ -256,7 +257,7 @@ class Trainer:
             self.tracker.log({**values, **self.progress()}, step=self.step)
         return result
 
-    def score(self, model: torch.nn.Module, protocol: Eval) -> Score:
+    def score(self, model: Transformer, protocol: Eval) -> Score:
         """A model's score, every rank taking its share of the windows."""
         plan = self.run.looping.eval_plan(self.run.model.num_blocks, protocol.passes)
         was_training = model.training

@@ -104,10 +104,10 @@ def test_a_sidecar_of_bytes_replaces_the_table():
 
 
 def test_text_shorter_than_a_window_is_refused():
-    with pytest.raises(ConfigError, match="7 tokens, less than one window of eval.seq_len=8"):
+    with pytest.raises(ConfigError, match=r"7 tokens, less than one window of eval\.seq_len=8"):
         score(bigram_logits, PlainEval(), stream(7), FixedBytes(), seq_len=8)
 
 
 def test_a_stride_beyond_the_window_is_refused():
-    with pytest.raises(ConfigError, match="eval.stride=9 is larger than the window"):
+    with pytest.raises(ConfigError, match=r"eval\.stride=9 is larger than the window"):
         SlidingEval(stride=9).check(100, 8)

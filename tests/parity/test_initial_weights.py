@@ -81,9 +81,7 @@ def test_fresh_weights_have_the_recorded_statistics(system, number, recorded):
             assert (tensor == 0).float().mean().item() == expected["fraction_zero"], name
         # Five per cent, and four standard errors of two samples where these are few.
         sampling = 4 * math.sqrt(2) / math.sqrt(2 * tensor.numel())
-        assert tensor.std().item() == pytest.approx(
-            expected["std"], rel=max(0.05, sampling)
-        ), name
+        assert tensor.std().item() == pytest.approx(expected["std"], rel=max(0.05, sampling)), name
         errors = expected.get(
             "orthogonality_max_error_per_slice", [expected.get("orthogonality_max_error", 1.0)]
         )
