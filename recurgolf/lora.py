@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +164,8 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for block in self.banks.values():
-            for bank in block.children():
+        for block in self.num_slots:
+            for bank in self.bank(block).values():
                 fan = {"in": bank.lora_a.shape[-1], "rank": self.config.rank}
                 bound = 1 / math.sqrt(fan[self.config.compat_init_fan])
                 if self.config.init == "normal":
@@ -172,6 +173,10 @@ class Adapters(nn.Module):
                 else:
                     bank.lora_a.uniform_(-bound, bound)
                 bank.lora_b.zero_()
+
+    def bank(self, block: int) -> Mapping[str, AdapterBank]:
+        """The factors of one adapted block, by projection name."""
+        return cast("Mapping[str, AdapterBank]", self.banks[str(block)])
 
     def slot(self, visit: Visit) -> int | None:
         """Index into the banks of this visit's block; None where the visit has no adapter.
@@ -189,5 +194,5 @@ class Adapters(nn.Module):
         scale = self.config.scale
         return {
             target: LowRank(bank.lora_a[slot], bank.lora_b[slot], scale)
-            for target, bank in self.banks[str(visit.block)].items()
+            for target, bank in self.bank(visit.block).items()
         }

@@ -174,11 +174,18 @@ class Tracking:
     """Which trackers a run has, besides metrics.jsonl."""
 
     def check(self) -> None:
-        """Refuse, before anything starts, what cannot work. Raises ConfigError."""
+        """Refuse values that cannot work anywhere. Raises ConfigError."""
+
+    def check_account(self) -> None:
+        """Refuse to train where this machine has no account to log to. Raises ConfigError.
+
+        Apart from `check`, because a finished run may be read where there is none.
+        """
 
     def build(self, identity: RunIdentity, folder: Path) -> Tracker:
         """Open the record of a run in its folder (which must exist); rank 0 only."""
         self.check()
+        self.check_account()
         # A W&B sweep agent has chosen the id of the run that it starts.
         run_id = identity.run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         local = JsonlTracker(folder / "metrics.jsonl", run_id=run_id, resumed=identity.resumed)
@@ -272,8 +279,7 @@ class OfflineTracking(_WandbTracking):
 class OnlineTracking(_WandbTracking):
     """A W&B run that is uploaded while it trains."""
 
-    def check(self) -> None:
-        super().check()
+    def check_account(self) -> None:
         import wandb
         from wandb.errors import AuthenticationError
         from wandb.sdk.lib.wbauth import authenticate_session

@@ -235,6 +235,7 @@ def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, mo
     with pytest.raises(ConfigError, match=r"no API key.*`wandb login`.*tracker=offline"):
         OnlineTracking().build(identity(), folder)
     assert list(folder.iterdir()) == []
+    OnlineTracking().check()  # a finished run is read without an account
 
 
 @pytest.mark.parametrize(

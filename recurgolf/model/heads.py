@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.model.linear import Linear
 
-ROWS_AT_ONCE = 512
-"""Rows of logits in memory while the loss is computed; a few MB stay in a core's cache."""
+CPU_CHUNK = 2**20
+"""Logits in memory at once while the loss is computed on a CPU: 4 MB stay in a core's cache."""
+GPU_CHUNK = 2**27
+"""The same on a GPU, where few large products are quick."""
+SAFE_CAP = 40.0
+"""Below it, exp(cap) summed over any vocabulary fits float32 and no maximum need be taken off."""
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -30,27 +33,33 @@ class _ReadoutLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
     ) -> Tensor:
-        count = targets.numel()
+        count, vocab = targets.numel(), weight.shape[0]
+        step = max(1, (CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK) // vocab)
         matrix = weight.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        d_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, count, ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            wanted = targets[rows, None]
             scores = (hidden[rows] @ matrix.t()).float()
             tanh = None
             if cap is not None:
                 tanh = scores.div_(cap).tanh_()
                 scores = tanh * cap
-            losses = F.cross_entropy(scores, targets[rows], reduction="sum")
-            total += losses
+            if cap is None or cap > SAFE_CAP:
+                scores -= scores.amax(dim=-1, keepdim=True)
+            of_target = scores.gather(1, wanted)
+            masses = scores.exp_()
+            mass = masses.sum(dim=-1, keepdim=True)
+            total += (mass.log() - of_target).sum()
             if d_hidden is None and d_weight is None:
                 continue
-            slope = torch.softmax(scores, dim=-1)
-            slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
+            slope = masses.mul_(1 / (mass * count))
+            slope.scatter_add_(1, wanted, slope.new_full((len(slope), 1), -1 / count))
             if tanh is not None:
                 slope.addcmul_(slope, tanh.square_(), value=-1)
-            slope = slope.div_(count).to(hidden.dtype)
+            slope = slope.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = slope @ matrix
             if d_weight is not None:
@@ -120,6 +129,7 @@ class MultiTokenHeads(nn.Module):
         for k, head in enumerate(self.heads):
             used = self.positions(k, hidden.shape[1])
             if used > 0:
+                assert isinstance(head, Linear)
                 ahead = targets[:, k + 1 : k + 1 + used]
                 losses.append(readout_loss(hidden[:, :used], head.weight, ahead, cap))
         return torch.stack(losses).mean()

@@ -77,7 +77,7 @@ class NoSkips(nn.Module):
         raise AssertionError("nothing is ever joined")
 
 
-SKIPS: dict[str, Callable[[LoopPlan, int], nn.Module]] = {
+SKIPS: dict[str, Callable[[LoopPlan, int], Skips | NoSkips]] = {
     "none": lambda plan, dim: NoSkips(),
     "unet": lambda plan, dim: Skips(unet_pairs, plan.num_visits // 2, dim),
     "unet_gated": lambda plan, dim: GatedSkips(unet_pairs, plan.num_visits // 2, dim),

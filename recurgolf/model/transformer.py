@@ -26,7 +26,7 @@ from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mlp import MLPS
 from recurgolf.model.norm import rms_norm
 from recurgolf.model.rope import rope_base, rope_table
-from recurgolf.model.skips import SKIPS
+from recurgolf.model.skips import SKIPS, NoSkips, Skips
 from recurgolf.model.visit import VisitInputs
 
 
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(self._build_block(i) for i in range(config.num_blocks))
-        self.skips = SKIPS[config.skips](largest_plan, dim)
+        self.skips: Skips | NoSkips = SKIPS[config.skips](largest_plan, dim)
         shape = (largest_plan.num_visits, dim)
         self.mixer_visit_gain = nn.Parameter(torch.ones(shape)) if config.visit_gains else None
         self.mlp_visit_gain = nn.Parameter(torch.ones(shape)) if config.visit_gains else None
@@ -328,9 +328,12 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.bigram.embed.weight)
         if self.value_embed is not None:
             nn.init.normal_(self.value_embed.embed.weight, std=0.01)
-        for head in (self.lm_head, *(self.mtp.heads if self.mtp is not None else ())):
-            if head is not None:
-                nn.init.zeros_(head.weight)
+        # Heads start at zero even where other output projections do not.
+        if self.lm_head is not None:
+            nn.init.zeros_(self.lm_head.weight)
+        if self.mtp is not None:
+            for weight in self.mtp.parameters():
+                nn.init.zeros_(weight)
 
     def _build_block(self, index: int) -> Block:
         config = self.config

@@ -106,11 +106,11 @@ def test_a_wrong_shape_is_named_with_what_was_expected(system, saved):
 
 def test_what_cannot_be_read_is_said(tmp_path):
     config, _, path = source("baseline")
-    with pytest.raises(ConfigError, match="no such system .did you mean 'baseline'"):
+    with pytest.raises(ConfigError, match=r"no such system .did you mean 'baseline'"):
         importers.load("base_line", config, path)
     with pytest.raises(ConfigError, match="no such file"):
         importers.load("baseline", config, tmp_path / "absent.safetensors")
-    with pytest.raises(ConfigError, match="expected .safetensors or .pt"):
+    with pytest.raises(ConfigError, match=r"expected \.safetensors or \.pt"):
         importers.load("baseline", config, Path(__file__))
     with pytest.raises(ConfigError, match="NUM_LAYERS='many' is no int"):
         importers.load("baseline", {"NUM_LAYERS": "many"}, path)
@@ -132,7 +132,7 @@ def test_delayed_looping_can_be_switched():
 
 
 def test_evaluation_runs_twice_the_passes_where_none_are_named():
-    config, weights, path = source("parallel_recurrent")
+    config, _, path = source("parallel_recurrent")
     settings = config["hyperparameters"] | {"num_eval_recurrences": 0}
     model = importers.load("parallel_recurrent", settings, path).model
     assert model.train().plan.num_visits == 3 * 2

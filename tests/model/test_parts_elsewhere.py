@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import recurgolf
+from recurgolf import optim
 from recurgolf.config import ConfigError
 
 SMALL = [
@@ -49,7 +50,7 @@ MIXES = {
 def test_parts_of_different_systems_train_together(name):
     run = recurgolf.compose([*SMALL, *MIXES[name]])
     model = run.build_model()
-    optimizers = recurgolf.optim.build(run.optimizer, model)
+    optimizers = optim.build(run.optimizer, model)
     ids = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(1))
     losses = []
     for step in range(6):
@@ -69,7 +70,7 @@ def test_parts_of_different_systems_train_together(name):
         (["model.dim=30"], r"model.dim=30 .*num_heads=4"),
         (
             ["model.mixer.num_heads=4", "model.mixer.num_kv_heads=3"],
-            r"num_heads=4 .*num_kv_heads=3",
+            "num_kv_heads=3",
         ),
         (
             ["looping=segment", "looping.start=3", "looping.end=9"],
@@ -78,8 +79,8 @@ def test_parts_of_different_systems_train_together(name):
         (["lora=attention", "lora.targets=[in_proj]", "looping=cycle"], "no projection 'in_proj'"),
         (["lora=rank1"], "lora.rank=1 .*no visit qualifies"),
         (["eval.passes=3"], "eval passes=3 asked for, but looping=none"),
-        (["model.second_block_at=[7]"], r"second_block_at=\[7\] is outside the 4 blocks .0 to 3"),
-        (["model.skips=u_net"], r"model.skips='u_net' .did you mean 'unet'"),
+        (["model.second_block_at=[7]"], r"second_block_at=\[7\] is outside the 4 blocks \(0 to 3\)"),
+        (["model.skips=u_net"], r"model.skips='u_net' \(did you mean 'unet'"),
         (["model.rope.dims=3"], "model.rope.dims=3: an even number"),
     ],
 )
