@@ -79,7 +79,10 @@ def test_parts_of_different_systems_train_together(name):
         (["lora=attention", "lora.targets=[in_proj]", "looping=cycle"], "no projection 'in_proj'"),
         (["lora=rank1"], "lora.rank=1 .*no visit qualifies"),
         (["eval.passes=3"], "eval passes=3 asked for, but looping=none"),
-        (["model.second_block_at=[7]"], r"second_block_at=\[7\] is outside the 4 blocks \(0 to 3\)"),
+        (
+            ["model.second_block_at=[7]"],
+            r"second_block_at=\[7\] is outside the 4 blocks \(0 to 3\)",
+        ),
         (["model.skips=u_net"], r"model.skips='u_net' \(did you mean 'unet'"),
         (["model.rope.dims=3"], "model.rope.dims=3: an even number"),
     ],
