@@ -25,14 +25,8 @@ from recurgolf.importers import (
     per_iteration_lora,
     universal_rank1,
 )
-from recurgolf.importers.source import (
-    Place,
-    System,
-    lay,
-    read_settings,
-    read_weights,
-    to_source,
-)
+from recurgolf.importers.settings import read_settings
+from recurgolf.importers.source import Place, System, lay, read_weights, to_source
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import LowRank
 from recurgolf.model.mixers.gated_deltanet import GatedDeltaNet
@@ -136,7 +130,8 @@ def load(system: str, config: Mapping[str, Any], weights: str | Path) -> Importe
         system: `baseline`, `per_iteration_lora`, `universal_rank1`, `parallel_recurrent`, or
             `gated_delta_layer` for a single layer.
         config: the source's own hyper-parameters, perhaps under `hyperparameters`; the spelling of
-            its environment variables, in capitals, works too.
+            its environment variables, in capitals, works too. A layer with adapters takes their
+            factor as `lora_scale`.
         weights: a state dict with the source's names, `.safetensors` or `.pt`; code in it is not
             run.
 

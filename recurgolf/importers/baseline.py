@@ -7,13 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from recurgolf.importers.source import (
-    TRAINING_DEFAULTS,
-    Place,
-    System,
-    shared_overrides,
-    whole_places,
-)
+from recurgolf.importers.settings import TRAINING_DEFAULTS, shared_overrides
+from recurgolf.importers.source import Place, System, whole_places
 from recurgolf.model.transformer import Transformer
 
 DEFAULTS = {

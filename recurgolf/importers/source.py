@@ -1,4 +1,4 @@
-"""What the importers share: reading a source's settings and weights, and laying tensors in place.
+"""What the importers share about weights: reading them, and where every tensor lies.
 
 An importer says where every tensor of its source lies in our model, slice by slice (`Place`). From
 that list alone follow loading, the checks of names and shapes, and the way back: any tensors that
@@ -63,37 +63,6 @@ class System:
     overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
     places: Callable[[Transformer, Mapping[str, Any], Mapping[str, Tensor]], list[Place]]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def read_settings(system: System, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's settings, its defaults where `config` says nothing.
-
-    Args:
-        config: the source's names, or its environment's (capitals, values as text), perhaps under
-            `hyperparameters`. Names that have no bearing on the model or a Run are passed over.
-
-    Raises:
-        ConfigError: a value that is not of the setting's type.
-    """
-    settings = dict(system.defaults)
-    for key, value in config.get("hyperparameters", config).items():
-        name = system.aliases.get(key.lower(), key.lower())
-        if name in settings:
-            settings[name] = _typed(key, value, settings[name])
-    return settings
-
-
-def _typed(key: str, value: Any, default: Any) -> Any:
-    kind = type(default)
-    try:
-        if kind is bool:
-            words = {"0": False, "1": True, "false": False, "true": True, "": False}
-            return words[str(value).lower()]
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return int(float(value)) if kind is int else kind(value)
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(f"{key}={value!r} is no {kind.__name__}") from None
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -244,78 +213,13 @@ def whole_places(model: Transformer) -> list[Place]:
     return [Place(source, ours) for source, ours in names.items() if ours in have]
 
 
-def whole_batches(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer overrides for a batch of whole rows on eight ranks, as the sources train.
-
-    A batch that does not divide, which a model read for scoring need not care about, is cut.
-    """
-    rows = settings["train_batch_tokens"] // (8 * settings["train_seq_len"])
-    return {
-        "trainer.devices": 8,
-        "trainer.grad_accum": 1,
-        "trainer.seq_len": settings["train_seq_len"],
-        "trainer.batch_tokens": max(rows, 1) * 8 * settings["train_seq_len"],
-        "trainer.steps": settings["iterations"],
-        "trainer.warmup_steps": settings["warmup_steps"],
-        "budget.train_seconds": settings["max_wallclock_seconds"] or None,
-        "trainer.progress": "wallclock" if settings["max_wallclock_seconds"] else "steps",
-        "seed": settings["seed"],
-    }
-
-
-TRAINING_DEFAULTS = {
-    "iterations": 20000,
-    "warmup_steps": 20,
-    "max_wallclock_seconds": 600.0,
-    "seed": 1337,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "adam_eps": 1e-8,
-    "scalar_lr": 0.04,
-    "head_lr": 0.008,
-    "embed_lr": 0.6,
-    "muon_backend_steps": 5,
-}
-"""Settings of training that all the systems have with these values."""
-
-
-def shared_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all systems' settings change alike."""
-    tied = settings.get("tie_embeddings", True)
-    return {
-        "data.vocab_size": settings["vocab_size"],
-        "model.dim": settings["model_dim"],
-        "model.mlp_mult": float(settings["mlp_mult"]),
-        "model.mixer.num_heads": settings["num_heads"],
-        "model.mixer.num_kv_heads": settings["num_kv_heads"],
-        "model.mixer.q_gain_init": settings["qk_gain_init"],
-        "model.rope.base": settings["rope_base"],
-        "model.logit_softcap": settings["logit_softcap"],
-        "model.tie_embeddings": tied,
-        "model.init.embed_std": settings["tied_embed_init_std"],
-        "optimizer.matrix_lr": settings["matrix_lr"],
-        "optimizer.embed_lr": settings["tied_embed_lr" if tied else "embed_lr"],
-        "optimizer.head_lr": settings["head_lr"],
-        "optimizer.scalar_lr": settings["scalar_lr"],
-        "optimizer.beta1": settings["beta1"],
-        "optimizer.beta2": settings["beta2"],
-        "optimizer.eps": settings["adam_eps"],
-        "optimizer.ns_steps": settings["muon_backend_steps"],
-        "optimizer.momentum": settings["muon_momentum"],
-        **whole_batches(settings),
-    }
-
-
 __all__ = [
     "BLOCK_NAMES",
     "MODEL_NAMES",
-    "TRAINING_DEFAULTS",
     "Place",
     "System",
     "lay",
-    "read_settings",
     "read_weights",
-    "shared_overrides",
     "to_source",
     "whole_places",
 ]

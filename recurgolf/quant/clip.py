@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from recurgolf.config import ConfigError, option
@@ -240,6 +239,8 @@ def _row_quantile(weight: Tensor, share: float) -> Tensor:
 
 def _magnitude_quantiles(share: float, cols: int, spread: Any) -> np.ndarray:
     """Spread of the `share` quantile of `cols` magnitudes over equally likely rows."""
+    from scipy import stats  # here: scipy costs a second, which only predictions should pay
+
     place = share * (cols - 1)
     # Order statistics of uniform variables are beta distributed; a place between two of them is
     # taken as the beta of the fraction. Magnitudes |x| < m have probability 2 F(m) - 1.

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize, special, stats
 from torch import Tensor
 
 from recurgolf.quant.codes import scale_shape
@@ -26,6 +25,8 @@ _MIN_DF, _MAX_DF = 2.05, 50.0
 
 def spread(tail_df: float | None = None) -> Any:
     """The distribution of variance 1 that entries follow: Gaussian, or Student's t."""
+    from scipy import stats  # here: scipy costs a second, which only predictions should pay
+
     if tail_df is None:
         return stats.norm()
     if tail_df <= 2:
@@ -39,6 +40,8 @@ def predicted_bits(spec: GridSpec, cols: int, tail_df: float | None = None) -> f
     Args:
         tail_df: degrees of freedom of Student's t for the entries, see `fit_tail`; None: Gaussian.
     """
+    from scipy import stats
+
     entries = min(spec.group_size or cols, cols)
     law = spread(tail_df)
     candidates = []
@@ -82,6 +85,8 @@ def fit_tail(weights: Iterable[Tensor]) -> float | None:
         return None
     if ratio < _mean_magnitude(_MIN_DF):
         return _MIN_DF
+    from scipy import optimize
+
     found = optimize.root_scalar(
         lambda df: _mean_magnitude(df) - ratio, bracket=(_MIN_DF, _MAX_DF), method="brentq"
     )
@@ -90,6 +95,8 @@ def fit_tail(weights: Iterable[Tensor]) -> float | None:
 
 def _mean_magnitude(df: float) -> float:
     """E|x| of Student's t scaled to variance 1."""
+    from scipy import special
+
     return float(2 * np.sqrt(df - 2) / ((df - 1) * special.beta(df / 2, 0.5)))
 
 

@@ -86,9 +86,9 @@ def test_a_tensor_without_use_fails_the_import_by_name(system, saved):
 
 
 @pytest.mark.parametrize("system", FOLDERS)
-def test_every_missing_tensor_is_named(system, saved):
+def test_a_missing_tensor_is_named(system, saved):
     config, weights, _ = source(system)
-    for name in list(weights)[:: max(1, len(weights) // 4)]:
+    for name in list(weights)[:: len(weights) // 2 + 1]:
         rest = {other: tensor for other, tensor in weights.items() if other != name}
         with pytest.raises(ConfigError, match=f"'{name}'.* is missing"):
             importers.load(system, config, saved(rest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,17 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+@functools.cache
+def _imported(folder: Path, changes: tuple[tuple[str, Any], ...]) -> Imported:
+    settings = config_of(folder)["hyperparameters"] | dict(changes)
+    return importers.load(folder.parents[1].name, settings, folder / "weights.safetensors")
+
+
 def imported(folder: Path, case: str) -> Imported:
-    """The recorded model, in the mode of the case."""
-    config = config_of(folder)
-    how = config["cases"][case]
-    changed = {key: how[key] for key in ("xsa_last_n",) if key in how}
-    found = importers.load(
-        folder.parents[1].name,
-        config["hyperparameters"] | changed,
-        folder / "weights.safetensors",
-    )
+    """The recorded model, in the mode of the case and without gradients."""
+    how = config_of(folder)["cases"][case]
+    found = _imported(folder, tuple((key, how[key]) for key in ("xsa_last_n",) if key in how))
+    found.model.zero_grad(set_to_none=True)
     found.model.train(how["mode"] == "train")
     found.model.set_looping(how.get("looping_active", True))
     return found

@@ -10,7 +10,8 @@ from recordings import GOLDEN
 
 import recurgolf
 from recurgolf import importers
-from recurgolf.importers.source import read_settings, to_source
+from recurgolf.importers.settings import read_settings
+from recurgolf.importers.source import to_source
 
 RECORDED = [
     (path.parent.name, number, recorded)
