@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import recurgolf
+from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.precision import autocast
@@ -82,9 +83,8 @@ def bench_trainer(asked: argparse.Namespace) -> None:
 def bench_model(asked: argparse.Namespace) -> None:
     """The composed baseline against the same network written out by hand."""
     run = recurgolf.compose(
-        ["model=baseline", "model.num_blocks=4", "model.dim=256", "model.mixer.num_heads=4",
-         "model.mixer.num_kv_heads=2", *asked.overrides]
-    )  # fmt: skip
+        ["model=baseline", "model.num_blocks=4", "model.dim=256", *asked.overrides]
+    )
     plan = run.plan(0.0)
     composed = run.build_model()
     tokens = torch.randint(0, run.model.vocab_size, (8, 256))
@@ -112,7 +112,7 @@ def inlined_loss(
     """The baseline's network in one function, with the weights of the composed one."""
     config, eps = run.model, run.model.norm_eps
     weights = dict(model.named_parameters())
-    heads, kv_heads = config.mixer.num_heads, config.mixer.num_kv_heads  # type: ignore[attr-defined]
+    heads, kv_heads = AttentionConfig().heads(config.dim)
     batch, length = tokens.shape
     half = config.dim // heads // 2
     turns = torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half)

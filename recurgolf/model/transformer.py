@@ -146,7 +146,7 @@ class Model:
         for block in range(self.num_blocks):
             mixer = self.mixer_of(block)
             if isinstance(mixer, AttentionConfig):
-                return self.dim // mixer.num_heads
+                return self.dim // mixer.heads(self.dim)[0]
         return None
 
     def block_of(self, block: int) -> BlockConfig:

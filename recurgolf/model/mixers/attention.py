@@ -21,9 +21,11 @@ from recurgolf.model.visit import VisitInputs
 class AttentionConfig(Mixer):
     """Softmax attention (formulae: the official baseline; XSA and partial RoPE are options)."""
 
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    """Key and value heads; a divisor of num_heads (grouped-query attention, 2305.13245)."""
+    num_heads: int | None = None
+    """Query heads; null: one per 64 channels of model.dim."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention, 2305.13245); null: half as many as query
+    heads, or one where that does not divide them."""
     q_gain_init: float = 1.5
     """Start of the learned gain on every query head, applied after the rotation."""
     remove_value_direction: bool = False
@@ -31,24 +33,37 @@ class AttentionConfig(Mixer):
     remove_value_direction_last: int | None = None
     """XSA only in the last n blocks (of all blocks, not visits); null: in all."""
 
+    def heads(self, dim: int) -> tuple[int, int]:
+        """Query heads, and key and value heads, of a model of width `dim`."""
+        queries = max(1, dim // 64) if self.num_heads is None else self.num_heads
+        if self.num_kv_heads is not None:
+            return queries, self.num_kv_heads
+        return queries, queries // 2 if queries % 2 == 0 else 1
+
     def check(self, dim: int) -> None:
-        if dim % self.num_heads:
+        queries, keys = self.heads(dim)
+        if queries < 1 or keys < 1:
             raise ConfigError(
-                f"model.dim={dim} is not divisible by model.mixer.num_heads={self.num_heads}"
+                f"model.mixer.num_heads={queries}, model.mixer.num_kv_heads={keys}: at least 1"
             )
-        if self.num_heads % self.num_kv_heads:
+        if dim % queries:
             raise ConfigError(
-                f"model.mixer.num_heads={self.num_heads} is not a multiple of "
-                f"model.mixer.num_kv_heads={self.num_kv_heads}"
+                f"model.dim={dim} is not divisible by model.mixer.num_heads={queries}"
             )
-        if dim // self.num_heads % 2:
+        if queries % keys:
             raise ConfigError(
-                f"model.dim={dim} / model.mixer.num_heads={self.num_heads} gives heads of "
-                f"{dim // self.num_heads}; rotary positions need an even number"
+                f"model.mixer.num_heads={queries} is not a multiple of "
+                f"model.mixer.num_kv_heads={keys}"
+            )
+        if dim // queries % 2:
+            raise ConfigError(
+                f"model.dim={dim} / model.mixer.num_heads={queries} gives heads of "
+                f"{dim // queries}; rotary positions need an even number"
             )
 
     def projections(self, dim: int) -> dict[str, tuple[int, int]]:
-        kv_dim = dim // self.num_heads * self.num_kv_heads
+        queries, keys = self.heads(dim)
+        kv_dim = dim // queries * keys
         return {
             "q_proj": (dim, dim),
             "k_proj": (dim, kv_dim),
@@ -70,7 +85,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, config: AttentionConfig, xsa: bool, norm_eps: float):
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.num_heads, self.num_kv_heads = config.heads(dim)
         self.xsa, self.norm_eps = xsa, norm_eps
         kv_dim = dim // self.num_heads * self.num_kv_heads
         self.q_proj = Linear(dim, dim)
