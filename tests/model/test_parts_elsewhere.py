@@ -67,21 +67,21 @@ def test_parts_of_different_systems_train_together(name):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.dim=30"], r"model.dim=30 .*num_heads=4"),
+        (["model.dim=30", "model.mixer.num_heads=4"], r"model.dim=30 .*num_heads=4"),
         (
             ["model.mixer.num_heads=4", "model.mixer.num_kv_heads=3"],
             "num_kv_heads=3",
         ),
         (
             ["looping=segment", "looping.start=3", "looping.end=9"],
-            r"looping.end=9 .*4 blocks .0 to 3",
+            r"looping.end=9 .*3 blocks .0 to 2",
         ),
         (["lora=attention", "lora.targets=[in_proj]", "looping=cycle"], "no projection 'in_proj'"),
-        (["lora=rank1"], "lora.rank=1 .*no visit qualifies"),
-        (["eval.passes=3"], "eval passes=3 asked for, but looping=none"),
+        (["lora=rank1", "looping=none"], "lora.rank=1 .*no visit qualifies"),
+        (["eval.passes=3", "looping=none"], "eval passes=3 asked for, but looping=none"),
         (
             ["model.second_block_at=[7]"],
-            r"second_block_at=\[7\] is outside the 4 blocks \(0 to 3\)",
+            r"second_block_at=\[7\] is outside the 3 blocks \(0 to 2\)",
         ),
         (["model.skips=u_net"], r"model.skips='u_net' \(did you mean 'unet'"),
         (["model.rope.dims=3"], "model.rope.dims=3: an even number"),
