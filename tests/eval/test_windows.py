@@ -12,6 +12,7 @@ from recurgolf.eval import PlainEval, SlidingEval, score
 VOCAB = 17
 PROTOCOLS = [
     PlainEval(keep_tail=True),
+    SlidingEval(),
     SlidingEval(stride=1),
     SlidingEval(stride=3),
     SlidingEval(stride=8),

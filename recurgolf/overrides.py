@@ -1,0 +1,92 @@
+"""Overrides as text: what may be written on the command line, and an option tree written as it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from recurgolf.config import ConfigError
+
+CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
+
+def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
+    """Refuse what Hydra itself would break on.
+
+    Args:
+        groups: names of the config groups, `model/mixer` where nested.
+
+    Raises:
+        ConfigError: a group set to null.
+    """
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if value == "null" and group.lstrip("+") in groups:
+            raise ConfigError(
+                f"{override}: a group cannot be null; where absence makes sense it is an option of "
+                f"its own, as in {group}=none"
+            )
+
+
+def split_arguments(arguments: Sequence[str], verb: str) -> tuple[list[str], Path | None]:
+    """Overrides and the folder of --config-dir, for verbs that compose without Hydra's own main.
+
+    Raises:
+        ConfigError: anything else on the line.
+    """
+    overrides: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip or argument.partition("=")[0] in CONFIG_DIR_FLAGS:
+            skip = not skip and "=" not in argument
+        elif argument.startswith("~") or ("=" in argument and not argument.startswith("-")):
+            overrides.append(argument)
+        else:
+            raise ConfigError(
+                f"{verb} takes overrides (key=value) and --config-dir FOLDER, not {argument!r}"
+            )
+    return overrides, config_dir(arguments)
+
+
+def config_dir(arguments: Sequence[str]) -> Path | None:
+    """The folder given by --config-dir, absolute; None without one.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    for position, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in CONFIG_DIR_FLAGS:
+            value = value or "".join(arguments[position + 1 : position + 2])
+            if not value or not Path(value).is_dir():
+                raise ConfigError(f"--config-dir {value!r} is not a folder")
+            return Path(value).resolve()
+    return None
+
+
+def as_overrides(path: str, node: dict[str, Any]) -> list[str]:
+    """Overrides that bring back an option tree as `to_dict` wrote it."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, dict):
+            if "kind" in value:
+                found.append(f"{path}/{key}={value['kind']}")
+            found += as_overrides(f"{path}.{key}", value)
+        elif key != "kind":
+            found.append(f"{path}.{key}={quoted(value)}")
+    return found
+
+
+def quoted(value: Any) -> str:
+    """A JSON value in the grammar of overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return "[" + ",".join(map(quoted, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{quoted(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
