@@ -13,12 +13,16 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -39,9 +43,23 @@ from recurgolf.config import (
     to_object,
 )
 from recurgolf.help import VERBS, help_text
+from recurgolf.overrides import (
+    added_keys,
+    as_overrides,
+    check_overrides,
+    config_dir,
+    is_seed,
+    split_arguments,
+)
 
+if TYPE_CHECKING:
+    from recurgolf.run import Run
+    from recurgolf.training.summary import Summary
+
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_OVER_BUDGET = 3
+EXIT_INTERRUPTED = 130
 
 COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
 
@@ -54,58 +72,73 @@ def conf_folder() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script `recurgolf`."""
+    """The console script `recurgolf`; ends the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verb = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-    if "=" in verb:
-        verb = ""
-    if {"-h", "--help"} & set(arguments) and verb in ("", "train", "plan"):
-        print(help_text(conf_folder()))
-        return
     try:
-        sys.exit(_dispatch(verb, arguments))
+        code = _dispatch(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has left; the interpreter would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
     except ConfigError as error:
-        _fail(str(error))
+        code = _refused(str(error))
     except COMPOSE_ERRORS as error:
-        _fail(explain(error))
+        if is_bug(error):
+            raise
+        code = _refused(explain(error, arguments))
     except OSError as error:
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; choose another folder or free the path")
+        code = _refused(f"{error.filename}: {error.strerror}")
+    sys.exit(code)
 
 
-def _dispatch(verb: str, arguments: list[str]) -> int:
-    if verb in ("", "train"):
-        return _train_command(arguments[1:] if verb else arguments)
+def _refused(message: str) -> int:
+    print(f"recurgolf: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    named = bool(arguments) and re.fullmatch(r"[a-z][\w-]*", arguments[0]) is not None
+    verb, rest = (arguments[0], arguments[1:]) if named else ("train", arguments)
+    if verb not in VERBS:
+        raise ConfigError(
+            f"unknown verb {verb!r}{suggestion(verb, VERBS)}; an override is written key=value"
+        )
+    if {"-h", "--help"} & set(arguments) and verb in ("train", "plan"):
+        print(help_text(conf_folder()))
+        return 0
+    # Modules of one's own beside the place where the command is typed are importable.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if verb == "train":
+        return _train_command(rest)
     if verb == "plan":
         from recurgolf.plan import plan_table
 
-        print(plan_table(_composed_from(arguments[1:])))
+        print(plan_table(compose(*split_arguments(rest, verb))))
         return 0
-    if verb in VERBS:
-        from recurgolf import verbs
+    from recurgolf import verbs
 
-        return verbs.run(verb, arguments[1:])
-    raise ConfigError(
-        f"unknown verb {verb!r}{suggestion(verb, VERBS)}; an override is written key=value"
-    )
-
-
-def _fail(message: str) -> None:
-    print(f"recurgolf: {message}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    return verbs.run(verb, rest)
 
 
 def _train_command(arguments: list[str]) -> int:
     from recurgolf.training.distributed import started_by_torchrun
 
-    if started_by_torchrun():
-        return _train_under_torchrun(arguments)
     multirun = any(a in ("-m", "--multirun") for a in arguments)
-    outcomes: list[str | Exception] = []
+    if started_by_torchrun():
+        if multirun:
+            raise ConfigError(
+                "multirun under torchrun would sweep once per rank; start it without torchrun and "
+                "set trainer.devices=N, which makes the ranks of every job"
+            )
+        return _train_under_torchrun(*split_arguments(arguments, "train under torchrun"))
+    outcomes: list[Summary | Exception] = []
 
     def job(config: Any) -> float | None:
         from recurgolf.training.launch import launch
@@ -119,77 +152,88 @@ def _train_command(arguments: list[str]) -> int:
                 note_failure(folder, error)
             outcomes.append(error)
             return None
-        outcomes.append(summary.status)
+        outcomes.append(summary)
         return summary.val_bpb
 
-    check_overrides(arguments)
-    register()
-    folders = config_dirs(arguments)
-    load_plugins(plugin_modules(folders))
-    before = list(sys.argv)
-    sys.argv = [before[0], *_absolute_config_dirs(arguments)]
-    # Hydra then raises what went wrong instead of printing its own account of it.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
-    finally:
-        sys.argv = before
+    folder = _prepared(arguments, config_dir(arguments))
     if multirun:
-        return int(SweepTable.any_failed)
+        _check_sweep([a for a in arguments if "=" in a and not a.startswith("-")], folder)
+    SweepTable.exit_code = EXIT_FAILED
+    with _hydra_environment(arguments):
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    if multirun:
+        return SweepTable.exit_code
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
-    return EXIT_OVER_BUDGET if "over_budget" in outcomes else 0
+        if not outcome.within_budget:
+            return EXIT_OVER_BUDGET
+    return 0
 
 
-def _train_under_torchrun(arguments: list[str]) -> int:
-    """Every rank composes the same Run; rank 0's folder is everybody's."""
-    from datetime import datetime
+@contextlib.contextmanager
+def _hydra_environment(arguments: list[str]) -> Iterator[None]:
+    """What Hydra's main reads: the command line, and to raise errors instead of wording them."""
+    before, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [before[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
 
+
+def _train_under_torchrun(overrides: list[str], folder: Path | None) -> int:
+    """Every rank composes the same Run; rank 0's output folder is everybody's."""
     from recurgolf.training.distributed import environment_rank
     from recurgolf.training.launch import launch
 
-    if any(a in ("-m", "--multirun") for a in arguments):
-        raise ConfigError(
-            "multirun under torchrun would sweep once per rank; start it without torchrun and set "
-            "trainer.devices=N, which makes the ranks of every job"
-        )
-    run = _composed_from(arguments)
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path("outputs") / run.name / f"{stamp}_seed={run.seed}"
-    summary = launch(run, folder)
-    return EXIT_OVER_BUDGET if summary.status == "over_budget" and environment_rank() == 0 else 0
+    run = compose(overrides, folder)
+    with _hydra_initialized(folder):
+        # `name` and `seed` are part of the folder's name, hence the whole configuration again.
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+        output = Path(config.hydra.run.dir)
+    summary = launch(run, output)
+    over = not summary.within_budget and environment_rank() == 0
+    return EXIT_OVER_BUDGET if over else 0
 
 
-def _composed_from(arguments: list[str]) -> Any:
-    folders = config_dirs(arguments)
-    overrides = [a for a in arguments if "=" in a and not a.startswith("--")]
-    return compose(overrides, config_dir=folders[0] if folders else None)
+def _prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
+    """Checked overrides, imported plugins and registered schemas: what composing needs."""
+    check_overrides(overrides, group_names())
+    load_plugins(plugin_modules(folder) if folder else ())
+    register()
+    return folder
 
 
-def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
     """The Run that the command line would make of these overrides.
 
     Args:
         overrides: as on the command line: `["lora.rank=1", "experiment=smoke"]`.
-        config_dir: a folder with YAML of your own, searched besides the package's.
+        config_dir: a folder with YAML of your own, searched before the package's.
 
     Raises:
         ConfigError: what cannot be composed, with the nearest right name.
     """
-    check_overrides(overrides)
-    register()
-    folders = [Path(config_dir).resolve()] if config_dir else []
-    load_plugins(plugin_modules(folders))
-    search = [f"hydra.searchpath=[file://{folders[0]}]"] if folders else []
+    folder = Path(config_dir).resolve() if config_dir else None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"config_dir {str(config_dir)!r} is not a folder")
+    _prepared(overrides, folder)
     try:
-        with _hydra_initialized():
-            return _run_of(hydra.compose("config", overrides=[*search, *overrides]))
+        with _hydra_initialized(folder):
+            return _run_of(hydra.compose("config", overrides=list(overrides)))
     except COMPOSE_ERRORS as error:
-        raise ConfigError(explain(error)) from None
+        if is_bug(error):
+            raise
+        raise ConfigError(explain(error, overrides)) from None
 
 
-def compose_parts(run: Any, overrides: Sequence[str]) -> Any:
+def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
     """A Run with some of its parts changed by overrides, the rest as it was.
 
     A key alone (`eval.stride=32`) changes the run's own option; a group (`eval=sliding`) starts
@@ -207,38 +251,44 @@ def compose_parts(run: Any, overrides: Sequence[str]) -> Any:
     return dataclasses.replace(run, **{group: getattr(composed, group) for group in changed})
 
 
-def as_overrides(path: str, node: dict[str, Any]) -> list[str]:
-    """Overrides that bring back an option tree as `to_dict` wrote it."""
-    found = []
-    for key, value in node.items():
-        if isinstance(value, dict):
-            if "kind" in value:
-                found.append(f"{path}/{key}={value['kind']}")
-            found += as_overrides(f"{path}.{key}", value)
-        elif key != "kind":
-            found.append(f"{path}.{key}={_quoted(value)}")
-    return found
+def _check_sweep(overrides: Sequence[str], folder: Path | None) -> None:
+    """Compose every value of a sweep once: a typo in the last one is told before the first trains.
 
-
-def _quoted(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_quoted, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    Seeds cannot be wrong; ranges of a sweeper that searches are left to it.
+    """
+    with _hydra_initialized(folder):
+        loader = GlobalHydra.instance().config_loader()
+        lines: list[list[str]] = []
+        for override in OverridesParser.create(loader).parse_overrides(list(overrides)):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                lines.append([f"{key}={override.get_value_element_as_str()}"])
+            elif override.is_discrete_sweep() and not is_seed(key):
+                lines.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        first = [line[0] for line in lines]
+        for position, line in enumerate(lines):
+            for choice in line if len(line) > 1 else []:
+                hydra.compose("config", [*first[:position], choice, *first[position + 1 :]])
 
 
 @contextlib.contextmanager
-def _hydra_initialized() -> Iterator[None]:
+def _hydra_initialized(folder: Path | None = None) -> Iterator[None]:
+    """Hydra for composing, with a user's folder before the package's as --config-dir puts it."""
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="recurgolf"):
+        if folder is not None:
+            path = GlobalHydra.instance().config_loader().get_search_path()
+            path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("recurgolf", path)
         yield
 
 
-def _run_of(config: Any) -> Any:
-    return to_object(config)
+def _run_of(config: Any) -> Run:
+    run = to_object(config)
+    # `+key=value` adds a key to any node, and nothing would ever read it.
+    for key in added_keys(run):
+        raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")
+    return run
 
 
 def register() -> None:
@@ -253,60 +303,41 @@ def register() -> None:
                 store.store(group=f"schema/{group}", name=kind, node=cls)
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse what Hydra itself would break on."""
-    for override in overrides:
-        group, _, value = override.partition("=")
-        if value == "null" and (conf_folder() / group).is_dir():
-            raise ConfigError(
-                f"{override}: a group cannot be null; where absence makes sense it is an option of "
-                f"its own, as in {group}=none"
-            )
+def group_names() -> list[str]:
+    """The config groups of the package, `model/mixer` where nested."""
+    conf = conf_folder()
+    return sorted(str(p.relative_to(conf)) for p in conf.rglob("*") if p.is_dir())
 
 
-def config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """The folders given by --config-dir."""
-    found = []
-    for position, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            if not Path(value).is_dir():
-                raise ConfigError(f"--config-dir {value!r} is not a folder")
-            found.append(Path(value).resolve())
-    return found
-
-
-def _absolute_config_dirs(arguments: Sequence[str]) -> list[str]:
-    """Hydra reads a relative --config-dir from its own place; make it the user's."""
-    folders = {str(folder.name): folder for folder in config_dirs(arguments)}
-    return [
-        str(folders[Path(a).name])
-        if position and arguments[position - 1] in ("--config-dir", "-cd")
-        else a
-        for position, a in enumerate(arguments)
-    ]
-
-
-def plugin_modules(folders: Sequence[Path]) -> list[str]:
-    """Modules named under `plugins:` in the YAML of the user's folders.
+def plugin_modules(folder: Path) -> list[str]:
+    """Modules named under `plugins:` in the YAML of the user's folder, importable from there.
 
     They must be imported before composing, since they register the schemas that YAML refers to.
     """
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     modules: list[str] = []
-    for folder in folders:
-        for base in (str(folder), os.getcwd()):
-            if base not in sys.path:
-                sys.path.insert(0, base)
-        for path in sorted(folder.rglob("*.yaml")):
-            content = yaml.safe_load(path.read_text()) or {}
-            if isinstance(content, dict):
-                modules += [m for m in content.get("plugins") or [] if m not in modules]
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if isinstance(content, dict):
+            modules += [m for m in content.get("plugins") or [] if m not in modules]
     return modules
 
 
-def explain(error: BaseException) -> str:
-    """What Hydra or OmegaConf refused, in one or two lines, with the nearest right name."""
+def is_bug(error: BaseException) -> bool:
+    """Whether a component's own code broke: so OmegaConf words a TypeError in `__post_init__`."""
+    return "Could not create instance" in str(error)
+
+
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """What Hydra or OmegaConf refused, in one or two lines, with the nearest right name.
+
+    Args:
+        overrides: of the command line; the groups they choose say which keys there are.
+    """
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -316,15 +347,19 @@ def explain(error: BaseException) -> str:
     whole = "\n".join(texts)
     if isinstance(error, MissingConfigException):
         return _unknown_option(whole)
+    several = re.search(r"Ambiguous value for argument '([^']+)'", whole)
+    if several:
+        key, _, values = several.group(1).partition("=")
+        return f"{key}={values} is several values: -m runs each of them, [{values}] is one list"
     if isinstance(error, OverrideParseException):
         return f"cannot read an override: {texts[0].splitlines()[0]}"
     unknown = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", whole)
     key = re.search(r"full_key: (\S+)", whole)
     override = re.search(r"[Cc]ould not override '([^']+)'", whole)
     if override and (unknown or isinstance(error, ConfigCompositionException)):
-        return _unknown_key(override.group(1))
+        return _unknown_key(override.group(1), overrides)
     if unknown and key:
-        return _unknown_key(key.group(1))
+        return _unknown_key(key.group(1), overrides)
     if key:
         return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
@@ -340,27 +375,37 @@ def _unknown_option(text: str) -> str:
     return f"{group}={name}: no such option{suggestion(name, known)}"
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+    groups = group_names()
+    chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
     parent, _, name = key.rpartition(".")
     with _hydra_initialized():
-        default = hydra.compose("config")
-    known = key_names(default, parent)
-    if parent and not known:
+        try:
+            config = hydra.compose("config", overrides=chosen)
+        except COMPOSE_ERRORS:
+            config = hydra.compose("config")
+    # The first part that is not there is the wrong one: `modle.dim` has no key at all.
+    while "." in parent and not key_names(config, parent):
+        parent, _, name = parent.rpartition(".")
+    top = key_names(config, "")
+    if "/" in key or not parent or (parent not in top and "." not in parent):
+        wrong = key if "/" in key or not parent else parent
+        return f"there is no key or group {wrong!r}{suggestion(wrong, [*top, *groups])}"
+    known = key_names(config, parent)
+    if not known:
         return f"{parent} has no key {name!r}: the chosen option of {parent} has none"
-    groups = [str(p.relative_to(conf_folder())) for p in conf_folder().rglob("*") if p.is_dir()]
-    if "/" in key or not parent:
-        known = [*known, *groups]
-        name = key
-    where = f"{parent} has no key" if parent else "there is no key or group"
-    return f"{where} {name!r}{suggestion(name, known)}"
+    return f"{parent} has no key {name!r}{suggestion(name, known)}"
 
 
 def note_failure(folder: Path, error: Exception) -> None:
     """Leave the cause in the job's folder, where the table at the end finds it."""
     from recurgolf.compare.sweep import FAILURE
 
-    (folder / FAILURE).write_text(traceback.format_exc())
-    print(f"recurgolf: this job failed: {error}", file=sys.stderr)
+    refused = isinstance(error, ConfigError)
+    cause = str(error) if refused else f"{type(error).__name__}: {error}"
+    first = cause.splitlines()[0] if cause else type(error).__name__
+    (folder / FAILURE).write_text(f"{first}\n\n{traceback.format_exc()}")
+    print(f"recurgolf: this job failed: {first}", file=sys.stderr)
 
 
 class SweepTable(Callback):
@@ -369,9 +414,11 @@ class SweepTable(Callback):
     Hydra makes the object and keeps it to itself, hence the result on the class.
     """
 
-    any_failed: ClassVar[bool] = False
+    exit_code: ClassVar[int] = EXIT_FAILED
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         from recurgolf.compare.sweep import finish_sweep
 
-        SweepTable.any_failed = finish_sweep(Path(config.hydra.sweep.dir))
+        jobs = finish_sweep(Path(config.hydra.sweep.dir))
+        over = EXIT_OVER_BUDGET if jobs.over_budget else 0
+        SweepTable.exit_code = EXIT_FAILED if jobs.failed else over

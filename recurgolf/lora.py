@@ -28,8 +28,9 @@ class LoRA:
     rank: int = 0
     """0: no adapters at all."""
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    """Projections of the block: q_proj k_proj v_proj o_proj up_proj down_proj, or `residual`
-    (a correction of the block's output)."""
+    """Projections of the block: q_proj k_proj v_proj o_proj (attention), in_proj_qkv in_proj_z
+    in_proj_b in_proj_a out_proj (gated delta net), up_proj down_proj gate_proj (MLP), or `residual`
+    (a correction of the block's output). In a hybrid each block takes those that it has."""
     blocks: str = "looped"
     """looped: blocks that a plan visits more than once | all."""
     visits: str = "repeats"
@@ -92,10 +93,10 @@ class LoRA:
         for target in self.targets:
             having = [block for block in slots if target in projections(block)]
             if not having:
-                known = {name for block in slots for name in projections(block)}
+                known = sorted({name for block in slots for name in projections(block)})
                 raise ConfigError(
                     f"lora.targets: the adapted blocks {sorted(slots)} have no projection "
-                    f"{target!r}{suggestion(target, known)}"
+                    f"{target!r}; theirs are {', '.join(known)}"
                 )
             for block in having:
                 limit = min(projections(block)[target])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def config_dir(arguments: Sequence[str]) -> Path | None:
                 raise ConfigError(f"--config-dir {value!r} is not a folder")
             return Path(value).resolve()
     return None
+
+
+def is_seed(override: str) -> bool:
+    """Whether an override (or its key) only changes chance: seed or seeds.*."""
+    key = override.partition("=")[0].lstrip("+")
+    return key == "seed" or key.startswith("seeds.")
+
+
+def added_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys of an option tree that are no fields of its classes."""
+    if dataclasses.is_dataclass(node):
+        fields = {field.name for field in dataclasses.fields(node)}
+        for key, value in vars(node).items():
+            if key not in fields:
+                yield f"{path}{key}"
+            else:
+                yield from added_keys(value, f"{path}{key}.")
+    elif isinstance(node, list):
+        for position, item in enumerate(node):
+            yield from added_keys(item, f"{path}{position}.")
 
 
 def as_overrides(path: str, node: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recurgolf.artifact.code import pack_code
+from recurgolf.artifact.code import code_of
 from recurgolf.artifact.ledger import Line, predict
 from recurgolf.config import ConfigError
 from recurgolf.looping import LoopPlan
@@ -101,7 +101,7 @@ def make_plan(run: Run) -> Plan:
     shapes = shapes_of(run)
     kept = packed_shapes(shapes)
     training = run.plan(1.0)
-    code = pack_code([run.model, run.looping, run.lora, run.eval])
+    code = code_of(run)
     return Plan(
         visits=training,
         eval_visits=run.eval_plan,
@@ -115,12 +115,23 @@ def make_plan(run: Run) -> Plan:
     )
 
 
-def check_budget(plan: Plan) -> None:
+def check_ending(run: Run) -> None:
+    """Refuse what would fail only after the training.
+
+    Raises:
+        ConfigError: a quantiser's rules that do not fit the model's parameters; a budget that the
+            code alone exceeds.
+    """
+    run.quant.assign(packed_shapes(shapes_of(run)))
+    check_budget(code_of(run).packed_bytes, run.budget.artifact_bytes)
+
+
+def check_budget(code_bytes: int, budget_bytes: int) -> None:
     """Refuse a budget that the code alone exceeds."""
-    if plan.code_bytes > plan.budget_bytes:
+    if code_bytes > budget_bytes:
         raise ConfigError(
-            f"budget.artifact_bytes={plan.budget_bytes:,} is smaller than the code needed to load "
-            f"and score the model ({plan.code_bytes:,} bytes packed)"
+            f"budget.artifact_bytes={budget_bytes} is smaller than the code needed to load and "
+            f"score the model ({code_bytes:,} bytes packed)"
         )
 
 
@@ -147,7 +158,7 @@ def plan_table(run: Run) -> str:
         f"  {'budget':<26}{'':>12}{plan.budget_bytes:>12,}",
         f"  {'headroom':<26}{'':>12}{plan.headroom:>12,}",
     ]
-    check_budget(plan)
+    check_budget(plan.code_bytes, plan.budget_bytes)
     return "\n".join(text)
 
 

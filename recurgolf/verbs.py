@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from recurgolf.artifact import load
+from recurgolf.artifact import ArtifactError, load
+from recurgolf.artifact.decode import MissingLibrary
 from recurgolf.artifact.score import check_data, rebuild, score_dataset
 from recurgolf.config import ConfigError, kind_of
 from recurgolf.run import Run
@@ -31,9 +32,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     path = asked.folder / "artifact.bin"
     if not path.exists():
         raise ConfigError(f"{asked.folder} has no artifact.bin: the run did not finish")
-    scorable = rebuild(load(path))
-    dataset = configured.data.prepare(log.line)
-    check_data(scorable.metadata, dataset)
+    try:
+        scorable = rebuild(load(path))
+        dataset = configured.data.prepare(log.line)
+        check_data(scorable.metadata, dataset)
+    except (ArtifactError, MissingLibrary) as error:
+        raise ConfigError(f"{path}: {error}") from None
     protocol = configured.eval
     with log.bar("scoring", 1) as bar:
 

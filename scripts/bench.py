@@ -69,13 +69,10 @@ def bench_trainer(asked: argparse.Namespace) -> None:
             optimizers.step(1.0, 0.95, 0.0)
             optimizers.zero_grad()
 
-        steps = iter(range(1, 10_000))
         with trainer.log.bar("training", 10_000) as bar, trainer.clock.phase("training"):
-
-            def whole() -> None:
-                trainer.step_once(bar, next(steps))
-
-            times = interleaved({"bare loop": bare, "trainer": whole}, asked.rounds)
+            times = interleaved(
+                {"bare loop": bare, "trainer": lambda: trainer.advance(bar)}, asked.rounds
+            )
         trainer.tracker.finish()
     show_ratio("trainer / bare loop", times, "trainer", "bare loop", 1.05)
 
@@ -149,7 +146,8 @@ def inlined_loss(
         if index < encoder:
             kept.append(x)
     logits = F.linear(norm(x), weights["embed.weight"])
-    logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    cap = config.logit_softcap or 1.0
+    logits = cap * torch.tanh(logits / cap)
     return F.cross_entropy(logits.view(-1, config.vocab_size), targets.view(-1))
 
 
@@ -215,7 +213,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="overrides of the run that is measured")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     torch.set_num_threads(asked.threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(asked.threads))
     print(f"torch {torch.__version__}, {asked.threads} thread(s), {os.cpu_count()} cores")

@@ -13,15 +13,18 @@ import dataclasses
 import importlib.util
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recurgolf.run import Run
 
 ENTRY = "recurgolf.artifact.score"
 PACKED_NAME = "score.py"
 
 _STUB = '''"""Scores an artifact: python score.py artifact.bin --data FOLDER [--tokenizer FILE]"""
-import base64, importlib.abc, importlib.util, json, lzma, runpy, sys
+import base64, importlib, importlib.abc, importlib.util, json, lzma, runpy, sys
 BLOB = base64.b85decode({blob!r})
 CODE = json.loads(lzma.decompress(BLOB, lzma.FORMAT_RAW, filters={filters}))
 class Packed(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
@@ -33,6 +36,8 @@ class Packed(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def is_package(self, name):
         return CODE[name][0]
 sys.meta_path.insert(0, Packed())
+for name in {classes}:
+    importlib.import_module(name)
 runpy.run_module({entry!r}, run_name="__main__")
 '''
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
@@ -51,13 +56,21 @@ class PackedCode:
         return len(self.source.encode())
 
 
+def code_of(run: Run) -> PackedCode:
+    """Pack what scoring a run's artifact needs."""
+    return pack_code([run.model, run.looping, run.lora, run.eval])
+
+
 def pack_code(parts: Any) -> PackedCode:
     """Pack what scoring a model needs.
 
     Args:
-        parts: option objects (dataclasses, nested) whose classes the artifact names.
+        parts: option objects (dataclasses, nested) whose classes the artifact names. Where one is
+            from a module outside this package, that module goes along.
     """
-    names = closure({ENTRY, *(cls.__module__ for cls in classes_of(parts))})
+    # The program imports them first: an option is known once its module has been loaded.
+    of_classes = sorted({cls.__module__ for cls in classes_of(parts)})
+    names = closure({ENTRY, *of_classes})
     sources = {name: module_source(name) for name in sorted(names)}
     code = {name: [is_package, stripped(text)] for name, (is_package, text) in sources.items()}
     # Packages that nothing is imported from are there, but empty.
@@ -65,7 +78,12 @@ def pack_code(parts: Any) -> PackedCode:
     blob = lzma.compress(
         json.dumps(code, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=_FILTERS
     )
-    source = _STUB.format(blob=base64.b85encode(blob).decode(), filters=repr(_FILTERS), entry=ENTRY)
+    source = _STUB.format(
+        blob=base64.b85encode(blob).decode(),
+        filters=repr(_FILTERS),
+        classes=repr(of_classes),
+        entry=ENTRY,
+    )
     raw = sum(len(text.encode()) for _, text in sources.values())
     return PackedCode(source, list(code), raw)
 
@@ -85,15 +103,16 @@ def classes_of(node: Any) -> Iterator[type]:
 
 
 def closure(names: set[str]) -> set[str]:
-    """The modules of this package that `names` import, directly or not."""
+    """`names`, and the modules that they import from the same packages, directly or not."""
     found: set[str] = set()
-    waiting = [name for name in names if name.partition(".")[0] == "recurgolf"]
+    packages = {name.partition(".")[0] for name in names}
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name in found:
             continue
         found.add(name)
-        waiting.extend(imports_of(module_source(name)[1]))
+        waiting.extend(imports_of(module_source(name)[1], packages))
     return found
 
 
@@ -104,17 +123,21 @@ def parents(names: set[str]) -> set[str]:
     }
 
 
-def imports_of(source: str) -> Iterator[str]:
-    """Modules of this package that a source imports."""
+def imports_of(source: str, packages: Collection[str]) -> Iterator[str]:
+    """Modules of certain packages that a source imports (absolutely, as everything here does)."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("recurgolf"):
+        if isinstance(node, ast.ImportFrom) and _package(node.module) in packages:
             module = node.module or ""
             submodules = {alias.name for alias in node.names if _exists(f"{module}.{alias.name}")}
             yield from (f"{module}.{name}" for name in submodules)
             if len(submodules) < len(node.names):
                 yield module
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("recurgolf"))
+            yield from (a.name for a in node.names if _package(a.name) in packages)
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _exists(name: str) -> bool:

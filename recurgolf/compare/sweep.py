@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recurgolf.overrides import is_seed
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 
 FAILURE = "failure.txt"
-"""Traceback of a job that failed, in its folder."""
+"""In the folder of a job that failed: the cause in its first line, then the traceback."""
 
 
 @dataclass
@@ -32,17 +34,15 @@ class Group:
     def failed(self) -> int:
         return len(self.jobs) - len(self.summaries)
 
+    @property
+    def over_budget(self) -> int:
+        return sum(not summary.within_budget for summary in self.summaries)
+
     def spread(self, name: str) -> tuple[float, float | None]:
         """Mean and sample deviation (None for a single run) of a summary's figure."""
         values = [getattr(summary, name) for summary in self.summaries]
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return statistics.fmean(values), deviation
-
-
-def is_seed(override: str) -> bool:
-    """Whether an override only changes chance: seed or seeds.*."""
-    key = override.partition("=")[0].lstrip("+")
-    return key == "seed" or key.startswith("seeds.")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -56,19 +56,15 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
     ):
         note = path / FAILURE
         finished = (path / SUMMARY).exists() and not note.exists()
-        error = note.read_text().strip().splitlines()[-1] if note.exists() else "it did not finish"
+        error = note.read_text().splitlines()[0] if note.exists() else "it did not finish"
         jobs.append(
             {
-                "overrides": (path / ".hydra" / "overrides.yaml").read_text().split("\n"),
+                "overrides": yaml.safe_load((path / ".hydra" / "overrides.yaml").read_text()),
                 "folder": str(path),
                 "status": "finished" if finished else "failed",
                 "error": None if finished else error,
             }
         )
-    for job in jobs:
-        job["overrides"] = [
-            line[2:].strip("'") for line in job["overrides"] if line.startswith("- ")
-        ]
     return jobs
 
 
@@ -89,19 +85,27 @@ def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
     return list(groups.values())
 
 
-def finish_sweep(folder: Path) -> bool:
-    """Write sweep.json, print the table and what failed; whether anything did."""
+@dataclass(frozen=True)
+class Outcome:
+    """How many jobs of a sweep failed, and how many made a file over the budget."""
+
+    failed: int
+    over_budget: int
+
+
+def finish_sweep(folder: Path) -> Outcome:
+    """Write sweep.json, print the table and what failed."""
     jobs = read_jobs(folder)
     groups = grouped(jobs)
     text = json.dumps({"jobs": jobs, "groups": [as_json(g) for g in groups]}, indent=1)
     (folder / "sweep.json").write_text(text + "\n")
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table(groups))
     failed = [job for job in jobs if job["status"] == "failed"]
     for job in failed:
         console.print(f"failed: {' '.join(job['overrides'])}: {job['error']}", markup=False)
     console.print(f"sweep: {folder}/sweep.json", markup=False)
-    return bool(failed)
+    return Outcome(len(failed), sum(group.over_budget for group in groups))
 
 
 def table(groups: Sequence[Group]) -> Table:
@@ -111,7 +115,6 @@ def table(groups: Sequence[Group]) -> Table:
     for name in ("n", "val_bpb", "artifact bytes", "failed", "over budget"):
         grid.add_column(name, justify="right")
     for group in groups:
-        over = sum(not summary.within_budget for summary in group.summaries)
         done = group.summaries
         grid.add_row(
             group.label,
@@ -119,7 +122,7 @@ def table(groups: Sequence[Group]) -> Table:
             plus_minus(*group.spread("val_bpb"), ".4f") if done else "-",
             plus_minus(*group.spread("artifact_bytes"), ",.0f") if done else "-",
             str(group.failed),
-            str(over),
+            str(group.over_budget),
         )
     return grid
 
@@ -141,6 +144,7 @@ def as_json(group: Group) -> dict[str, Any]:
         "setting": group.label,
         "n": len(group.summaries),
         "failed": group.failed,
+        "over_budget": group.over_budget,
         "seeds": [summary.seed for summary in group.summaries],
         **figures,
     }

@@ -72,8 +72,11 @@ class Model:
     """Another kind of block for the indices in second_block_at."""
     second_block_at: list[int] = field(default_factory=list)
     second_mixer: Mixer | None = None
-    """Another mixer for the block indices in second_mixer_at (hybrids)."""
+    """Another mixer for some blocks (hybrids): those of second_mixer_at or second_mixer_every."""
     second_mixer_at: list[int] = field(default_factory=list)
+    """Indices of the blocks with the second mixer."""
+    second_mixer_every: int | None = None
+    """k: every k-th block has the second mixer, the first of them block k - 1."""
     skips: str = "none"
     """none | unet | unet_gated | prelude_to_coda."""
     depth_scaled_norm: bool = False
@@ -116,24 +119,58 @@ class Model:
         for name in ("vocab_size", "dim", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: at least 1")
-        for name in ("second_block", "second_mixer"):
-            wrong = [i for i in getattr(self, f"{name}_at") if not 0 <= i < self.num_blocks]
-            if wrong:
-                raise ConfigError(
-                    f"model.{name}_at={wrong} is outside the {self.num_blocks} blocks "
-                    f"(0 to {self.num_blocks - 1})"
-                )
-            if getattr(self, f"{name}_at") and getattr(self, name) is None:
-                raise ConfigError(f"model.{name}_at is given, but no model.{name}")
+        self._check_hybrid()
+        self._check_second("second_block", self.second_block_at)
+        self._check_second("second_mixer", self.second_mixer_blocks)
         for block in range(self.num_blocks):
             self.mixer_of(block).check(self.dim)
-        head_dim = self.head_dim
-        if head_dim is not None and not (
-            0 <= self.rope.dims <= head_dim and self.rope.dims % 2 == 0
-        ):
+        self._check_positions()
+        if self.value_embed.dim and self.value_embed.visits:
+            _ = self.kv_dim
+
+    def _check_hybrid(self) -> None:
+        every = self.second_mixer_every
+        if every is not None and not 1 <= every <= self.num_blocks:
             raise ConfigError(
-                f"model.rope.dims={self.rope.dims}: an even number from 0 (all) to the head "
-                f"dimension {head_dim}"
+                f"model.second_mixer_every={every}: from 1 to the {self.num_blocks} blocks"
+            )
+        if every is not None and self.second_mixer_at:
+            raise ConfigError(
+                f"model.second_mixer_every={every} and model.second_mixer_at="
+                f"{self.second_mixer_at}: give one of them"
+            )
+        if self.second_mixer is not None and not self.second_mixer_blocks:
+            raise ConfigError(
+                "model.second_mixer is given, but no block has it: set model.second_mixer_every "
+                "or model.second_mixer_at"
+            )
+
+    def _check_second(self, name: str, blocks: list[int]) -> None:
+        wrong = [i for i in blocks if not 0 <= i < self.num_blocks]
+        if wrong:
+            raise ConfigError(
+                f"model.{name}_at={wrong} is outside the {self.num_blocks} blocks "
+                f"(0 to {self.num_blocks - 1})"
+            )
+        if blocks and getattr(self, name) is None:
+            given = "every" if name == "second_mixer" and self.second_mixer_every else "at"
+            raise ConfigError(f"model.{name}_{given} is given, but no model.{name}")
+
+    def _check_positions(self) -> None:
+        widths, dims = self.head_dims, self.rope.dims
+        if not widths and dims:
+            raise ConfigError(
+                f"model.rope.dims={dims}, but no block attends: nothing is rotated; leave it at 0"
+            )
+        if len(widths) > 1 and dims == 0:
+            raise ConfigError(
+                f"the attention heads of this hybrid are {widths} wide; model.rope.dims=0 turns "
+                "whole heads, so say how many dimensions turn in all of them"
+            )
+        if widths and not (0 <= dims <= widths[0] and dims % 2 == 0):
+            raise ConfigError(
+                f"model.rope.dims={dims}: an even number from 0 (all) to the head "
+                f"dimension {widths[0]}"
             )
 
     @property
@@ -141,20 +178,42 @@ class Model:
         return int(self.mlp_mult * self.dim)
 
     @property
-    def head_dim(self) -> int | None:
-        """Width of an attention head; None where no block attends."""
-        for block in range(self.num_blocks):
-            mixer = self.mixer_of(block)
-            if isinstance(mixer, AttentionConfig):
-                return self.dim // mixer.heads(self.dim)[0]
-        return None
+    def head_dims(self) -> list[int]:
+        """Widths of the attention heads, ascending without repetition; empty: no block attends."""
+        mixers = [self.mixer_of(block) for block in range(self.num_blocks)]
+        return sorted(
+            {self.dim // m.heads(self.dim)[0] for m in mixers if isinstance(m, AttentionConfig)}
+        )
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the attention values, where all blocks have the same.
+
+        Raises:
+            ConfigError: a block without attention, or values of several widths.
+        """
+        widths = [self.projections(i).get("v_proj", (0, 0))[1] for i in range(self.num_blocks)]
+        if not all(widths) or len(set(widths)) > 1:
+            raise ConfigError(
+                "model.value_embed is added to attention values of one width, but those of the "
+                f"blocks are {widths} wide (0: no attention); set model.value_embed.dim=0"
+            )
+        return widths[0]
+
+    @property
+    def second_mixer_blocks(self) -> list[int]:
+        """Indices of the blocks that have the second mixer."""
+        every = self.second_mixer_every
+        if every is None:
+            return self.second_mixer_at
+        return list(range(every - 1, self.num_blocks, every))
 
     def block_of(self, block: int) -> BlockConfig:
         second = self.second_block is not None and block in self.second_block_at
         return self.second_block if second else self.block  # type: ignore[return-value]
 
     def mixer_of(self, block: int) -> Mixer:
-        second = self.second_mixer is not None and block in self.second_mixer_at
+        second = self.second_mixer is not None and block in self.second_mixer_blocks
         return self.second_mixer if second else self.mixer  # type: ignore[return-value]
 
     def projections(self, block: int) -> dict[str, tuple[int, int]]:
@@ -191,7 +250,7 @@ class Transformer(nn.Module):
         self.bigram = BigramHash(config.bigram, embed_dim) if config.bigram.rows else None
         self.smear = Smear(dim) if config.smear else None
         self.value_embed = (
-            ValueEmbed(config.value_embed, config.vocab_size, self._kv_dim())
+            ValueEmbed(config.value_embed, config.vocab_size, config.kv_dim)
             if config.value_embed.dim and config.value_embed.visits
             else None
         )
@@ -318,7 +377,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set every parameter; adapters start themselves when they are added."""
+        """Set every parameter but those that modules and adapters start themselves."""
         init = self.config.init
         nn.init.normal_(self.embed.weight, std=init.embed_std if self.lm_head is None else 1.0)
         for module in self.modules():
@@ -342,20 +401,9 @@ class Transformer(nn.Module):
         mlp = MLPS[config.mlp_activation](config.dim, config.mlp_hidden)
         return config.block_of(index).build(config.dim, mixer, mlp, norm)
 
-    def _kv_dim(self) -> int:
-        widths = {
-            shape[1]
-            for block in range(self.config.num_blocks)
-            for name, shape in self.config.projections(block).items()
-            if name == "v_proj"
-        }
-        if len(widths) != 1:
-            raise ConfigError("model.value_embed needs attention in every block that receives it")
-        return widths.pop()
-
     def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         rope = self.config.rope
-        dims = rope.dims or self.config.head_dim or 2
+        dims = rope.dims or max(self.config.head_dims, default=0)
         return rope_table(length, dims, rope_base(rope.base, dims, length, rope.train_len), device)
 
     def _readable(self, hidden: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ class VisitInputs:
 
     Attributes:
         x0: the state behind the embedding [batch, length, dim].
-        rope: cosines and sines, each [length, dims / 2].
+        rope: cosines and sines, each [length, dims / 2]; empty where no block attends.
         adapters: projection name -> low-rank delta for this visit; empty without adapters.
         values: added to the attention values of this visit [batch, length, kv_dim], or None.
         mixer_gain, mlp_gain: gains of the two branches for this visit [dim], or None.
-        documents: document number of every position [batch, length] where attention must not cross
-            documents, else None.
+        documents: document number of every position [batch, length] where mixers must not cross
+            documents, else None; every document is one run of positions.
     """
 
     x0: Tensor

@@ -25,7 +25,9 @@ CONTROL = frozenset(
 )
 """Words that mark a control tensor, small and multiplied in, whatever its number of dimensions."""
 
-CONTROL_NAMES = frozenset({"A_log", "dt_bias"})
+CONTROL_NAMES = frozenset({"A_log", "dt_bias", "in_proj_a", "in_proj_b"})
+"""Whole parts of a name that mark one: decay and writing strength of the gated delta net, whose
+projections have a row per head and feed a sigmoid and a softplus."""
 
 _WORD = re.compile(r"[A-Za-z]+")
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from recurgolf import __version__
 from recurgolf.artifact import load, pack
-from recurgolf.artifact.code import PACKED_NAME, pack_code
+from recurgolf.artifact.code import PACKED_NAME, code_of
 from recurgolf.artifact.ledger import Line, add_actual, to_json
 from recurgolf.artifact.score import rebuild
 from recurgolf.config import kind_of, to_dict
@@ -52,7 +52,7 @@ def finish(trainer: Trainer) -> Summary:
         with clock.phase("packing"):
             log.line("packing the artifact ...")
             table = pack(trainer.folder / ARTIFACT, metadata(trainer), stored, run.artifact.codec)
-            code = pack_code([run.model, run.looping, run.lora, run.eval])
+            code = code_of(run)
             (trainer.folder / PACKED_NAME).write_text(code.source)
         add_actual(plan.lines, table.tensors, table.header_bytes)
         code_sizes = {
@@ -141,8 +141,11 @@ def summarize(trainer: Trainer, effective_params: int, before: Score, result: Sc
 
 def raw_bpb(trainer: Trainer, result: Score) -> float | None:
     """Bits per byte of the raw text; a protocol that drops the tail drops its share of bytes."""
-    raw, table = trainer.dataset.val_raw_bytes, trainer.dataset.val_bytes
-    return None if raw is None else result.val_bpb * table / raw
+    dataset, sidecar = trainer.dataset, trainer.dataset.val_byte_sidecar
+    counted = dataset.val_bytes if sidecar is None else int(sidecar.sum())
+    return (
+        None if dataset.val_raw_bytes is None else result.val_bpb * counted / dataset.val_raw_bytes
+    )
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:

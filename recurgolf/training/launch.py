@@ -6,16 +6,18 @@ meet through a file in a temporary folder, which proved the most robust under ev
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from recurgolf.config import ConfigError, load_plugins
-from recurgolf.plan import check_budget, make_plan
+from recurgolf.config import ConfigError
+from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks, file_ranks, started_by_torchrun, torchrun_ranks
 from recurgolf.training.summary import Summary
@@ -26,9 +28,14 @@ RANK_TIMEOUT_SECONDS = 600.0
 
 
 def launch(run: Run, folder: Path) -> Summary:
-    """Train, pack and score a Run; everything it leaves is in `folder`."""
+    """Train, pack and score a Run; everything it leaves is in `folder`.
+
+    Raises:
+        ConfigError: what can be known to fail, before any training.
+    """
     check_device(run)
-    check_budget(make_plan(run))
+    check_ending(run)
+    run.tracker.check_account()
     backend = "nccl" if run.trainer.device == "cuda" else "gloo"
     if started_by_torchrun():
         with torchrun_ranks(backend, RANK_TIMEOUT_SECONDS) as ranks:
@@ -38,23 +45,47 @@ def launch(run: Run, folder: Path) -> Summary:
             return work(run, folder, ranks)
     if run.trainer.devices == 1:
         return work(run, folder, Ranks())
-    # Plugins such as joblib leave another start method behind, under which spawning fails.
-    multiprocessing.set_start_method("spawn", force=True)
-    with tempfile.TemporaryDirectory() as meeting:
-        start_processes(
-            _spawned,
-            args=(run.to_dict(), str(folder), f"{meeting}/rendezvous", backend),
-            nprocs=run.trainer.devices,
-            start_method="spawn",
-        )
+    _spawn(run, folder, backend)
     return Summary.read(folder)
 
 
-def _spawned(rank: int, data: dict, folder: str, rendezvous: str, backend: str) -> None:
-    load_plugins(data.get("plugins", ()))
-    run = Run.from_dict(data)
-    with file_ranks(backend, rendezvous, rank, run.trainer.devices, RANK_TIMEOUT_SECONDS) as ranks:
-        work(run, Path(folder), ranks)
+def _spawn(run: Run, folder: Path, backend: str) -> None:
+    """Start the ranks and wait for them; what one of them refuses is raised here in its words."""
+    # Plugins such as joblib leave another start method behind, under which spawning fails.
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    # It tells of every rank that it ends because another one has failed.
+    chatter = logging.getLogger("torch.multiprocessing.spawn")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as meeting:
+            try:
+                start_processes(
+                    _spawned,
+                    args=(run.to_dict(), str(folder), meeting, backend),
+                    nprocs=run.trainer.devices,
+                    start_method="spawn",
+                )
+            except ProcessException:
+                refusals = sorted(Path(meeting).glob("refused_*"))
+                if not refusals:
+                    raise
+                raise ConfigError(refusals[0].read_text()) from None
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+        chatter.setLevel(level)
+
+
+def _spawned(rank: int, data: dict, folder: str, meeting: str, backend: str) -> None:
+    try:
+        run = Run.from_dict(data)
+        world_size, rendezvous = run.trainer.devices, f"{meeting}/rendezvous"
+        with file_ranks(backend, rendezvous, rank, world_size, RANK_TIMEOUT_SECONDS) as ranks:
+            work(run, Path(folder), ranks)
+    except ConfigError as error:
+        (Path(meeting) / f"refused_{rank}").write_text(str(error))
+        sys.exit(1)
 
 
 def work(run: Run, folder: Path, ranks: Ranks) -> Summary:

@@ -130,34 +130,37 @@ class Trainer:
 
     def fit(self) -> None:
         """Steps until all are done or the training clock reaches its cap."""
-        config, cap = self.config, self.run.budget.max_train_seconds
-        schedule_cap = cap if config.progress == "wallclock" else None
+        config = self.config
         with self.log.bar("training", config.steps) as bar, self.clock.phase("training"):
-            while self.step < config.steps:
-                elapsed = self.clock.elapsed("training")
-                lr_scale, fraction, stop = self.ranks.decided(
-                    (
-                        self.run.optimizer.schedule.lr_scale(
-                            self.step, config.steps, elapsed, schedule_cap
-                        ),
-                        training_fraction(self.step, config.steps, elapsed, schedule_cap),
-                        cap is not None and elapsed >= cap,
-                    )
-                )
-                if stop:
-                    self.log.line(
-                        f"step {self.step}: the training clock reached its cap of {cap:.0f} s"
-                    )
-                    break
-                plan = self.run.plan(min(fraction, 1.0))
-                loss, norms = self.train_step(plan, lr_scale, fraction)
-                self.step += 1
-                self.averager.update(self.step, fraction, lr_scale)
-                self.report(bar, plan, loss, norms, lr_scale)
+            while self.step < config.steps and self.advance(bar):
                 if config.val_every and self.step % config.val_every == 0:
                     self.validate()
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self.save()
+
+    def advance(self, bar: Bar) -> bool:
+        """One step with everything around it; False when the clock forbids another."""
+        config, cap = self.config, self.run.budget.max_train_seconds
+        schedule_cap = cap if config.progress == "wallclock" else None
+        elapsed = self.clock.elapsed("training")
+        lr_scale, fraction, stop = self.ranks.decided(
+            (
+                self.run.optimizer.schedule.lr_scale(
+                    self.step, config.steps, elapsed, schedule_cap
+                ),
+                training_fraction(self.step, config.steps, elapsed, schedule_cap),
+                cap is not None and elapsed >= cap,
+            )
+        )
+        if stop:
+            self.log.line(f"step {self.step}: the training clock reached its cap of {cap:.0f} s")
+            return False
+        plan = self.run.plan(min(fraction, 1.0))
+        loss, norms = self.train_step(plan, lr_scale, fraction)
+        self.step += 1
+        self.averager.update(self.step, fraction, lr_scale)
+        self.report(bar, plan, loss, norms, lr_scale)
+        return True
 
     def train_step(
         self, plan: LoopPlan, lr_scale: float, fraction: float
@@ -170,9 +173,10 @@ class Trainer:
         for micro in range(config.grad_accum):
             x, y = self.loader.next_batch(config.batch_tokens, config.grad_accum)
             last = micro == config.grad_accum - 1
-            with self.synchronized(module, last), autocast(self.precision, self.device):
-                loss = module(x.to(self.device), plan, y.to(self.device)) / config.grad_accum
-            loss.backward()
+            with self.synchronized(module, last):
+                with autocast(self.precision, self.device):
+                    loss = module(x.to(self.device), plan, y.to(self.device)) / config.grad_accum
+                loss.backward()
             total += loss.detach()
         norms = self.optimizers.clip_gradients()
         self.optimizers.step(lr_scale, self.run.optimizer.momentum_at(self.step), fraction)
@@ -197,13 +201,13 @@ class Trainer:
             self.parallel[idle] = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
             )
         return self.parallel[idle]
 
     def synchronized(self, module: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged over ranks in the last micro-step alone."""
-        if isinstance(module, DistributedDataParallel) and not last:
+        """Gradients are averaged over ranks in the last micro-step alone, or by the optimizers."""
+        wanted = last and not self.optimizers.wants_unsynchronized_gradients
+        if isinstance(module, DistributedDataParallel) and not wanted:
             return module.no_sync()
         return contextlib.nullcontext()
 
@@ -274,6 +278,7 @@ class Trainer:
                 self.val_tokens,
                 self.dataset.byte_count.to(self.device),
                 seq_len=self.config.seq_len,
+                sidecar=self.dataset.val_byte_sidecar,
                 device=self.device,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,

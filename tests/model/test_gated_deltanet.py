@@ -12,10 +12,12 @@ from torch.func import functional_call
 
 from recurgolf.config import ConfigError, from_dict, to_dict
 from recurgolf.importers.gated_delta_layer import layer_state_from
+from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mixers.gated_deltanet import (
     PROJECTIONS,
     GatedDeltaNetConfig,
 )
+from recurgolf.model.visit import VisitInputs
 
 GOLDEN = Path(__file__).parents[1] / "fixtures/golden/gated_delta"
 LAYOUTS = ["fused_projections", "split_projections"]
@@ -264,6 +266,52 @@ def test_segments_with_carried_state_equal_one_sequence(cuts):
     close(torch.cat(outputs, 1), whole, 1e-12)
     for carried, expected in zip(state, last, strict=True):
         close(carried, expected, 1e-12)
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5, 6, 7, 12])
+def test_documents_restart_the_layer_also_in_a_later_segment(cut):
+    layer = small_layer(conv_size=4)
+    x = torch.randn(2, 13, 5, dtype=torch.float64)
+    lengths = [3, 1, 2, 7]
+    documents = torch.repeat_interleave(torch.tensor([4, 1, 2, 9]), torch.tensor(lengths))
+    documents = documents.expand(2, 13)
+    alone = torch.cat([layer(part) for part in x.split(lengths, 1)], 1)
+    y, state = layer.segment(x[:, :cut], documents=documents[:, :cut])
+    # A document that begins with a segment begins with no state.
+    state = None if documents[0, cut] != documents[0, cut - 1] else state
+    rest, _ = layer.segment(x[:, cut:], state=state, documents=documents[:, cut:])
+    close(torch.cat([y, rest], 1), alone, 1e-12)
+
+
+@torch.no_grad()
+def test_visit_of_a_model_is_the_layer_with_the_adapters_that_are_its_own():
+    layer = small_layer(dtype=torch.float32)
+    x = torch.randn(2, 9, 5)
+    adapters = adapters_of(small_factors(layer), 1.5)
+    empty = torch.empty(9, 0)
+    inputs = VisitInputs(x, (empty, empty), adapters | {"up_proj": torch.nn.Identity()})
+    assert torch.equal(layer(x, inputs), layer(x, adapters))
+
+
+def test_weights_in_bfloat16_and_quantisation_in_training_reach_every_projection():
+    layer = small_layer(dtype=torch.float32)
+    x = torch.randn(2, 9, 5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    plain = layer(x)
+    for name in PROJECTIONS:
+        layer.get_submodule(name).fake_quantize = lambda weight: weight * 1.25
+        assert not torch.equal(layer(x), plain), name
+        assert torch.equal(layer.eval()(x), plain)
+        layer.train().get_submodule(name).fake_quantize = None
+
+
+@pytest.mark.parametrize("dim", [192, 384, 512, 768])
+def test_default_widths_cost_what_attention_costs(dim):
+    sizes = [
+        sum(a * b for a, b in kind().projections(dim).values())
+        for kind in (GatedDeltaNetConfig, AttentionConfig)
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
 def test_bf16_autocast_stays_within_three_percent():

@@ -1,16 +1,17 @@
-"""What every block kind, input mix, kind of skips and schedule of loops must keep, in every mix."""
+"""What every block kind, input mix, mixer, kind of skips and looping schedule must keep, mixed."""
 
 import itertools
 
 import pytest
 import torch
 
-from recurgolf.config import REGISTRY
+from recurgolf.config import REGISTRY, from_dict, to_dict
 from recurgolf.looping import CycleLooping, NoLooping, PreludeCoreCoda, SegmentLooping
 from recurgolf.lora import LoRA
 from recurgolf.model.block import INPUT_MIXES, SequentialConfig
 from recurgolf.model.embedding import BigramConfig, ValueEmbedConfig
 from recurgolf.model.mixers.attention import AttentionConfig
+from recurgolf.model.mixers.gated_deltanet import PROJECTIONS, GatedDeltaNetConfig
 from recurgolf.model.mlp import MLPS
 from recurgolf.model.skips import SKIPS
 from recurgolf.model.transformer import Model
@@ -26,18 +27,38 @@ LOOPINGS = {
 }
 PARTS = list(itertools.product(REGISTRY["model/block"], INPUT_MIXES, SKIPS, LOOPINGS))
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "residual"]
+SIZES = {
+    "attention": {"num_heads": 2, "num_kv_heads": 1},
+    # Chunks shorter than the sequences, so that states go from one to the next.
+    "gated_deltanet": {"num_key_heads": 1, "num_value_heads": 2, "chunk_size": 4},
+}
+MIXERS = [*REGISTRY["model/mixer"], "hybrid"]
+MIXER_PARTS = list(itertools.product(MIXERS, REGISTRY["model/block"], LOOPINGS))
 
 
-def model_config(block="sequential", mix="channel", **changes):
+def mixers(name):
+    """The fields of a Model that give its blocks a registered mixer, or two in turn."""
+    if name == "hybrid":
+        second = AttentionConfig(**SIZES["attention"])
+        return {**mixers("gated_deltanet"), "second_mixer": second, "second_mixer_every": 2}
+    return {"mixer": REGISTRY["model/mixer"][name](**SIZES.get(name, {}))}
+
+
+def model_config(block="sequential", mix="channel", mixer="attention", **changes):
     kind = REGISTRY["model/block"][block]
     return Model(
         vocab_size=VOCAB,
         dim=DIM,
         num_blocks=BLOCKS,
         block=kind(input_mix=mix),
-        mixer=AttentionConfig(num_heads=2, num_kv_heads=1),
+        **mixers(mixer),
         **changes,
     )
+
+
+def targets_of(config):
+    """Every projection that any block has."""
+    return sorted({name for block in range(BLOCKS) for name in config.projections(block)})
 
 
 def everything(block="sequential"):
@@ -120,6 +141,16 @@ def test_any_parts_together_are_causal_and_train_all_they_have(block, mix, skips
     assert_gradients_reach_all_but_the_idle(model, plan)
 
 
+@pytest.mark.parametrize(("mixer", "block", "looping"), MIXER_PARTS, ids=map("-".join, MIXER_PARTS))
+def test_any_mixer_with_adapters_on_all_it_has_is_causal_and_trains(mixer, block, looping):
+    schedule = LOOPINGS[looping]
+    config = model_config(block, mixer=mixer)
+    lora = LoRA(rank=1, targets=targets_of(config), blocks="all", visits="all", alpha=2.0)
+    model, plan = built(config, schedule, lora), schedule.plan(BLOCKS)
+    assert_causal(model, plan)
+    assert_gradients_reach_all_but_the_idle(model, plan)
+
+
 @pytest.mark.parametrize("looping", LOOPINGS)
 @pytest.mark.parametrize("block", REGISTRY["model/block"])
 def test_all_options_at_once_are_causal_and_train_all_they_have(block, looping):
@@ -159,19 +190,40 @@ def test_adapters_before_a_delayed_loop_are_idle_and_then_are_not():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("block", REGISTRY["model/block"])
-def test_adapters_of_rank_zero_or_with_zero_b_change_no_bit(block):
+def test_adapters_of_rank_zero_or_with_zero_b_change_no_bit(block, mixer):
     schedule = LOOPINGS["cycle"]
-    config, plan = model_config(block), schedule.plan(BLOCKS)
+    config, plan = model_config(block, mixer=mixer), schedule.plan(BLOCKS)
     plain = built(config, schedule, LoRA(rank=0))
     assert plain.adapters is None
     expected = plain(tokens(), plan)
-    plain.adapters = LoRA(rank=2, targets=ALL_TARGETS, visits="all").build(config.projections, plan)
+    lora = LoRA(rank=1, targets=targets_of(config), visits="all")
+    plain.adapters = lora.build(config.projections, plan)
     assert torch.equal(plain(tokens(), plan), expected)
     for name, parameter in plain.adapters.named_parameters():
         if name.endswith("lora_b"):
             parameter.fill_(0.1)
     assert not torch.equal(plain(tokens(), plan), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_shared_adapters_are_the_model_with_merged_weights_under_any_number_of_visits(mixer):
+    schedule = CycleLooping(passes=3)
+    config, plan = model_config(mixer=mixer), schedule.plan(BLOCKS)
+    targets = [name for name in targets_of(config) if name != "residual"]
+    lora = LoRA(rank=2, targets=targets, blocks="all", visits="shared", alpha=3.0)
+    model = built(config, schedule, lora).double()
+    adapted = model(tokens(), plan)
+    adapters, model.adapters = model.adapters, None
+    assert not torch.allclose(model(tokens(), plan), adapted)
+    for block, layers in enumerate(model.blocks):
+        for name, module in layers.named_modules():
+            bank = adapters.bank(block)
+            if (target := name.rpartition(".")[2]) in bank:
+                module.weight += 1.5 * bank[target].lora_b[0] @ bank[target].lora_a[0]
+    torch.testing.assert_close(model(tokens(), plan), adapted, atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
@@ -201,16 +253,49 @@ def test_the_largest_plan_of_training_or_scoring_sizes_what_there_is_per_visit()
 
 
 @torch.no_grad()
-def test_packed_documents_score_as_they_would_alone():
-    schedule = LOOPINGS["none"]
-    config = model_config(smear=True, bigram=BigramConfig(rows=13, dim=4))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_packed_documents_score_as_they_would_alone(mixer):
+    schedule = LOOPINGS["segment"]
+    config = model_config(mixer=mixer, smear=True, bigram=BigramConfig(rows=13, dim=4))
     model, plan = built(config, schedule), schedule.plan(BLOCKS)
-    first, second = tokens(1, 5), tokens(1, 7)
-    packed = torch.cat((first, second), 1)
-    documents = torch.tensor([[0] * 5 + [1] * 7])
-    together = model(packed, plan, documents=documents)
-    alone = torch.cat((model(first, plan), model(second, plan)), 1)
+    parts = tokens(2, 15).split([5, 7, 1, 2], 1)
+    documents = torch.tensor([[0] * 5 + [1] * 7 + [2] + [3] * 2] * 2)
+    together = model(torch.cat(parts, 1), plan, documents=documents)
+    alone = torch.cat([model(part, plan) for part in parts], 1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_document_has_no_gradient_from_another(mixer):
+    schedule = LOOPINGS["cycle"]
+    model, plan = built(model_config(mixer=mixer), schedule), schedule.plan(BLOCKS)
+    # Each document has tokens of its own, so that the table's gradient tells them apart.
+    ids = torch.tensor([[1, 2, 3, 4, 5, 11, 12, 13, 14]])
+    documents = torch.tensor([[0] * 5 + [1] * 4])
+    model.hidden(ids, plan, documents)[:, 5:].sum().backward()
+    gradient = model.embed.weight.grad.abs().sum(1)
+    assert (gradient[1:6] < 1e-20).all() and (gradient[11:15] > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_nothing_stays_in_a_model_from_one_call_to_the_next(mixer):
+    schedule = LOOPINGS["cycle"]
+    model, plan = built(model_config(mixer=mixer), schedule), schedule.plan(BLOCKS)
+    first = model(tokens(), plan)
+    model(tokens(3, 14).flip(0), plan)
+    assert torch.equal(model(tokens(), plan), first)
+    torch.testing.assert_close(model(tokens()[1:], plan), first[1:])
+
+
+def test_a_hybrid_has_its_second_mixer_in_every_so_manyth_block_and_survives_run_json():
+    config = model_config(mixer="hybrid")
+    kinds = [type(config.mixer_of(block)) for block in range(BLOCKS)]
+    assert kinds == [GatedDeltaNetConfig, AttentionConfig] * 2
+    assert from_dict(Model, to_dict(config)) == config
+    model = built(config, CycleLooping(passes=2), LoRA(rank=1, targets=[*PROJECTIONS, "q_proj"]))
+    assert set(model.adapters.bank(0)) == set(PROJECTIONS)
+    assert set(model.adapters.bank(1)) == {"q_proj"}
 
 
 @torch.no_grad()

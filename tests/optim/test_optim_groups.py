@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from recurgolf.config import REGISTRY, ConfigError, from_dict, to_dict
+from recurgolf.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from recurgolf.optim import AllAdamW, MuonAdam, OptimizerConfig, build, parameter_roles
 
 
@@ -181,3 +182,15 @@ def test_options_survive_json(kind, schedule):
 def test_contradictions_are_refused_with_the_value(wrong, message):
     with pytest.raises(ConfigError, match=message):
         MuonAdam(**wrong)
+
+
+def test_of_the_gated_delta_net_only_the_large_projections_reach_muon():
+    config = GatedDeltaNetConfig(num_key_heads=2, num_value_heads=4)
+    model = module(blocks=nn.ModuleList([module(mixer=config.build(16))]))
+    roles = {name.removeprefix("blocks.0.mixer."): r for name, r in parameter_roles(model).items()}
+    large = ["in_proj_qkv.weight", "in_proj_z.weight", "out_proj.weight"]
+    small = ["in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "norm.weight"]
+    small += ["A_log", "dt_bias"]
+    assert roles == dict.fromkeys(large, "matrix") | dict.fromkeys(small, "scalar")
+    muon = {name for name, group in group_of(build(MuonAdam(), model)).items() if group.muon}
+    assert muon == {f"blocks.0.mixer.{name}" for name in large}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -25,3 +27,9 @@ class Mixer:
     def flops(self, dim: int, length: int) -> int:
         """Floating-point operations per token of the mixing itself, projections not counted."""
         raise NotImplementedError
+
+
+# By name and where they exist: the program packed with an artifact has only the mixers it uses.
+for _module in ("attention", "gated_deltanet"):
+    if find_spec(f"{__name__}.{_module}") is not None:
+        import_module(f"{__name__}.{_module}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.model.linear import Linear, init_linear
+from recurgolf.model.mixers import Mixer
 from recurgolf.model.mixers.delta_rule import gated_delta_rule
+from recurgolf.model.visit import VisitInputs
 
 Adapter = Callable[[Tensor], Tensor]
 """What is added to a projection's output, computed from the projection's input."""
@@ -31,17 +34,20 @@ QK_NORM_EPS = 1e-6
 
 @option("model/mixer", "gated_deltanet")
 @dataclass
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(Mixer):
     """Gated DeltaNet: a state of fixed size per value head instead of a cache of keys and values.
 
-    At model.dim=512 the defaults have about the parameters of full attention.
+    The default widths give about the parameters of attention with half as many key heads as
+    queries, in the proportions of the paper (values twice as wide as keys).
     """
 
-    num_key_heads: int = 4
+    num_key_heads: int = 2
     num_value_heads: int = 4
     """A multiple of num_key_heads; decay and writing strength are per value head."""
-    key_head_dim: int = 64
-    value_head_dim: int = 128
+    key_head_dim: int = 0
+    """0: 3/8 of model.dim over all key heads, to the nearest multiple of 8."""
+    value_head_dim: int = 0
+    """0: 3/4 of model.dim over all value heads, to the nearest multiple of 8."""
     conv_size: int = 4
     """Tokens seen by the causal convolution before the rule, the current one included."""
     norm_eps: float = 1e-6
@@ -50,39 +56,65 @@ class GatedDeltaNetConfig:
     """Tokens solved at once; time and memory only, the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
-        for name in (*sizes, "conv_size", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.mixer.{name}={getattr(self, name)}: at least 1")
+        least = {"num_key_heads": 1, "num_value_heads": 1, "conv_size": 1, "chunk_size": 1}
+        for name, smallest in {**least, "key_head_dim": 0, "value_head_dim": 0}.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"model.mixer.{name}={getattr(self, name)}: at least {smallest}")
         if self.num_value_heads % self.num_key_heads:
             raise ConfigError(
                 f"model.mixer.num_value_heads={self.num_value_heads} is not a multiple of "
                 f"model.mixer.num_key_heads={self.num_key_heads}"
             )
 
+    def sized(self, dim: int) -> GatedDeltaNetConfig:
+        """With the widths that 0 stands for, for hidden states of width `dim`."""
+
+        def share(width: float, heads: int) -> int:
+            return max(1, round(width / heads / 8)) * 8
+
+        return replace(
+            self,
+            key_head_dim=self.key_head_dim or share(dim * 3 / 8, self.num_key_heads),
+            value_head_dim=self.value_head_dim or share(dim * 3 / 4, self.num_value_heads),
+        )
+
     @property
     def key_dim(self) -> int:
-        """Width of all queries, and of all keys."""
+        """Width of all queries, and of all keys; of a sized configuration."""
         return self.num_key_heads * self.key_head_dim
 
     @property
     def value_dim(self) -> int:
-        """Width of all values, and of the gate z."""
+        """Width of all values, and of the gate z; of a sized configuration."""
         return self.num_value_heads * self.value_head_dim
 
     def projections(self, dim: int) -> dict[str, tuple[int, int]]:
-        """Linear projections by name -> (in_dim, out_dim)."""
+        sized = self.sized(dim)
         return {
-            "in_proj_qkv": (dim, 2 * self.key_dim + self.value_dim),
-            "in_proj_z": (dim, self.value_dim),
+            "in_proj_qkv": (dim, 2 * sized.key_dim + sized.value_dim),
+            "in_proj_z": (dim, sized.value_dim),
             "in_proj_b": (dim, self.num_value_heads),
             "in_proj_a": (dim, self.num_value_heads),
-            "out_proj": (self.value_dim, dim),
+            "out_proj": (sized.value_dim, dim),
         }
 
-    def build(self, dim: int) -> GatedDeltaNet:
-        """The layer for hidden states of width `dim`."""
-        return GatedDeltaNet(dim, self)
+    def build(
+        self, dim: int, block: int = 0, num_blocks: int = 1, norm_eps: float | None = None
+    ) -> GatedDeltaNet:
+        """The layer for hidden states of width `dim`, the same in every block.
+
+        Args:
+            norm_eps: of the model's norms; the norm behind the rule has its own.
+        """
+        return GatedDeltaNet(dim, self.sized(dim))
+
+    def flops(self, dim: int, length: int) -> int:
+        sized, chunk = self.sized(dim), min(self.chunk_size, length)
+        k, v = sized.key_head_dim, sized.value_head_dim
+        by_key_head = 4 * chunk * k  # k k^T and q k^T
+        by_value_head = 6 * k * v + chunk * (k + 3 * v)  # the state; the solve and the reading
+        conv = 2 * self.conv_size * (2 * sized.key_dim + sized.value_dim)
+        return self.num_key_heads * by_key_head + self.num_value_heads * by_value_head + conv
 
 
 class GatedDeltaState(NamedTuple):
@@ -108,12 +140,18 @@ class GatedDeltaNet(nn.Module):
         self.config = config
         shapes = config.projections(dim)
         channels = shapes["in_proj_qkv"][1]
-        for name in PROJECTIONS:
-            self.add_module(name, nn.Linear(*shapes[name], bias=False))
+        self.in_proj_qkv = Linear(*shapes["in_proj_qkv"])
+        self.in_proj_z = Linear(*shapes["in_proj_z"])
+        self.in_proj_b = Linear(*shapes["in_proj_b"])
+        self.in_proj_a = Linear(*shapes["in_proj_a"])
+        self.out_proj = Linear(*shapes["out_proj"], zero_init=True)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_size, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.empty(config.num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.num_value_heads))
         self.norm = GatedRMSNorm(config.value_head_dim, config.norm_eps)
+        # For use alone; a model sets its linear layers by its own rules afterwards.
+        for name in PROJECTIONS:
+            init_linear(self.get_submodule(name), "uniform", zero_output=False)  # type: ignore[arg-type]
         self.reset_gates()
 
     @torch.no_grad()
@@ -127,23 +165,22 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
 
     def forward(
-        self,
-        x: Tensor,
-        adapters: Mapping[str, Adapter] | None = None,
-        state: GatedDeltaState | None = None,
+        self, x: Tensor, inputs: VisitInputs | Mapping[str, Adapter] | None = None
     ) -> Tensor:
         """Mix [B, T, dim] along T, causally.
 
         Args:
             x: hidden states [B, T, dim].
-            adapters: projection name -> what is added to its output; None or a missing name is
-                the plain projection, bit for bit.
-            state: what the tokens before x left; None: there were none.
+            inputs: of a visit, in a model; for the layer alone, its adapters by projection. Without
+                an adapter a projection is the plain one, bit for bit.
 
         Raises:
-            ConfigError: an adapter for a projection that there is not.
+            ConfigError: adapters given alone that are for no projection of this layer.
         """
-        return self.segment(x, adapters, state)[0]
+        if isinstance(inputs, VisitInputs):
+            own = {n: adapter for n, adapter in inputs.adapters.items() if n in PROJECTIONS}
+            return self.segment(x, own, documents=inputs.documents)[0]
+        return self.segment(x, inputs)[0]
 
     def segment(
         self,
@@ -151,13 +188,19 @@ class GatedDeltaNet(nn.Module):
         adapters: Mapping[str, Adapter] | None = None,
         state: GatedDeltaState | None = None,
         mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, GatedDeltaState]:
-        """`forward` that also returns the state behind the last token, to go on from.
+        """The layer, and the state behind the last token to go on from.
 
         Args:
+            adapters: projection name -> what is added to its output.
+            state: what the tokens before x left; None: there were none.
             mask: 1 for tokens and 0 for padding [B, T]; padding is zeroed before the projections.
+            documents: document number of every token [B, T]; each document starts afresh, but for
+                the first, which continues `state`.
         """
-        for name in adapters or ():
+        adapters = adapters or {}
+        for name in adapters:
             if name not in PROJECTIONS:
                 raise ConfigError(
                     f"adapters: no projection {name!r}{suggestion(name, PROJECTIONS)}"
@@ -165,32 +208,29 @@ class GatedDeltaNet(nn.Module):
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         config = self.config
-        mixed = self._project("in_proj_qkv", x, adapters)
-        z = self._project("in_proj_z", x, adapters)
-        b = self._project("in_proj_b", x, adapters)
-        a = self._project("in_proj_a", x, adapters)
+        mixed = self.in_proj_qkv(x, adapters.get("in_proj_qkv"))
+        z = self.in_proj_z(x, adapters.get("in_proj_z"))
+        b = self.in_proj_b(x, adapters.get("in_proj_b"))
+        a = self.in_proj_a(x, adapters.get("in_proj_a"))
 
-        mixed, conv = self._convolve(mixed, None if state is None else state.conv)
+        mixed, conv = self._convolve(mixed, None if state is None else state.conv, documents)
         q, k, v = mixed.split([config.key_dim, config.key_dim, config.value_dim], -1)
         output, recurrent = gated_delta_rule(
             _l2_normed(q.unflatten(-1, (config.num_key_heads, -1))),
             _l2_normed(k.unflatten(-1, (config.num_key_heads, -1))),
             v.unflatten(-1, (config.num_value_heads, -1)),
             b.to(_wide(b)).sigmoid(),
-            self._log_decay(a),
+            _forgetting_at_starts(self._log_decay(a), documents),
             None if state is None else state.recurrent,
             chunk_size=config.chunk_size,
         )
         output = self.norm(output, z.unflatten(-1, (config.num_value_heads, -1)))
-        y = self._project("out_proj", output.flatten(-2), adapters)
+        y = self.out_proj(output.flatten(-2), adapters.get("out_proj"))
         return y, GatedDeltaState(recurrent, conv)
 
-    def _project(self, name: str, x: Tensor, adapters: Mapping[str, Adapter] | None) -> Tensor:
-        y = self.get_submodule(name)(x)
-        adapter = adapters.get(name) if adapters else None
-        return y if adapter is None else y + adapter(x).to(y.dtype)
-
-    def _convolve(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _convolve(
+        self, x: Tensor, before: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Causal convolution per channel, then SiLU; also the inputs that the next token needs."""
         taps = self.conv1d.weight[:, 0].to(x.dtype)  # [channels, conv_size], the last is now
         length, reach = x.shape[1], taps.shape[1] - 1
@@ -198,9 +238,16 @@ class GatedDeltaNet(nn.Module):
         x = torch.cat([past, x], 1)
         # A sum of shifted products, since conv1d would have T last: two transposes saved.
         mixed = x[:, reach:] * taps[:, reach]
+        if documents is None:
+            for j in range(reach):
+                mixed = mixed + x[:, j : j + length] * taps[:, j]
+            return F.silu(mixed), x[:, length:]
+        owner = torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
         for j in range(reach):
-            mixed = mixed + x[:, j : j + length] * taps[:, j]
-        return F.silu(mixed), x[:, length:]
+            same = (owner[:, j : j + length] == documents)[..., None]
+            mixed = mixed + torch.where(same, x[:, j : j + length], 0) * taps[:, j]
+        last = (owner[:, length:] == owner[:, -1:])[..., None]
+        return F.silu(mixed), torch.where(last, x[:, length:], 0)
 
     def _log_decay(self, a: Tensor) -> Tensor:
         """-exp(A_log) softplus(a + dt_bias), the rate held finite so that 0 times it stays 0."""
@@ -225,6 +272,14 @@ class GatedRMSNorm(nn.Module):
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _forgetting_at_starts(log_decay: Tensor, documents: Tensor | None) -> Tensor:
+    """-inf where another document begins [B, T, Hv]."""
+    if documents is None:
+        return log_decay
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return log_decay.masked_fill(starts[..., None], -torch.inf)
 
 
 def _l2_normed(x: Tensor) -> Tensor:
