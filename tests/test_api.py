@@ -17,8 +17,8 @@ PLUGIN = Path(__file__).parent / "fixtures" / "plugin"
 IN_PYTHON = """
 import json, os, sys
 overrides = json.loads(sys.argv[1])
+import recurgolf, torch._dynamo  # which sets a variable of its own
 environment, path, folder = dict(os.environ), list(sys.path), os.getcwd()
-import recurgolf
 found = []
 for _ in range(2):
     run = recurgolf.compose(overrides)
