@@ -151,8 +151,9 @@ def plan_table(run: Run) -> str:
     text += [f"  {name:<26}{value}" for name, value in rows]
     text += ["", f"  {'bytes, predicted':<26}{'params':>12}{'bytes':>12}{'bits/param':>12}"]
     text += byte_lines(plan.lines)
+    packed = sum(line.params for line in plan.lines)
     text += [
-        f"  {'model file':<26}{plan.params:>12,}{plan.model_bytes:>12,}",
+        f"  {'model file':<26}{packed:>12,}{plan.model_bytes:>12,}",
         f"  {'code (packed)':<26}{'':>12}{plan.code_bytes:>12,}",
         f"  {'total':<26}{'':>12}{plan.total_bytes:>12,}",
         f"  {'budget':<26}{'':>12}{plan.budget_bytes:>12,}",

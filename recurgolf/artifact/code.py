@@ -74,7 +74,7 @@ def pack_code(parts: Any) -> PackedCode:
     sources = {name: module_source(name) for name in sorted(names)}
     code = {name: [is_package, stripped(text)] for name, (is_package, text) in sources.items()}
     # Packages that nothing is imported from are there, but empty.
-    code.update((name, [True, ""]) for name in parents(names) - names)
+    code.update((name, [True, ""]) for name in sorted(parents(names) - names))
     blob = lzma.compress(
         json.dumps(code, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=_FILTERS
     )

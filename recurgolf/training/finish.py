@@ -196,11 +196,9 @@ def byte_table(summary: Summary, lines: list[Line]) -> Table:
         grid.add_row(
             line.component, f"{line.params:,}", f"{line.predicted:,.0f}", f"{actual:,.0f}", bits
         )
-    predicted = sum(line.predicted for line in lines)
+    packed, predicted = sum(line.params for line in lines), sum(line.predicted for line in lines)
     grid.add_section()
-    grid.add_row(
-        "artifact.bin", f"{summary.params:,}", f"{predicted:,.0f}", f"{summary.bytes_model:,}", ""
-    )
+    grid.add_row("artifact.bin", f"{packed:,}", f"{predicted:,.0f}", f"{summary.bytes_model:,}", "")
     grid.add_row(f"code ({PACKED_NAME}, packed)", "", "", f"{summary.bytes_code:,}", "")
     grid.add_row("total", "", "", f"{summary.artifact_bytes:,}", "")
     return grid
