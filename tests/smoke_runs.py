@@ -9,7 +9,9 @@ from pathlib import Path
 
 from command_line import Ended, recurgolf
 
+from recurgolf import compose
 from recurgolf.data.corpus import embedded_corpus
+from recurgolf.run import Run
 
 EXACT = ("trainer.precision=float32",)
 """`auto` measures which precision is faster, and may decide anew in every run."""
@@ -34,6 +36,12 @@ def small(*overrides: str) -> list[str]:
     data = ["data=text", f"data.files={small_text()}", "data.vocab_size=512"]
     own = ["experiment=smoke", *data, "data.val_documents=30", "tracker=none", *EXACT]
     return [*own, *overrides]
+
+
+@functools.cache
+def composed(*overrides: str) -> Run:
+    """The Run of these overrides; do not change it."""
+    return compose(overrides)
 
 
 @dataclass

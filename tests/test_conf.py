@@ -1,6 +1,5 @@
 """Every YAML composes by the command in its first lines, and comes back whole from run.json."""
 
-import functools
 import json
 import re
 import shlex
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from smoke_runs import composed
 
-import recurgolf
 from recurgolf.cli import conf_folder, register
 from recurgolf.config import REGISTRY
 from recurgolf.run import Run
@@ -41,11 +40,6 @@ def first_of_sweep(word: str) -> str:
     return f"{key}={value.removeprefix('range(').partition(',')[0]}"
 
 
-@functools.cache
-def composed(overrides: tuple[str, ...]) -> Run:
-    return recurgolf.compose(overrides)
-
-
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_commands_of_a_file_compose_and_round_trip(path):
     lines = commands(path)
@@ -54,7 +48,7 @@ def test_the_commands_of_a_file_compose_and_round_trip(path):
     if not any(option in line for line in lines):
         lines.append([*lines[0], option])
     for line in lines:
-        run = composed(tuple(line))
+        run = composed(*line)
         again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
         assert again == run
         assert type(again.model) is type(run.model)
@@ -112,24 +106,24 @@ CHANGES = {
 
 @pytest.mark.parametrize("part", [f.name for f in fields(Run)])
 def test_the_fingerprint_follows_every_part_that_can_change_a_result(part):
-    run = composed(("experiment=smoke",))
+    run = composed("experiment=smoke")
     if part == "tracker":
-        assert composed(("experiment=smoke", "tracker=none")).fingerprint == run.fingerprint
+        assert composed("experiment=smoke", "tracker=none").fingerprint == run.fingerprint
     elif part != "plugins":  # whose components are told by their kinds
-        changed = composed(("experiment=smoke", CHANGES[part]))
+        changed = composed("experiment=smoke", CHANGES[part])
         assert getattr(changed, part) != getattr(run, part)
         assert changed.fingerprint != run.fingerprint
 
 
 def test_the_fingerprint_is_the_same_on_every_start():
-    run = composed(("experiment=smoke",))
+    run = composed("experiment=smoke")
     assert run.fingerprint == Run.from_dict(run.to_dict()).fingerprint
     shuffled = dict(reversed(run.to_dict().items()))
     assert Run.from_dict(shuffled).fingerprint == run.fingerprint
 
 
 def test_an_override_reaches_the_run_and_the_rest_stays():
-    run, changed = composed(("experiment=smoke",)), composed(("experiment=smoke", "lora.rank=2"))
+    run, changed = composed("experiment=smoke"), composed("experiment=smoke", "lora.rank=2")
     assert changed.lora.rank == 2
     expected = run.to_dict()
     expected["lora"]["rank"] = 2

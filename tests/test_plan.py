@@ -5,9 +5,8 @@ import time
 import pytest
 import torch
 from command_line import recurgolf, recurgolf_process
-from smoke_runs import small, train
+from smoke_runs import composed, small, train
 
-import recurgolf as package
 from recurgolf.artifact import load, pack
 from recurgolf.cli import conf_folder
 from recurgolf.plan import make_plan, shapes_of
@@ -19,7 +18,7 @@ EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_plan(name):
-    plan = make_plan(package.compose([f"experiment={name}"]))
+    plan = make_plan(composed(f"experiment={name}"))
     assert plan.code_bytes < plan.total_bytes
     assert plan.effective_params >= sum(line.params for line in plan.lines)
     # What runs on the CPU fits its budget; the public systems state their own bytes.
@@ -29,14 +28,14 @@ def test_every_experiment_has_a_plan(name):
 
 @pytest.mark.parametrize("name", ["smoke", "universal_rank1_cpu", "per_iteration_lora_cpu"])
 def test_the_parameters_are_those_of_the_built_model(name):
-    run = package.compose([f"experiment={name}"])
+    run = composed(f"experiment={name}")
     assert make_plan(run).params == sum(p.numel() for p in run.build_model().parameters())
 
 
 def test_flops_and_effective_parameters_match_a_count_by_hand():
     """Width 32, two query heads of 16 on one key head, MLP 64, two blocks run twice, rank 1."""
     heads = ["model.mixer.num_heads=2", "model.mixer.num_kv_heads=1", "model.mlp_mult=2"]
-    run = package.compose(["experiment=smoke", "data.vocab_size=512", *heads])
+    run = composed("experiment=smoke", "data.vocab_size=512", *heads)
     d, kv, hidden, length = 32, 16, 64, 64
     assert (run.model.dim, run.trainer.seq_len, run.looping.passes) == (d, length, 2)
     attention = 2 * (d * d + d * kv + d * kv + d * d)
@@ -78,7 +77,7 @@ def test_the_prediction_is_near_the_codes_of_the_trained_model():
 
 
 def test_the_prediction_is_near_the_file_of_gaussian_weights(tmp_path):
-    run = package.compose(small("lora.rank=0", "quant=int6", "quant.keep_float_max_numel=0"))
+    run = composed(*small("lora.rank=0", "quant=int6", "quant.keep_float_max_numel=0"))
     generator = torch.Generator().manual_seed(0)
     state = {n: torch.randn(s, generator=generator) for n, s in shapes_of(run).items()}
     stored = quantize_state(state, run.quant.assign(shapes_of(run)))
@@ -89,7 +88,7 @@ def test_the_prediction_is_near_the_file_of_gaussian_weights(tmp_path):
 
 def test_the_command_prints_it_and_trains_nothing(tmp_path):
     ended = recurgolf("plan", *small(), cwd=tmp_path).finished()
-    plan = make_plan(package.compose(small()))
+    plan = make_plan(composed(*small()))
     for figure in (plan.params, plan.effective_params, plan.flops_per_token, plan.total_bytes):
         assert f"{figure:,}" in ended.out
     assert "4: (0 1)x2" in ended.out
@@ -98,6 +97,6 @@ def test_the_command_prints_it_and_trains_nothing(tmp_path):
 
 def test_the_plan_of_a_large_model_takes_seconds(tmp_path):
     began = time.process_time()
-    make_plan(package.compose(["experiment=universal_rank1"]))
+    make_plan(composed("experiment=universal_rank1"))
     assert time.process_time() - began < 5
     assert "headroom" in recurgolf_process("plan", cwd=tmp_path).finished().out

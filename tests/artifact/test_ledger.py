@@ -3,12 +3,12 @@
 import math
 
 import pytest
+from smoke_runs import composed
 
-import recurgolf
 from recurgolf.artifact.ledger import add_actual, component, predict, to_json
 from recurgolf.plan import packed_shapes, shapes_of
 
-RUN = recurgolf.compose(["experiment=universal_rank1_cpu"])
+RUN = composed("experiment=universal_rank1_cpu")
 SHAPES = packed_shapes(shapes_of(RUN))
 LINES = predict(SHAPES, RUN.quant.assign(SHAPES))
 
