@@ -86,7 +86,7 @@ def serve() -> None:
 
     import recurgolf.cli
     import recurgolf.training.launch
-    import recurgolf.verbs  # noqa: F401
+    import recurgolf.verbs.evaluate  # noqa: F401
 
     torch.set_num_threads(1)
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)

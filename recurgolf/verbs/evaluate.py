@@ -1,10 +1,10 @@
-"""Verbs that work on the folder of a finished run."""
+"""recurgolf evaluate: score the artifact of a finished run again."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.artifact import ArtifactError, load
@@ -15,14 +15,9 @@ from recurgolf.run import Run
 from recurgolf.training.progress import Log
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
-    """Carry out a verb; the exit code."""
-    return COMMANDS[verb](arguments)
-
-
-def evaluate(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Score the artifact of a finished run again."""
-    parser = argparse.ArgumentParser(prog="recurgolf evaluate", description=evaluate.__doc__)
+    parser = argparse.ArgumentParser(prog="recurgolf evaluate", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="of eval and data, as in eval=sliding")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
@@ -63,6 +58,3 @@ def _reconfigured(run: Run, overrides: Sequence[str]) -> Run:
         if override.partition("=")[0].split(".")[0].split("/")[0] not in ("eval", "data"):
             raise ConfigError(f"evaluate takes overrides of eval and data, not {override!r}")
     return compose_parts(run, overrides) if overrides else run
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"evaluate": evaluate}

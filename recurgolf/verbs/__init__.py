@@ -1,0 +1,16 @@
+"""Verbs that work on what is finished: one module each, with `main(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+MODULES = {
+    "evaluate": "evaluate",
+}
+"""Verb -> module in this package; each is imported when it is asked for."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Carry out a verb; the exit code."""
+    return import_module(f"recurgolf.verbs.{MODULES[verb]}").main(arguments)

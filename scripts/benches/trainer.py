@@ -1,0 +1,39 @@
+"""The trainer's step against a bare loop of the same parts."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benches.timing import interleaved, show_ratio
+
+import recurgolf
+from recurgolf.training.distributed import Ranks
+from recurgolf.training.precision import autocast
+from recurgolf.training.trainer import Trainer
+
+
+def main(asked: argparse.Namespace) -> None:
+    """Everything the trainer does around a step, against the step alone."""
+    run = recurgolf.compose(["tracker=offline", f"trainer.steps={10_000}", *asked.overrides])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(run, Path(folder), Ranks())
+        trainer.setup()
+        model, optimizers, loader = trainer.model, trainer.optimizers, trainer.loader
+        config, plan = run.trainer, run.plan(0.0)
+
+        def bare() -> None:
+            x, y = loader.next_batch(config.batch_tokens, 1)
+            with autocast(trainer.precision, trainer.device):
+                loss = model(x, plan, y)
+            loss.backward()
+            optimizers.step(1.0, 0.95, 0.0)
+            optimizers.zero_grad()
+
+        with trainer.log.bar("training", 10_000) as bar, trainer.clock.phase("training"):
+            times = interleaved(
+                {"bare loop": bare, "trainer": lambda: trainer.advance(bar)}, asked.rounds
+            )
+        trainer.tracker.finish()
+    show_ratio("trainer / bare loop", times, "trainer", "bare loop", 1.05)
