@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import ConfigError, option, suggestion
+
+PHASES = (
+    *("setup", "warmup", "training", "checkpoint", "validation", "calibration"),
+    *("quantization", "packing", "evaluation"),
+)
+"""What a run spends its time on; `warmup` is compiling and the steps before the clock starts."""
+
+TRAINING = "training"
+"""The cap that ends training."""
+
+
+@dataclass
+class Cap:
+    """Seconds that some phases may take together."""
+
+    seconds: float | None = None
+    """null, for the cap `training` alone: budget.train_seconds."""
+    phases: list[str] = field(default_factory=list)
 
 
 @option("budget", "budget")
@@ -17,6 +35,10 @@ class Budget:
     """Cap on the training clock; training stops after the first step that reaches it."""
     reserve_seconds: float = 0.0
     """Part of train_seconds kept for what also reads training data (calibration)."""
+    caps: dict[str, Cap] = field(default_factory=dict)
+    """Which phases count against which clock, such as evaluation: {seconds: 600, phases:
+    [evaluation]}. The cap `training` is there by itself where train_seconds is, over training,
+    checkpoint and calibration: whatever works on the weights or reads training data."""
 
     def __post_init__(self) -> None:
         if self.artifact_bytes < 1:
@@ -26,8 +48,43 @@ class Budget:
                 f"budget.train_seconds={self.train_seconds} leaves nothing beside "
                 f"budget.reserve_seconds={self.reserve_seconds}"
             )
+        for name, cap in self.caps.items():
+            self._check_cap(name, cap)
+
+    def _check_cap(self, name: str, cap: Cap) -> None:
+        for phase in cap.phases:
+            if phase not in PHASES:
+                raise ConfigError(
+                    f"budget.caps.{name}.phases: {phase!r}{suggestion(phase, PHASES)}"
+                )
+        if not cap.phases:
+            raise ConfigError(f"budget.caps.{name}.phases is empty: name some of {list(PHASES)}")
+        if name == TRAINING:
+            if TRAINING not in cap.phases:
+                raise ConfigError(f"budget.caps.{name}.phases={cap.phases} lacks 'training'")
+            if cap.seconds is not None and cap.seconds != self.train_seconds:
+                raise ConfigError(
+                    f"budget.caps.{name}.seconds={cap.seconds}, but budget.train_seconds="
+                    f"{self.train_seconds} ends training: leave the former out"
+                )
+        elif cap.seconds is None or cap.seconds <= 0:
+            raise ConfigError(f"budget.caps.{name}.seconds={cap.seconds}: more than 0")
 
     @property
     def max_train_seconds(self) -> float | None:
         """Seconds that training steps may take."""
         return None if self.train_seconds is None else self.train_seconds - self.reserve_seconds
+
+    @property
+    def train_phases(self) -> list[str]:
+        """What the training clock counts."""
+        own = self.caps.get(TRAINING)
+        return own.phases if own else [TRAINING, "checkpoint", "calibration"]
+
+    @property
+    def all_caps(self) -> dict[str, Cap]:
+        """Every cap by name, `training` with its seconds."""
+        others = {name: cap for name, cap in self.caps.items() if name != TRAINING}
+        if self.train_seconds is None:
+            return others
+        return {TRAINING: Cap(self.train_seconds, self.train_phases), **others}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
@@ -51,6 +52,7 @@ from recurgolf.overrides import (
     is_seed,
     split_arguments,
 )
+from recurgolf.training.faults import RunFailed
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = EXIT_FAILED
     except ConfigError as error:
         code = _refused(str(error))
+    except RunFailed as error:
+        print(f"recurgolf: {error}", file=sys.stderr)
+        code = EXIT_FAILED
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
@@ -120,11 +125,24 @@ def _dispatch(arguments: list[str]) -> int:
     if verb == "plan":
         from recurgolf.plan import plan_table
 
-        print(plan_table(compose(*split_arguments(rest, verb))))
+        print(plan_table(_planned(rest)))
         return 0
     from recurgolf import verbs
 
     return verbs.run(verb, rest)
+
+
+def _planned(arguments: list[str]) -> Run:
+    """The Run to plan: composed, or that of a run folder with overrides behind it."""
+    if not arguments or not (Path(arguments[0]) / "run.json").is_file():
+        return compose(*split_arguments(arguments, "plan"))
+    from recurgolf.run import Run
+
+    run, overrides = Run.read(Path(arguments[0])), split_arguments(arguments[1:], "plan")[0]
+    for override in overrides:
+        if re.split(r"[=./]", override, maxsplit=1)[0] not in ("quant", "looping", "eval"):
+            raise ConfigError(f"plan FOLDER takes quant, looping and eval, not {override!r}")
+    return compose_parts(run, overrides) if overrides else run
 
 
 def _train_command(arguments: list[str]) -> int:
@@ -269,6 +287,22 @@ def _check_sweep(overrides: Sequence[str], folder: Path | None) -> None:
         for position, line in enumerate(lines):
             for choice in line if len(line) > 1 else []:
                 hydra.compose("config", [*first[:position], choice, *first[position + 1 :]])
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, in the order in which Hydra's own sweeper runs them.
+
+    Raises:
+        ConfigError: ranges that only a searching sweeper can read.
+    """
+    with _hydra_initialized():
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
+            list(overrides)
+        )
+    for override in parsed:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise ConfigError(f"{override.input_line}: not a list of values")
+    return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
 @contextlib.contextmanager

@@ -111,8 +111,8 @@ class NoLooping(Looping):
     def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
         if passes not in (None, 1):
             raise ConfigError(
-                f"eval passes={passes} asked for, but looping=none visits every block once; "
-                "choose another looping option"
+                f"eval passes={passes} asked for, but looping=none visits every block once, and "
+                "1 is all it can do; choose another looping option"
             )
         return self.plan(num_blocks)
 
@@ -218,7 +218,8 @@ class PreludeCoreCoda(_Repeat):
         if self.prelude < 0 or self.coda < 0 or self.prelude + self.coda >= num_blocks:
             raise ConfigError(
                 f"looping.prelude={self.prelude} + looping.coda={self.coda} leaves no core in a "
-                f"model of {num_blocks} blocks"
+                f"model of {num_blocks} blocks: neither below 0, and together at most "
+                f"{num_blocks - 1}"
             )
 
     def band(self, num_blocks: int) -> tuple[int, int]:

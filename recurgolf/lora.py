@@ -103,7 +103,7 @@ class LoRA:
                 if self.rank > limit:
                     raise ConfigError(
                         f"lora.rank={self.rank} exceeds the smaller side {limit} of {target} in "
-                        f"block {block}"
+                        f"block {block}; from 0 (no adapters) to {limit}"
                     )
 
     def build(

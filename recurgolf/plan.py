@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from recurgolf.artifact.code import code_of
+from recurgolf.artifact.code import Codes, codes_of
 from recurgolf.artifact.ledger import Line, predict
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, to_dict
 from recurgolf.looping import LoopPlan
+from recurgolf.quant.fill import STEPS, at_step
 from recurgolf.run import Run
 
 
@@ -22,7 +26,7 @@ class Plan:
     Attributes:
         params, effective_params: weights that train; the same with every visit counted.
         flops_per_token: forward and backward, per training token, at full depth.
-        code_bytes, code_bytes_raw: the counted code as shipped, and its readable source.
+        code: the programs of the run, packed when they are asked for; `code.counted` counts.
         lines: predicted bytes of the model file by component.
     """
 
@@ -31,10 +35,14 @@ class Plan:
     params: int
     effective_params: int
     flops_per_token: int
-    code_bytes: int
-    code_bytes_raw: int
+    code: Codes
     lines: list[Line]
     budget_bytes: int
+
+    @property
+    def code_bytes(self) -> int:
+        """The counted code, as shipped."""
+        return self.code.counted.packed_bytes
 
     @property
     def model_bytes(self) -> int:
@@ -52,10 +60,25 @@ class Plan:
 def shapes_of(run: Run) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the run's parameters, from a model without storage."""
     plan = run.largest_plan
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDrawing():
         model = run.model.build(plan)
         model.adapters = run.lora.build(run.model.projections, plan)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class _NoDrawing(TorchFunctionMode):
+    """Draws nothing and stacks nothing: for tensors without storage that costs a second of imports.
+
+    What torch has in Python for such tensors brings its compiler along at the first call.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        if name == "stack" and len(args) == 1 and not kwargs:
+            return torch.empty((len(args[0]), *args[0][0].shape))
+        return func(*args, **(kwargs or {}))
 
 
 def packed_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -101,18 +124,44 @@ def make_plan(run: Run) -> Plan:
     shapes = shapes_of(run)
     kept = packed_shapes(shapes)
     training = run.plan(1.0)
-    code = code_of(run)
     return Plan(
         visits=training,
         eval_visits=run.eval_plan,
         params=sum(math.prod(shape) for shape in shapes.values()),
         effective_params=effective(kept, training),
         flops_per_token=flops_per_token(run, training),
-        code_bytes=code.packed_bytes,
-        code_bytes_raw=code.raw_bytes,
-        lines=predict(kept, run.quant.assign(kept)),
+        code=codes_of(run),
+        lines=predicted_lines(run, kept),
         budget_bytes=run.budget.artifact_bytes,
     )
+
+
+def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
+    """Predicted bytes of the model file by component."""
+    rules = run.quant.assign(shapes)
+    header = {
+        "model": to_dict(run.model),
+        "looping": to_dict(run.looping),
+        "lora": to_dict(run.lora),
+        "eval": to_dict(run.eval),
+        # Hashes do not shrink: any other will do for one.
+        "hashes": [hashlib.sha256(bytes([n])).hexdigest() for n in range(2)],
+        "fingerprint": run.fingerprint,
+    }
+    lines = predict(shapes, rules, run.artifact.codec, header)
+    if not run.quant.fill_budget:
+        return lines
+    # One step for all layers that fills what the code leaves; the search will vary it by layer.
+    left = run.budget.artifact_bytes - codes_of(run).counted.packed_bytes
+    finest, coarsest = STEPS[0], STEPS[-1]
+    for _ in range(12):
+        step = math.sqrt(finest * coarsest)
+        lines = predict(shapes, at_step(rules, step), run.artifact.codec, header)
+        if sum(line.predicted for line in lines) <= left:
+            coarsest = step
+        else:
+            finest = step
+    return lines
 
 
 def check_ending(run: Run) -> None:
@@ -123,7 +172,7 @@ def check_ending(run: Run) -> None:
             code alone exceeds.
     """
     run.quant.assign(packed_shapes(shapes_of(run)))
-    check_budget(code_of(run).packed_bytes, run.budget.artifact_bytes)
+    check_budget(codes_of(run).counted.packed_bytes, run.budget.artifact_bytes)
 
 
 def check_budget(code_bytes: int, budget_bytes: int) -> None:
@@ -154,11 +203,17 @@ def plan_table(run: Run) -> str:
     packed = sum(line.params for line in plan.lines)
     text += [
         f"  {'model file':<26}{packed:>12,}{plan.model_bytes:>12,}",
-        f"  {'code (packed)':<26}{'':>12}{plan.code_bytes:>12,}",
+        f"  {plan.code.counted_name + ', packed':<26}{'':>12}{plan.code_bytes:>12,}",
         f"  {'total':<26}{'':>12}{plan.total_bytes:>12,}",
         f"  {'budget':<26}{'':>12}{plan.budget_bytes:>12,}",
         f"  {'headroom':<26}{'':>12}{plan.headroom:>12,}",
     ]
+    text += ["", f"  {'code':<26}{'packed':>12}{'raw':>12}"]
+    for name, size in plan.code.to_json()["files"].items():
+        counts = "  counts (artifact.code)" if name == plan.code.counted_name else ""
+        text.append(f"  {name:<26}{size['packed']:>12,}{size['raw']:>12,}{counts}")
+    if any(rule.scale_floor for rule in run.quant.rules):
+        text += ["", "  steps have a floor (scale_floor): the predicted bytes are an upper bound"]
     check_budget(plan.code_bytes, plan.budget_bytes)
     return "\n".join(text)
 

@@ -25,7 +25,7 @@ from recurgolf.model.transformer import Model, Transformer
 from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
 from recurgolf.tracker import Tracking
-from recurgolf.training.settings import TrainerConfig
+from recurgolf.training.settings import WATCHING, TrainerConfig
 
 
 @dataclass
@@ -33,6 +33,13 @@ class ArtifactConfig:
     """How the file is written."""
 
     codec: Codec = field(default_factory=Codec)
+    code: str = "score"
+    """Whose bytes count: `score` (score.py, which loads and scores) or `train` (train_gpt.py, which
+    trains as well: what the challenge counts)."""
+
+    def __post_init__(self) -> None:
+        if self.code not in ("score", "train"):
+            raise ConfigError(f"artifact.code={self.code!r}: score or train")
 
 
 @dataclass
@@ -80,8 +87,7 @@ class Run:
         self.tracker.check()
         self.looping.check(self.model.num_blocks)
         self.lora.check(self.model.projections, self.largest_plan)
-        if self.eval.passes is not None:
-            self.looping.eval_plan(self.model.num_blocks, self.eval.passes)
+        self.eval.check_model(self.model, self.looping)
 
     @property
     def largest_plan(self) -> LoopPlan:
@@ -90,7 +96,7 @@ class Run:
 
     @property
     def eval_plan(self) -> LoopPlan:
-        return self.looping.eval_plan(self.model.num_blocks, self.eval.passes)
+        return self.looping.eval_plan(self.model.num_blocks, self.eval.alone.passes)
 
     def plan(self, fraction: float) -> LoopPlan:
         """The training plan at a fraction of training."""
@@ -102,10 +108,16 @@ class Run:
         return self.seed if own is None else own
 
     def build_model(self) -> Transformer:
-        """The network with its adapters, initialised from `seeds.init` (torch's state is set)."""
+        """The network with its adapters, initialised from `seeds.init` (torch's state is set).
+
+        Only what `trainer.trainable` names asks for gradients.
+        """
         torch.manual_seed(self.seed_of("init"))
         model = self.model.build(self.largest_plan)
         model.adapters = self.lora.build(self.model.projections, self.largest_plan)
+        if self.trainer.trainable == "lora":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("adapters."))
         return model
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,9 +145,12 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that can change a result; who watches (tracker) cannot."""
+        """Hash of everything that can change a result; who watches and how often cannot."""
         data = self.to_dict()
         del data["tracker"], data["plugins"]
+        for name in WATCHING:
+            del data["trainer"][name]
+        del data["eval"]["audit"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -3,19 +3,26 @@
 import json
 import re
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from smoke_runs import composed
 
+from recurgolf import compose
 from recurgolf.cli import conf_folder, register
-from recurgolf.config import REGISTRY
+from recurgolf.config import REGISTRY, ConfigError
+from recurgolf.eval import PlainEval
+from recurgolf.looping import NoLooping
+from recurgolf.lora import LoRA
+from recurgolf.model.transformer import Model
+from recurgolf.optim import AllAdamW, FractionSchedule, NoAveraging
+from recurgolf.quant import NoQuant
 from recurgolf.run import Run
 
 CONF = conf_folder()
-FILES = sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF and p.parent.name != "hydra")
+FILES = sorted(p for p in CONF.glob("*/**/*.yaml") if p.relative_to(CONF).parts[0] != "hydra")
 
 
 def name_of(path: Path) -> str:
@@ -29,7 +36,8 @@ def commands(path: Path) -> list[list[str]]:
         match = re.match(r"# +recurgolf( .*)?$", line)
         if match:
             words = shlex.split(re.split(r"\s{2,}\(", match.group(1) or "")[0])
-            found.append([first_of_sweep(w) for w in words if w != "-m"])
+            # Verbs and their folders go; what they change composes alone.
+            found.append([first_of_sweep(w) for w in words if "=" in w])
     return found
 
 
@@ -59,14 +67,21 @@ def test_the_commands_of_a_file_compose_and_round_trip(path):
 def test_a_file_says_nothing_that_its_schema_says_already(path):
     content = yaml.safe_load(path.read_text())
     opening = (content.get("defaults") or [""])[0]
+    if path.parent.name == "budget":
+        return  # its numbers are what the file is named after
+    if path.parent.name in ("experiment", "hydra"):
+        return
+    changes_another = (path.parent / f"{opening}.yaml").is_file()
+    while (path.parent / f"{opening}.yaml").is_file():
+        given = yaml.safe_load((path.parent / f"{opening}.yaml").read_text())
+        assert not {k for k, v in content.items() if k != "defaults" and given.get(k) == v}
+        opening = given["defaults"][0]
     match = re.fullmatch(
         r"/schema/(.+)/([^/]+)@_here_", opening if isinstance(opening, str) else ""
     )
-    if path.parent.name == "budget":
-        return  # its numbers are what the file is named after
-    if match is None:
-        assert path.parent.name in ("experiment", "hydra"), "options begin with their schema"
-        return
+    assert match is not None, "an option begins with its schema, or with the option it changes"
+    if changes_another:
+        return  # what the schema says may be said again where the changed option says otherwise
     schema = REGISTRY[match.group(1)][match.group(2)]
     defaults = {f.name: f.default for f in fields(schema) if f.default is not MISSING}
     repeated = {k for k, v in content.items() if k in defaults and v == defaults[k]}
@@ -84,6 +99,60 @@ def test_every_registered_option_has_a_file_that_uses_it():
     for group, kinds in REGISTRY.items():
         if (CONF / group).is_dir():
             assert {(group, kind) for kind in kinds} <= used
+
+
+EXPERIMENTS = [p.stem for p in FILES if p.parent.name == "experiment"]
+EXCHANGED = ("looping", "lora", "averaging", "quant", "optimizer", "eval", "model", "model/mixer")
+ROUNDS = 3
+
+
+def exchanges(experiment):
+    """Options for all groups at once: every experiment meets others, all of them meet several."""
+    known = {group: sorted(p.stem for p in (CONF / group).glob("*.yaml")) for group in EXCHANGED}
+    for turn in range(ROUNDS):
+        number = EXPERIMENTS.index(experiment) * ROUNDS + turn
+        yield [f"{group}={names[number % len(names)]}" for group, names in known.items()]
+
+
+def refused_for_its_numbers(message):
+    return re.search(r"\d|'", message) and not re.search("no key|no such option|no key or", message)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_exchanging_options_never_leaves_a_key_behind(experiment):
+    for line in exchanges(experiment):
+        try:
+            compose([f"experiment={experiment}", *line])
+        except ConfigError as error:
+            assert refused_for_its_numbers(str(error)), (line, str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_option_can_be_exchanged_alone(experiment):
+    for group in (*EXCHANGED, "data", "data/loader", "optimizer/schedule", "artifact/codec"):
+        for name in sorted(p.stem for p in (CONF / group).glob("*.yaml")):
+            try:
+                compose([f"experiment={experiment}", f"{group}={name}"])
+            except ConfigError as error:
+                assert refused_for_its_numbers(str(error)), (group, name, str(error))
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "_" in name])
+def test_an_exchanged_option_keeps_nothing_of_the_one_it_replaces(experiment):
+    plain = ["looping=none", "lora=none", "averaging=none", "quant=none", "optimizer=adamw"]
+    run = compose([f"experiment={experiment}", *plain, "model=baseline", "eval=plain"])
+    assert run.looping == NoLooping()
+    assert run.lora == LoRA()
+    assert run.averaging == NoAveraging()
+    assert run.quant == NoQuant()
+    assert replace(run.optimizer, schedule=FractionSchedule()) == AllAdamW(
+        schedule=FractionSchedule()
+    )
+    expected = Model(vocab_size=run.data.vocab_size, dim=512, num_blocks=9, skips="unet")
+    assert run.model == expected
+    lengths = {"seq_len": run.eval.seq_len, "batch_tokens": run.eval.batch_tokens}
+    assert run.eval == PlainEval(**lengths)
 
 
 CHANGES = {

@@ -34,6 +34,7 @@ FILES = {
     "metrics.jsonl",
     "run.json",
     "score.py",
+    "scores",
     "summary.json",
     "train.log",
 }

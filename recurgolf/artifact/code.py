@@ -1,185 +1,313 @@
-"""The code that counts: the source needed to load and score an artifact, packed in one file.
+"""The code that counts: programs of one file that need nothing of this package installed.
 
-The file is a Python program that carries the modules compressed and runs
-`recurgolf.artifact.score`; it works where recurgolf is not installed. Which modules go in follows
-from the imports, starting from that module and from the classes that the Run uses.
+`score.py` loads and scores an artifact; `train_gpt.py` also trains, packs and writes one. Each
+carries the modules it needs, stripped and compressed, as digits of base 122 in an ASCII source: as
+many bytes in a file as in any encoding that a counter may read it with. What goes in follows from
+the entry point and from the classes that the Run uses (see `shake.py`).
 """
 
 from __future__ import annotations
 
-import ast
-import base64
 import dataclasses
-import importlib.util
 import json
-import lzma
-from collections.abc import Collection, Iterator
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from recurgolf.artifact.decode import library
+from recurgolf.artifact.minify import stripped
+from recurgolf.artifact.programs import LIBRARIES, replaced
+from recurgolf.artifact.shake import Shaker, Target, module_source, named_options
+from recurgolf.config import REGISTRY, kind_of
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
 
-ENTRY = "recurgolf.artifact.score"
 PACKED_NAME = "score.py"
+TRAIN_NAME = "train_gpt.py"
+COUNTED = {"score": PACKED_NAME, "train": TRAIN_NAME}
+"""`artifact.code` -> the program whose bytes count."""
 
-_STUB = '''"""Scores an artifact: python score.py artifact.bin --data FOLDER [--tokenizer FILE]"""
-import base64, importlib, importlib.abc, importlib.util, json, lzma, runpy, sys
-BLOB = base64.b85decode({blob!r})
-CODE = json.loads(lzma.decompress(BLOB, lzma.FORMAT_RAW, filters={filters}))
+SCORE = Target("recurgolf.artifact.score", "main")
+TRAIN = Target("recurgolf.solo.main", "main")
+DECODERS = Target("recurgolf.artifact.decode", "DECODERS")
+HEADER = ("brotli", "zlib", "none")
+"""How the header of an artifact may be stored, whatever its codec."""
+
+_STUB = '''"""{doc}"""
+import brotli, functools, importlib.abc, importlib.util, json, sys
+TEXT = "{text}"
+SIGNS = {{chr(s): n for n, s in enumerate(s for s in range(1, 128) if s not in {unused})}}
+def part(i):
+    digits = TEXT[i:i + {digits}]
+    return functools.reduce(lambda n, s: n * {base} + SIGNS[s], digits, 0).to_bytes({block}, "big")
+BLOB = b"".join(map(part, range(0, len(TEXT), {digits})))
+HEAD, *SOURCES = brotli.decompress(BLOB[:{size}]).decode().split("\\0")
+MODULES, ARGUMENTS = json.loads(HEAD)
+CODE = dict(zip(MODULES, SOURCES))
 class Packed(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def find_spec(self, name, path=None, target=None):
         if name in CODE:
-            return importlib.util.spec_from_loader(name, self, is_package=CODE[name][0])
+            return importlib.util.spec_from_loader(name, self, is_package=self.is_package(name))
     def get_source(self, name):
-        return CODE[name][1]
+        return CODE[name]
     def is_package(self, name):
-        return CODE[name][0]
+        return MODULES[name]
 sys.meta_path.insert(0, Packed())
 for name in {classes}:
     importlib.import_module(name)
-runpy.run_module({entry!r}, run_name="__main__")
+if __name__ == "__main__":
+    importlib.import_module({entry!r}).main(*ARGUMENTS)
 '''
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+_UNUSED = (10, 13, 26, 34, 92)
+"""ASCII that a text between quotes cannot hold everywhere: line ends, ^Z, quote, backslash."""
+_SIGNS = "".join(chr(n) for n in range(1, 128) if n not in _UNUSED)
+_BLOCK = 128
+_DIGITS = math.ceil(8 * _BLOCK / math.log2(len(_SIGNS)))
+_SCORE_DOC = "Scores an artifact: python score.py artifact.bin --data FOLDER [--tokenizer FILE]"
+_TRAIN_DOC = "Trains {name}; --evaluate scores the artifact beside it; --help says the rest."
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class PackedCode:
-    """The packed program and its sizes in bytes."""
+    """A packed program.
+
+    Attributes:
+        source: the program, ASCII.
+        modules: what it carries.
+        raw_bytes: size of those modules as people read them.
+        libraries: top-level modules that it imports from elsewhere, at once or when needed.
+    """
 
     source: str
     modules: list[str]
     raw_bytes: int
+    libraries: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def packed_bytes(self) -> int:
         return len(self.source.encode())
 
 
+class Codes:
+    """The programs of a Run, and which of them counts (`artifact.code`)."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.counted_name = COUNTED[run.artifact.code]
+
+    @cached_property
+    def score(self) -> PackedCode:
+        return code_of(self.run)
+
+    @cached_property
+    def train(self) -> PackedCode:
+        return training_code_of(self.run, self.score)
+
+    @property
+    def counted(self) -> PackedCode:
+        return self.train if self.counted_name == TRAIN_NAME else self.score
+
+    def write(self, folder: Path) -> None:
+        """The program that scores, and the one that counts if it is another."""
+        (folder / PACKED_NAME).write_text(self.score.source)
+        (folder / self.counted_name).write_text(self.counted.source)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `code` of ledger.json: both programs, both sizes, and what counts."""
+        files = {PACKED_NAME: self.score, TRAIN_NAME: self.train}
+        return {
+            "counted": f"{self.counted_name}, packed",
+            "packed": self.counted.packed_bytes,
+            "raw": self.counted.raw_bytes,
+            "files": {
+                name: {"packed": code.packed_bytes, "raw": code.raw_bytes}
+                for name, code in files.items()
+            },
+            "modules": self.counted.modules,
+        }
+
+
+def codes_of(run: Run) -> Codes:
+    """The programs of a run; each is packed when it is first asked for."""
+    return Codes(run)
+
+
 def code_of(run: Run) -> PackedCode:
     """Pack what scoring a run's artifact needs."""
-    return pack_code([run.model, run.looping, run.lora, run.eval])
+    return pack_code([run.model, run.looping, run.lora, run.eval.alone], codec=run.artifact.codec)
 
 
-def pack_code(parts: Any) -> PackedCode:
-    """Pack what scoring a model needs.
+def training_code_of(run: Run, score: PackedCode | None = None) -> PackedCode:
+    """Pack what trains the very Run, writes its artifact and scores it.
+
+    The tracker is left out: the program keeps the local record alone.
 
     Args:
-        parts: option objects (dataclasses, nested) whose classes the artifact names. Where one is
-            from a module outside this package, that module goes along.
+        score: `code_of(run)`, where it has been packed already.
     """
-    # The program imports them first: an option is known once its module has been loaded.
-    of_classes = sorted({cls.__module__ for cls in classes_of(parts)})
-    names = closure({ENTRY, *of_classes})
-    sources = {name: module_source(name) for name in sorted(names)}
-    code = {name: [is_package, stripped(text)] for name, (is_package, text) in sources.items()}
-    # Packages that nothing is imported from are there, but empty.
-    code.update((name, [True, ""]) for name in sorted(parents(names) - names))
-    blob = lzma.compress(
-        json.dumps(code, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=_FILTERS
+    from recurgolf.tracker import NoTracking
+
+    alone = dataclasses.replace(run, tracker=NoTracking(), plugins=[])
+    doc = _TRAIN_DOC.format(name=run.name)
+    counted = None if run.artifact.code == "train" else score or code_of(run)
+
+    def arguments(raw_bytes: int) -> list[Any]:
+        # What the run's own bytes are made of; its own size the program finds out by itself.
+        size = {"name": TRAIN_NAME, "packed": None, "raw": raw_bytes}
+        if counted is not None:
+            size = {"name": PACKED_NAME, "packed": counted.packed_bytes, "raw": counted.raw_bytes}
+        return [without_defaults(alone), size]
+
+    return pack_code(alone, TRAIN, doc, arguments, replaced(run), run.artifact.codec)
+
+
+def pack_code(
+    parts: Any,
+    entry: Target = SCORE,
+    doc: str = _SCORE_DOC,
+    arguments: Callable[[int], Sequence[Any]] = lambda raw_bytes: (),
+    without: Mapping[Target, Target] | None = None,
+    codec: Any = None,
+) -> PackedCode:
+    """Pack a program.
+
+    Args:
+        parts: option objects (dataclasses, nested) whose classes it must know by their kinds. Where
+            one is from a module outside this package, that module goes along, whole.
+        entry: the function that it calls.
+        arguments: what the function is called with, JSON-ready; told the program's raw bytes.
+        without: definitions that another one stands in for.
+        codec: of the artifact that it reads; None: any.
+    """
+    classes = {Target(cls.__module__, cls.__qualname__) for cls in classes_of(parts)}
+    packages = {target.module.partition(".")[0] for target in {entry, *classes}}
+    shaker = Shaker(
+        packages,
+        whole=packages - {"recurgolf"},
+        libraries=LIBRARIES,
+        replaced=without,
+        tables={} if codec is None else {DECODERS: {kind_of(codec), *texts_of(codec), *HEADER}},
+        strings=set(texts_of(parts)),
     )
+    shaker.reach({entry, *classes})
+    # What kept code names by text brings code that may name more.
+    while True:
+        named = set(named_options(shaker, REGISTRY)) - shaker.seen
+        if not named:
+            break
+        classes |= named
+        shaker.reach(named)
+    shaken = shaker.result()
+    packages_too = {name: int(is_package) for name, (is_package, _) in shaken.code.items()}
+    head = json.dumps([packages_too, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
+    text = "\0".join([head, *(source for _, source in shaken.code.values())])
+    blob = library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
     source = _STUB.format(
-        blob=base64.b85encode(blob).decode(),
-        filters=repr(_FILTERS),
-        classes=repr(of_classes),
-        entry=ENTRY,
+        doc=doc,
+        text=_as_text(blob),
+        unused=_UNUSED,
+        base=len(_SIGNS),
+        digits=_DIGITS,
+        block=_BLOCK,
+        size=len(blob),
+        # An option is known once its module has been loaded.
+        classes=repr(sorted({target.module for target in classes})),
+        entry=entry.module,
     )
-    raw = sum(len(text.encode()) for _, text in sources.values())
-    return PackedCode(source, list(code), raw)
+    used = {name for _, text in shaken.code.values() for name in libraries_of(text)}
+    libraries = sorted({"brotli", *used} - packages - set(sys.stdlib_module_names))
+    return PackedCode(source, list(shaken.code), shaken.raw_bytes, libraries)
+
+
+def _as_text(blob: bytes) -> str:
+    """Blocks of bytes as numbers, their digits as characters; the last block is filled with 0."""
+    text = []
+    for start in range(0, len(blob), _BLOCK):
+        number = int.from_bytes(blob[start : start + _BLOCK].ljust(_BLOCK, b"\0"), "big")
+        digits = []
+        for _ in range(_DIGITS):
+            number, digit = divmod(number, len(_SIGNS))
+            digits.append(_SIGNS[digit])
+        text.append("".join(reversed(digits)))
+    return "".join(text)
+
+
+def libraries_of(source: str) -> set[str]:
+    """Top-level names of what a packed source imports, also by `decode.library`."""
+    return set(_IMPORT.findall(source)) | set(_LIBRARY.findall(source))
+
+
+_IMPORT = re.compile(r"^ *(?:from|import) (\w+)", re.MULTILINE)
+_LIBRARY = re.compile(r"\blibrary\(['\"](\w+)")
+
+
+def write_readable(code: PackedCode, folder: Path) -> None:
+    """The modules of a program as people read them, as files below a folder."""
+    for name in code.modules:
+        is_package, text = module_source(name)
+        path = folder.joinpath(*name.split("."))
+        path = path / "__init__.py" if is_package else path.with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def without_defaults(node: Any) -> Any:
+    """`config.to_dict` without the fields that `from_dict` would give the same value anyway."""
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        if isinstance(node, dict):
+            return {key: without_defaults(item) for key, item in node.items()}
+        return [without_defaults(item) for item in node] if isinstance(node, list) else node
+    found = {"kind": kind_of(node)} if hasattr(type(node), "kind") else {}
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        usual = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            usual = item.default_factory()
+        if type(value) is not type(usual) or value != usual:
+            found[item.name] = without_defaults(value)
+    return found
 
 
 def classes_of(node: Any) -> Iterator[type]:
     """The dataclasses in an option tree."""
+    for item in _nodes(node):
+        if dataclasses.is_dataclass(item):
+            yield type(item)
+
+
+def texts_of(node: Any) -> Iterator[str]:
+    """The texts in an option tree: a clip or a method may be named by one."""
+    yield from (item for item in _nodes(node) if isinstance(item, str))
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    yield node
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        yield type(node)
         for item in dataclasses.fields(node):
-            yield from classes_of(getattr(node, item.name))
+            yield from _nodes(getattr(node, item.name))
     elif isinstance(node, (list, tuple)):
         for item in node:
-            yield from classes_of(item)
-    elif isinstance(node, dict):
+            yield from _nodes(item)
+    elif isinstance(node, Mapping):
         for item in node.values():
-            yield from classes_of(item)
+            yield from _nodes(item)
 
 
-def closure(names: set[str]) -> set[str]:
-    """`names`, and the modules that they import from the same packages, directly or not."""
-    found: set[str] = set()
-    packages = {name.partition(".")[0] for name in names}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        waiting.extend(imports_of(module_source(name)[1], packages))
-    return found
-
-
-def parents(names: set[str]) -> set[str]:
-    """The packages that modules lie in."""
-    return {
-        ".".join(parts[:n]) for parts in (m.split(".") for m in names) for n in range(1, len(parts))
-    }
-
-
-def imports_of(source: str, packages: Collection[str]) -> Iterator[str]:
-    """Modules of certain packages that a source imports (absolutely, as everything here does)."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and _package(node.module) in packages:
-            module = node.module or ""
-            submodules = {alias.name for alias in node.names if _exists(f"{module}.{alias.name}")}
-            yield from (f"{module}.{name}" for name in submodules)
-            if len(submodules) < len(node.names):
-                yield module
-        elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if _package(a.name) in packages)
-
-
-def _package(module: str | None) -> str:
-    return (module or "").partition(".")[0]
-
-
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def module_source(name: str) -> tuple[bool, str]:
-    """Whether a module is a package, and its source."""
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None, name
-    return spec.submodule_search_locations is not None, Path(spec.origin).read_text()
-
-
-def stripped(source: str) -> str:
-    """The source without comments, docstrings and the annotations of functions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.returns = None
-            known = node.args
-            for argument in (*known.posonlyargs, *known.args, *known.kwonlyargs):
-                argument.annotation = None
-        if isinstance(node, ast.If) and _is_type_checking(node):
-            node.body = [ast.Pass()]
-        body = getattr(node, "body", None)
-        if not isinstance(body, list):
-            continue
-        kept = [line for line in body if not _is_text(line)]
-        node.body = kept or ([ast.Pass()] if body else [])  # type: ignore[attr-defined]
-    return ast.unparse(tree)
-
-
-def _is_type_checking(node: ast.If) -> bool:
-    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+__all__ = [
+    "COUNTED",
+    "PACKED_NAME",
+    "TRAIN_NAME",
+    "Codes",
+    "PackedCode",
+    "code_of",
+    "codes_of",
+    "pack_code",
+    "stripped",
+    "training_code_of",
+    "write_readable",
+]

@@ -56,6 +56,13 @@ class Codec:
         """Payload of transformed bytes that `decoder` turns back."""
         raise NotImplementedError
 
+    def expected_bits(self, entropy: float) -> float:
+        """Bits that a code takes where codes have this entropy (bits), for the plan.
+
+        Measured on Gaussian codes of 3 to 6.7 bits, 262,144 of them.
+        """
+        return min(entropy + 0.045, 8.0)
+
     def decoder(self) -> Decoder:
         """The inverse; a codec from outside the package overrides it."""
         return DECODERS[type(self).kind]  # type: ignore[attr-defined]
@@ -93,6 +100,9 @@ def smallest(results: list[Encoded]) -> Encoded:
 class StoreCodec(Codec):
     """The bytes as they are."""
 
+    def expected_bits(self, entropy: float) -> float:
+        return 8.0
+
     def compress(self, data: bytes, segments: Segments) -> bytes:
         return data
 
@@ -103,6 +113,10 @@ class ZlibCodec(Codec):
     """Deflate, without header or checksum (the container has its own)."""
 
     level: int = 9
+
+    def expected_bits(self, entropy: float) -> float:
+        # Its matches of three bytes cost more than they save, least where codes are long.
+        return min(entropy + min(0.55, max(0.05, 0.55 - 0.22 * (entropy - 4.4))), 8.0)
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
         coder = zlib.compressobj(self.level, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
@@ -115,6 +129,9 @@ class LzmaCodec(Codec):
     """LZMA2, without header or checksum."""
 
     preset: int = 9
+
+    def expected_bits(self, entropy: float) -> float:
+        return min(entropy + 0.15, 8.0)
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
         filters = [
@@ -177,6 +194,9 @@ class AnsCodec(Codec):
         super().check()
         _require("constriction", "constriction")
 
+    def expected_bits(self, entropy: float) -> float:
+        return entropy + 0.004
+
     def compress(self, data: bytes, segments: Segments) -> bytes:
         if not data:
             return b""
@@ -200,6 +220,9 @@ class BestCodec(Codec):
             raise ConfigError("artifact.codec.codecs is empty; name at least one codec")
         for codec in self._candidates():
             codec.check()
+
+    def expected_bits(self, entropy: float) -> float:
+        return min(codec.expected_bits(entropy) for codec in self._candidates())
 
     def encode(self, raw: bytes, shapes: list[Shape], itemsize: int) -> Encoded:
         return smallest([codec.encode(raw, shapes, itemsize) for codec in self._candidates()])

@@ -9,36 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recurgolf.artifact.reader import Artifact, ArtifactError, load
 from recurgolf.config import from_dict
 from recurgolf.data.dataset import Dataset, open_dataset
-from recurgolf.eval import Eval, Score, score
-from recurgolf.looping import Looping, LoopPlan
+from recurgolf.eval.protocol import Eval, Subject, score
+from recurgolf.eval.text import Text
+from recurgolf.looping import Looping
 from recurgolf.lora import LoRA
-from recurgolf.model.transformer import Model, Transformer
+from recurgolf.model.transformer import Model
 from recurgolf.quant.codes import dequantize_state
 
 
-@dataclass
-class Scorable:
-    """A model from a file with what is needed to score it."""
+@dataclass(kw_only=True)
+class Scorable(Subject):
+    """A model from a file with what is needed to score it.
 
-    model: Transformer
-    looping: Looping
+    Attributes:
+        protocol: that of the headline.
+        metadata: the file's header.
+    """
+
     protocol: Eval
-    seq_len: int
     metadata: Mapping[str, Any]
-
-    def plan(self, protocol: Eval) -> LoopPlan:
-        return self.looping.eval_plan(self.model.config.num_blocks, protocol.passes)
 
 
 def rebuild(artifact: Artifact) -> Scorable:
@@ -60,12 +59,7 @@ def rebuild(artifact: Artifact) -> Scorable:
         model.load_state_dict(dequantize_state(artifact.tensors), strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"the artifact holds no model of this version: {error}") from None
-    return Scorable(model.eval(), looping, protocol, int(data["seq_len"]), data)
-
-
-def logits_of(model: Transformer, plan: LoopPlan) -> Callable[[Tensor, int], Tensor]:
-    """The callable that protocols score: ids [b, t], first -> logits [b, t - first, v]."""
-    return lambda ids, first: model.logits(model.hidden(ids, plan)[:, first:])
+    return Scorable(model.eval(), looping, int(data["seq_len"]), protocol=protocol, metadata=data)
 
 
 def check_data(metadata: Mapping[str, Any], dataset: Dataset) -> None:
@@ -77,16 +71,13 @@ def check_data(metadata: Mapping[str, Any], dataset: Dataset) -> None:
         )
 
 
-def score_dataset(scorable: Scorable, protocol: Eval, dataset: Dataset, **options: Any) -> Score:
-    """Score the validation text of a data set; options as in `eval.score`."""
-    return score(
-        logits_of(scorable.model, scorable.plan(protocol)),
-        protocol,
+def text_of(dataset: Dataset) -> Text:
+    """The validation text of a data set."""
+    return Text(
         dataset.validation_tokens(),
         dataset.byte_count,
-        seq_len=scorable.seq_len,
-        sidecar=dataset.val_byte_sidecar,
-        **options,
+        dataset.val_byte_sidecar,
+        dataset.tokenizer.bos_id,
     )
 
 
@@ -99,7 +90,7 @@ def main() -> None:
     scorable = rebuild(load(asked.artifact))
     dataset = open_dataset(asked.data, asked.tokenizer, scorable.metadata["data_vocab_size"])
     check_data(scorable.metadata, dataset)
-    result = score_dataset(scorable, scorable.protocol, dataset)
+    result = score(scorable.protocol, scorable, text_of(dataset))
     name = scorable.metadata["eval"]["kind"]
     print(json.dumps({name: result.to_dict()}))
 

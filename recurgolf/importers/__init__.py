@@ -9,7 +9,7 @@ Every tensor of a source is used, or the import fails naming it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ SYSTEMS: dict[str, System] = {
     "parallel_recurrent": parallel_recurrent.SYSTEM,
 }
 """Whole systems by name."""
+
+_OF_TRAINING = frozenset({"optimizer", "optimizer.schedule", "averaging", "eval"})
+"""Groups whose option may be exchanged without changing what the weights mean."""
+_OF_ALL_OPTIONS = frozenset({"eval.seq_len"})
+"""Settings in them that every option has."""
 
 
 @dataclass
@@ -123,7 +128,12 @@ class ImportedLayer(nn.Module):
         return self.layer(hidden, adapters)
 
 
-def load(system: str, config: Mapping[str, Any], weights: str | Path) -> Imported:
+def load(
+    system: str,
+    config: Mapping[str, Any],
+    weights: str | Path,
+    overrides: Sequence[str] = (),
+) -> Imported:
     """Read somebody's checkpoint.
 
     Args:
@@ -134,13 +144,14 @@ def load(system: str, config: Mapping[str, Any], weights: str | Path) -> Importe
             factor as `lora_scale`.
         weights: a state dict with the source's names, `.safetensors` or `.pt`; code in it is not
             run.
+        overrides: of the Run, behind what the settings say; none for a layer.
 
     Raises:
         ConfigError: an unknown system, a setting that cannot be, a tensor that is missing, of
             another shape or of no use. The message names it.
     """
     readers: dict[str, Callable[[Mapping[str, Any], str | Path], Imported]] = {
-        name: lambda config, weights, found=found: _load_system(found, config, weights)
+        name: lambda config, weights, found=found: _load_system(found, config, weights, overrides)
         for name, found in SYSTEMS.items()
     }
     readers["gated_delta_layer"] = _load_layer
@@ -149,16 +160,27 @@ def load(system: str, config: Mapping[str, Any], weights: str | Path) -> Importe
     return readers[system](config, weights)
 
 
-def run_of(system: System, settings: Mapping[str, Any]) -> Run:
-    """The system's experiment with what the settings change in it."""
-    changes = system.overrides(settings).items()
-    changed = [f"{key}={written(value)}" for key, value in changes]
-    return recurgolf.compose([f"experiment={system.experiment}", *changed])
+def run_of(system: System, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """The system's experiment with what the settings change in it, and the overrides behind them.
+
+    Where an override exchanges an option (`eval=plain`), the settings of the one it replaces go
+    with it.
+    """
+    exchanged = {override.partition("=")[0].replace("/", ".") for override in overrides}
+    gone = tuple(f"{group}." for group in exchanged if group in _OF_TRAINING)
+    said = [
+        f"{key}={written(value)}"
+        for key, value in system.overrides(settings).items()
+        if not key.startswith(gone) or key in _OF_ALL_OPTIONS
+    ]
+    return recurgolf.compose([f"experiment={system.experiment}", *said, *overrides])
 
 
-def _load_system(system: System, config: Mapping[str, Any], weights: str | Path) -> Imported:
+def _load_system(
+    system: System, config: Mapping[str, Any], weights: str | Path, overrides: Sequence[str]
+) -> Imported:
     settings = read_settings(system, config)
-    run = run_of(system, settings)
+    run = run_of(system, settings, overrides)
     transformer = run.build_model()
     tensors = read_weights(weights)
     places = system.places(transformer, settings, tensors)

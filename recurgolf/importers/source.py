@@ -8,6 +8,7 @@ are named like our parameters (gradients, averaged weights) under the source's n
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's unpickler raises many kinds
-            raise ConfigError(f"weights {path}: no plain state dict ({error})") from None
+            raise ConfigError(f"weights {path}: no plain state dict ({_reason(error)})") from None
     else:
         raise ConfigError(f"weights {path}: expected .safetensors or .pt")
     if not isinstance(tensors, Mapping):
@@ -89,6 +90,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"weights {path}: {name!r} is a {type(tensor).__name__}, no tensor")
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _reason(error: Exception) -> str:
+    """One line of what torch's unpickler says in many."""
+    code = re.search(r"Unsupported (?:global|class|operand)[^.\n]*?GLOBAL (\S+)", str(error))
+    if code:
+        return f"it asks for {code.group(1)}, and code in a file is not run; save tensors alone"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @torch.no_grad()

@@ -112,16 +112,22 @@ class Block(nn.Module):
     def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         mixed = self.input_mix(x, inputs.x0)
         out = self.update(mixed, inputs)
+        mixed = mixed[:, inputs.read_from :]
         if "residual" in inputs.adapters:
             out = out + inputs.adapters["residual"](out)
         return out if self.update_gate is None else self.update_gate(mixed, out)
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        """The block's own rule, from mixed input to output."""
+        """The block's own rule, from mixed input to the output from `inputs.read_from` on."""
         raise NotImplementedError
 
+    def mixed(self, x: Tensor, inputs: VisitInputs) -> Tensor:
+        """The mixer's output from `inputs.read_from` on; a mixer may well compute all of it."""
+        y = self.mixer(x, inputs)
+        return y[:, y.shape[1] - x.shape[1] + inputs.read_from :]
+
     def mixer_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        return gained(self.mixer(x, inputs), self.mixer_scale, inputs.mixer_gain)
+        return gained(self.mixed(x, inputs), self.mixer_scale, inputs.mixer_gain)
 
     def mlp_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         return gained(self.mlp(x, inputs.adapters), self.mlp_scale, inputs.mlp_gain)
@@ -155,7 +161,7 @@ class SequentialBlock(Block):
     """x + mixer(norm x), then x + mlp(norm x): the pre-norm block."""
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        x = x + self.mixer_branch(self.norm(x), inputs)
+        x = x[:, inputs.read_from :] + self.mixer_branch(self.norm(x), inputs)
         return x + self.mlp_branch(self.norm(x), inputs)
 
 
@@ -163,8 +169,9 @@ class ParallelBlock(Block):
     """x + mixer(norm x) + mlp(norm x): both branches read the same input (GPT-J)."""
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        normed = self.norm(x)
-        return x + self.mixer_branch(normed, inputs) + self.mlp_branch(normed, inputs)
+        normed, read = self.norm(x), slice(inputs.read_from, None)
+        x = x[:, read] + self.mixer_branch(normed, inputs)
+        return x + self.mlp_branch(normed[:, read], inputs)
 
 
 class PeriNormBlock(Block):
@@ -174,8 +181,8 @@ class PeriNormBlock(Block):
     """
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        mixed = rms_norm(self.mixer(x, inputs), self.norm.eps)
-        x = x + gained(mixed, self.mixer_scale, inputs.mixer_gain)
+        mixed = rms_norm(self.mixed(x, inputs), self.norm.eps)
+        x = x[:, inputs.read_from :] + gained(mixed, self.mixer_scale, inputs.mixer_gain)
         mlp = rms_norm(self.mlp(x, inputs.adapters), self.norm.eps)
         return x + gained(mlp, self.mlp_scale, inputs.mlp_gain)
 

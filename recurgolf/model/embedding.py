@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurgolf.model.linear import Linear
+from recurgolf.model.linear import Embedding, Linear
 
 
 @dataclass
@@ -46,7 +46,7 @@ class BigramHash(nn.Module):
 
     def __init__(self, config: BigramConfig, dim: int):
         super().__init__()
-        self.embed = nn.Embedding(config.rows, config.dim)
+        self.embed = Embedding(config.rows, config.dim)
         self.proj = Linear(config.dim, dim) if config.dim != dim else None
         self.scale = nn.Parameter(torch.tensor(config.scale))
 
@@ -91,7 +91,7 @@ class ValueEmbed(nn.Module):
 
     def __init__(self, config: ValueEmbedConfig, vocab_size: int, kv_dim: int):
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, config.dim)
+        self.embed = Embedding(vocab_size, config.dim)
         self.proj = Linear(config.dim, kv_dim) if config.dim != kv_dim else None
         self.scale = nn.Parameter(torch.tensor(config.scale))
         self.visit_scale = nn.Parameter(torch.ones(len(config.visits)))

@@ -1,4 +1,4 @@
-"""The one linear layer: no bias, weight cast to the activations, room for adapters and QAT."""
+"""Matrices of the network: no bias, cast to the activations, room for adapters and QAT."""
 
 from __future__ import annotations
 
@@ -25,15 +25,40 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.fake_quantize: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor, adapter: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        weight = self.weight
+    @property
+    def seen_weight(self) -> Tensor:
+        """The weight that a forward works with now."""
         if self.fake_quantize is not None and self.training:
-            weight = self.fake_quantize(weight)
-        y = F.linear(x, weight.to(x.dtype))
+            return self.fake_quantize(self.weight)
+        return self.weight
+
+    def forward(self, x: Tensor, adapter: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        y = F.linear(x, self.seen_weight.to(x.dtype))
         return y if adapter is None else y + adapter(x).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_dim} -> {self.out_dim}"
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors [count, dim]; quantisation-aware training reaches it as it does `Linear`.
+
+    A tied table also reads out: both uses take `seen_weight`.
+    """
+
+    def __init__(self, count: int, dim: int):
+        super().__init__(count, dim)
+        self.fake_quantize: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def seen_weight(self) -> Tensor:
+        """The table that a forward works with now."""
+        if self.fake_quantize is not None and self.training:
+            return self.fake_quantize(self.weight)
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.seen_weight)
 
 
 def init_linear(layer: Linear, how: str, zero_output: bool, orthogonal_min_side: int = 64) -> None:

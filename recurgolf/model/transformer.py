@@ -20,7 +20,7 @@ from recurgolf.lora import Adapters
 from recurgolf.model.block import Block, BlockConfig, BlockNorm, SequentialConfig
 from recurgolf.model.embedding import BigramConfig, BigramHash, Smear, ValueEmbed, ValueEmbedConfig
 from recurgolf.model.heads import MultiTokenHeads, readout_loss, softcap
-from recurgolf.model.linear import Linear, init_linear
+from recurgolf.model.linear import Embedding, Linear, init_linear
 from recurgolf.model.mixers import Mixer
 from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mlp import MLPS
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         dim, embed_dim = config.dim, config.embed_dim or config.dim
-        self.embed = nn.Embedding(config.vocab_size, embed_dim)
+        self.embed = Embedding(config.vocab_size, embed_dim)
         self.embed_proj = Linear(embed_dim, dim) if embed_dim != dim else None
         self.head_proj = Linear(dim, embed_dim) if embed_dim != dim else None
         self.bigram = BigramHash(config.bigram, embed_dim) if config.bigram.rows else None
@@ -286,9 +286,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, plan, documents)
         if targets is None:
             return self.logits(hidden)
-        loss = readout_loss(
-            self._readable(hidden), self.readout, targets, self.config.logit_softcap
-        )
+        loss = self.main_loss(hidden, targets)
         if self.mtp is not None and self.training:
             loss = loss + self.config.mtp_weight * self.mtp.loss(
                 hidden, targets, self.config.logit_softcap
@@ -301,14 +299,20 @@ class Transformer(nn.Module):
         plan: LoopPlan,
         documents: Tensor | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
+        *,
+        read_from: int = 0,
+        rope_base: float | None = None,
     ) -> Tensor:
-        """The normed state behind the last visit [b, t, d], which the heads read.
+        """The normed state behind the last visit [b, t - read_from, d], which the heads read.
 
         Args:
             observe: called with (position in the plan, state) behind every visit.
+            read_from: first position that is wanted; the last visit computes no earlier one.
+            rope_base: of the rotary positions; None: as `config.rope` has it for this length.
         """
         x = self.embedded(tokens, documents)
-        inputs = VisitInputs(x, self._rope(tokens.shape[1], tokens.device), documents=documents)
+        rope = self._rope(tokens.shape[1], tokens.device, rope_base)
+        inputs = VisitInputs(x, rope, documents=documents)
         values = self.value_embed(tokens) if self.value_embed is not None else {}
         pairs = self.skips.pairs(plan)
         sources = {source for source, _ in pairs.values()}
@@ -317,6 +321,8 @@ class Transformer(nn.Module):
             if position in pairs:
                 source, row = pairs[position]
                 x = self.skips.join(x, kept.pop(source), row)
+            if position == plan.num_visits - 1:
+                inputs.read_from = read_from
             if self.adapters is not None:
                 inputs.adapters = self.adapters.of_visit(visit)
             inputs.values = values.get(position)
@@ -326,12 +332,17 @@ class Transformer(nn.Module):
                 with torch.no_grad():
                     x = self.blocks[visit.block](x, inputs)
             else:
-                x = self.blocks[visit.block](x, inputs)
+                x = self.apply_block(self.blocks[visit.block], x, inputs)
             if observe is not None:
                 observe(position, x)
             if position in sources:
                 kept[position] = x
         return rms_norm(x, self.config.norm_eps)
+
+    @staticmethod
+    def apply_block(block: nn.Module, x: Tensor, inputs: VisitInputs) -> Tensor:
+        """One visit with gradients; training may put its own way in place of it."""
+        return block(x, inputs)
 
     def embedded(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The state in front of the first block [b, t, d]."""
@@ -349,10 +360,15 @@ class Transformer(nn.Module):
         raw = nn.functional.linear(hidden, self.readout.to(hidden.dtype))
         return softcap(raw, self.config.logit_softcap)
 
+    def main_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats of the main head alone: normed states [b, t, d], targets [b, t]."""
+        weight, cap = self.readout, self.config.logit_softcap
+        return readout_loss(self._readable(hidden), weight, targets, cap)
+
     @property
     def readout(self) -> Tensor:
         """The matrix of the main head [v, d]."""
-        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+        return (self.lm_head or self.embed).seen_weight
 
     def idle_parameters(self, plan: LoopPlan) -> list[str]:
         """Names of the parameters that a training step under this plan gives no gradient."""
@@ -401,10 +417,12 @@ class Transformer(nn.Module):
         mlp = MLPS[config.mlp_activation](config.dim, config.mlp_hidden)
         return config.block_of(index).build(config.dim, mixer, mlp, norm)
 
-    def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rope(self, length: int, device: torch.device, base: float | None) -> tuple[Tensor, Tensor]:
         rope = self.config.rope
         dims = rope.dims or max(self.config.head_dims, default=0)
-        return rope_table(length, dims, rope_base(rope.base, dims, length, rope.train_len), device)
+        if base is None:
+            base = rope_base(rope.base, dims, length, rope.train_len)
+        return rope_table(length, dims, base, device)
 
     def _readable(self, hidden: Tensor) -> Tensor:
         return hidden if self.head_proj is None else self.head_proj(hidden)

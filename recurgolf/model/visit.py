@@ -20,6 +20,8 @@ class VisitInputs:
         mixer_gain, mlp_gain: gains of the two branches for this visit [dim], or None.
         documents: document number of every position [batch, length] where mixers must not cross
             documents, else None; every document is one run of positions.
+        read_from: first position whose output is wanted. Earlier ones are still to be attended to;
+            the block returns [batch, length - read_from, dim].
     """
 
     x0: Tensor
@@ -29,3 +31,4 @@ class VisitInputs:
     mixer_gain: Tensor | None = None
     mlp_gain: Tensor | None = None
     documents: Tensor | None = None
+    read_from: int = 0

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from recurgolf.config import ConfigError, option, suggestion
 from recurgolf.optim import foreach
 
-DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "param": None}
+DTYPES: dict[str, torch.dtype | None] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "param": None,
+}
 
 
 @dataclass
@@ -69,7 +73,8 @@ class EMA(Averaging):
 
     decay: float = 0.9965
     dtype: str = "float32"
-    """`float32`; `param` keeps the parameters' own, where bfloat16 rounds most updates away."""
+    """Of the average: `float32`; `param`, the parameters' own; `bfloat16` (compat, system R), which
+    rounds most updates away."""
     start_fraction: float = 0.0
     """Of training. 0: from the initial weights on; otherwise the first average is a copy."""
     require_started: bool = True
@@ -209,13 +214,17 @@ class SnapshotAverager(Averager):
 
 
 class _Weights:
-    """A model's floating-point tensors in order, each once, and the way back to a state dict."""
+    """A model's floating-point tensors in order, each once, and the way back to a state dict.
+
+    Frozen parameters are left out: rounding in an average would move them.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
         unique: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            if tensor.is_floating_point() and not frozen:
                 unique.setdefault(id(tensor), (name, tensor))
         self.names = [name for name, _ in unique.values()]
         self.live = [tensor for _, tensor in unique.values()]

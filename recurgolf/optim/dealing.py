@@ -62,7 +62,9 @@ def exchange(
     for item, tensor in mine.items():
         sent[place[item] : place[item] + tensor.numel()] = tensor.reshape(-1)
     received = torch.empty(world * part, dtype=dtype, device=device)
-    dist.all_gather_into_tensor(received, sent)
+    # torch 2.13 renamed it; what it does is the same.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, sent)
     everyone = received.view(world, part)
     return [
         everyone[owner, start : start + shape.numel()].view(shape)

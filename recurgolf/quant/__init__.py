@@ -1,5 +1,11 @@
 """Quantisation of plain tensors: grids, rounding, GPTQ, rules over parameter names."""
 
+from recurgolf.quant.calibration import (
+    Calibration,
+    GramCollector,
+    SelfGenerated,
+    TrainCalibration,
+)
 from recurgolf.quant.clip import (
     Clip,
     HessianSigmaClip,
@@ -14,31 +20,44 @@ from recurgolf.quant.codes import QuantizedTensor, Stored, dequantize, dequantiz
 from recurgolf.quant.entropy import code_entropy, fit_tail, predicted_bits, predicted_bytes
 from recurgolf.quant.gptq import GptqResult, gptq_quantize, gptq_quantize_many
 from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.lqer import LowRankCorrection
+from recurgolf.quant.qat import Noise, NoQat, Qat, QuantAware, Snap, StraightThrough
 from recurgolf.quant.rtn import fake_quantize, rtn_quantize
 from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule
 from recurgolf.quant.state import MethodReport, QuantizedState, quantize_state
 
 __all__ = [
+    "Calibration",
     "Clip",
     "GptqResult",
+    "GramCollector",
     "GridSpec",
     "HessianSigmaClip",
     "Int6",
     "Int8",
+    "LowRankCorrection",
     "MaxClip",
     "MeanAbsClip",
     "MeanSigmaClamp",
     "MethodReport",
+    "NoQat",
     "NoQuant",
+    "Noise",
     "PercentileClip",
     "PercentileSearchClip",
+    "Qat",
     "Quant",
+    "QuantAware",
     "QuantizedState",
     "QuantizedTensor",
     "Rule",
+    "SelfGenerated",
     "SigmaClip",
+    "Snap",
     "Stored",
+    "StraightThrough",
     "TensorRule",
+    "TrainCalibration",
     "code_entropy",
     "dequantize",
     "dequantize_state",

@@ -186,7 +186,7 @@ class HessianSigmaClip(Clip):
             raise ConfigError(f"clip hessian_sigma: lam={self.lam}; a share from 0 to 1")
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
-        importance = torch.ones(weight.shape[1]) if gram_diag is None else gram_diag.float()
+        importance = weight.new_ones(weight.shape[1]) if gram_diag is None else gram_diag.float()
         total = importance.sum().clamp_min(torch.finfo(torch.float32).tiny)
         mean = (weight @ importance / total)[:, None]
         weighted = ((weight - mean).square() @ importance / total).sqrt()
@@ -220,7 +220,7 @@ class MeanAbsClip(Clip):
 
 def _row_std(weight: Tensor) -> Tensor:
     if weight.shape[1] < 2:
-        return torch.zeros(weight.shape[0])
+        return weight.new_zeros(weight.shape[0])
     return weight.std(dim=1)
 
 

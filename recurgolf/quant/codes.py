@@ -43,6 +43,9 @@ class QuantizedTensor:
 
 Stored = Tensor | QuantizedTensor
 
+LQER_PARTS = (":lqer_out", ":lqer_in")
+"""Behind a weight's name: factors [rank, rows] and [rank, cols] of a correction to be added."""
+
 
 def code_range(bits: int, symmetric: bool = True) -> tuple[int, int]:
     """Lowest and highest code. One symmetric bit is the sign: -1 and 1, never 0."""
@@ -93,9 +96,20 @@ def dequantize(
 def dequantize_state(
     state: Mapping[str, Stored], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """A state dict of weights: floating tensors in `dtype`, integers and flags as they are."""
+    """A state dict of weights: floating tensors in `dtype`, integers and flags as they are.
+
+    Low-rank corrections are added to their weights and have no entry of their own.
+    """
+    plain = {
+        name: value.dequantize() if isinstance(value, QuantizedTensor) else value
+        for name, value in state.items()
+    }
     weights = {}
-    for name, value in state.items():
-        tensor = value.dequantize() if isinstance(value, QuantizedTensor) else value
+    for name, tensor in plain.items():
+        if name.endswith(LQER_PARTS):
+            continue
+        out, into = (plain.get(name + part) for part in LQER_PARTS)
+        if out is not None and into is not None:
+            tensor = tensor + out.float().T @ into.float()
         weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return weights

@@ -239,6 +239,11 @@ def _ordered_columns(
     return torch.stack(steps, dim=1), None if symmetric else torch.stack(offsets, dim=1)
 
 
+def hessian_error(change: Tensor, gram: Tensor) -> float:
+    """trace(Δ H Δᵀ) / rows: mean squared change of an output, in units of the gram's scale."""
+    return float(((change @ gram) * change).sum() / change.shape[0])
+
+
 def _change(layer: _Layer, codes: Tensor, grid: Grid) -> Tensor:
     spec = grid.spec
     return layer.weight - dequantize(
@@ -252,8 +257,7 @@ def _error(layer: _Layer, codes: Tensor, grid: Grid) -> float:
 
 
 def _hessian_error(layer: _Layer, codes: Tensor, grid: Grid) -> float:
-    change = _change(layer, codes, grid)
-    return float(((change @ layer.gram) * change).sum() / change.shape[0])
+    return hessian_error(_change(layer, codes, grid), layer.gram)
 
 
 def _batches(weights: Sequence[Tensor]) -> list[list[int]]:

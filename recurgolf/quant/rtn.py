@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.quant.clip import Clip
-from recurgolf.quant.codes import dequantize, scale_shape
+from recurgolf.quant.codes import dequantize, per_column, scale_shape
 from recurgolf.quant.grid import Grid, GridSpec, fit_grids, limited, vector_grid
 
 
@@ -78,6 +78,21 @@ def fake_quantize(weight: Tensor, spec: GridSpec, mode: str = "straight_through"
     return weight + _DISTURBANCES[mode](weight.detach().float(), spec).to(weight.dtype)
 
 
+def exported(weight: Tensor, spec: GridSpec) -> Tensor:
+    """The values that a reader will see in place of a weight, float32."""
+    codes, grid = round_to_grid(weight, spec)
+    return dequantize(codes, grid.scales, group_size=spec.group_size, symmetric=spec.symmetric)
+
+
+def step_sizes(weight: Tensor, spec: GridSpec) -> Tensor:
+    """Distance between neighbouring codes of a matrix, float32, broadcastable over it."""
+    weight = weight.detach().float()
+    single = len(grids := fit_grids(weight, spec)) == 1
+    grid = grids[0] if single else round_to_grid(weight, spec)[1]
+    scales = grid.scales if spec.symmetric else grid.scales[0]
+    return per_column(scales.float(), tuple(weight.shape), spec.group_size)
+
+
 def checked_scales(grid: Grid, weight: Tensor) -> Tensor:
     """The stored scales, or a ValueError where they cannot stand for the weight."""
     if not torch.isfinite(grid.scales).all():
@@ -103,19 +118,11 @@ def _per_row(spec: GridSpec) -> GridSpec:
 
 
 def _rounding_error(weight: Tensor, spec: GridSpec) -> Tensor:
-    codes, grid = round_to_grid(weight, spec)
-    restored = dequantize(codes, grid.scales, group_size=spec.group_size, symmetric=spec.symmetric)
-    return restored - weight
+    return exported(weight, spec) - weight
 
 
 def _uniform_noise(weight: Tensor, spec: GridSpec) -> Tensor:
-    _, grid = round_to_grid(weight, spec)
-    steps = dequantize(
-        torch.ones_like(weight),
-        grid.scales if spec.symmetric else grid.scales[0],
-        group_size=spec.group_size,
-    )
-    return (torch.rand_like(weight) - 0.5) * steps
+    return (torch.rand_like(weight) - 0.5) * step_sizes(weight, spec)
 
 
 _DISTURBANCES: dict[str, Any] = {

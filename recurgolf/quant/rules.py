@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from recurgolf.config import REGISTRY, ConfigError, from_dict, option, suggestion
+from recurgolf.config import REGISTRY, ConfigError, from_dict, kind_of, option, suggestion
+from recurgolf.quant.calibration import Calibration, TrainCalibration
 from recurgolf.quant.clip import Clip
 from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.lqer import LowRankCorrection
+from recurgolf.quant.qat import NoQat, Qat
 
 KEEP_DTYPES = ("float16", "float32", "bfloat16")
 
@@ -28,6 +31,7 @@ class TensorRule:
         method: `none` (kept as a float), `rtn` or `gptq`.
         grid: None where kept.
         keep_dtype: the type of a kept floating tensor; integers are kept as they are.
+        correction: what is stored beside the codes to make up for their error; None: nothing.
     """
 
     method: str
@@ -36,6 +40,7 @@ class TensorRule:
     block_size: int = 128
     damping: float = 0.01
     act_order: bool = True
+    correction: LowRankCorrection | None = None
 
 
 @dataclass
@@ -63,6 +68,12 @@ class Rule:
     """gptq: share of the mean diagonal added to the Gram matrix."""
     act_order: bool = True
     """gptq: columns with the busiest inputs first."""
+    lqer_rank: int = 0
+    """Rank of a correction of the rounding error that is stored beside the codes; 0: none."""
+    lqer_bits: int | None = 8
+    """Width of the correction's own codes; null: float16."""
+    lqer_symmetric: bool = True
+    """False gives the correction's codes an offset per vector."""
     scale_floor: str | None = None
     """compat: `inv_qmax`, the step floor of the official baseline; it coarsens small rows."""
     code_scale: str = "stored"
@@ -87,9 +98,14 @@ class Rule:
             grid = GridSpec(
                 self.bits, clip, self.group_size, self.symmetric, self.scale_floor, self.code_scale
             )
+            correction = None
+            if self.lqer_rank:
+                correction = LowRankCorrection(self.lqer_rank, self.lqer_bits, self.lqer_symmetric)
         except ConfigError as error:
             raise self._error(str(error)) from None
-        return TensorRule(self.method, grid, keep, self.block_size, self.damping, self.act_order)
+        return TensorRule(
+            self.method, grid, keep, self.block_size, self.damping, self.act_order, correction
+        )
 
     def _error(self, what: str) -> ConfigError:
         return ConfigError(f"quant rule {self.pattern!r}: {what}")
@@ -117,9 +133,25 @@ class Quant:
     """Matrices whose smaller side is at most this stay floats: adapters, mixes, per-visit rows."""
     keep_dtype: str = "float16"
     """`float16`, `float32` or `bfloat16`: the type of what stays float."""
+    fill_budget: bool = False
+    """True: bits and clips of the rules are replaced, per group of layers, so that the file just
+    fits budget.artifact_bytes with the least error (see `quant/fill.py`)."""
+    # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
+    calibration: Calibration = field(default_factory=Calibration)
+    """The text that gptq asks for the inputs of layers; read only where a rule says gptq."""
+    qat: Qat = field(default_factory=Qat)
+    """What training knows of it."""
+
+    def __post_init__(self) -> None:
+        if type(self.calibration) is Calibration:
+            self.calibration = TrainCalibration()
+        if type(self.qat) is Qat:
+            self.qat = NoQat()
 
     def check(self) -> None:
         """Refuse rules that contradict themselves, before any weight exists."""
+        self.calibration.check()
+        self.qat.check()
         for name in ("keep_float_max_numel", "keep_float_max_side"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"quant.{name}={getattr(self, name)}; at least 0")
@@ -129,6 +161,11 @@ class Quant:
             )
         for rule in self.rules:
             rule.resolve(self.keep_dtype)
+        if self.fill_budget and type(self.qat) is not NoQat:
+            raise ConfigError(
+                f"quant.fill_budget=true chooses bits and clips after training, but quant.qat="
+                f"{kind_of(self.qat)} trains with those of the rules; use one of the two"
+            )
 
     def assign(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, TensorRule]:
         """The rule of every tensor.
@@ -167,6 +204,11 @@ class Quant:
             raise ConfigError(
                 f"no quant rule matches {name!r} of shape {tuple(shape)}; add one, or end the "
                 "rules with pattern '*'"
+            )
+        if found.correction is not None and found.correction.rank > min(shape):
+            raise ConfigError(
+                f"quant: lqer_rank={found.correction.rank} for {name!r} of shape {tuple(shape)}; "
+                f"at most {min(shape)}"
             )
         return found
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from recurgolf.config import REGISTRY, option, to_dict
-from recurgolf.quant.codes import QuantizedTensor, Stored
-from recurgolf.quant.gptq import gptq_quantize_many
+from recurgolf.quant.codes import QuantizedTensor, Stored, dequantize_state
+from recurgolf.quant.gptq import gptq_quantize_many, hessian_error
 from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.lqer import correct
 from recurgolf.quant.rtn import checked_scales, round_to_grid
 from recurgolf.quant.rules import TensorRule
+
+if TYPE_CHECKING:
+    from recurgolf.quant.fill import Filled
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class MethodReport:
     dead_columns: int = 0
     damping: float = 0.0
     retries: int = 0
+    corrected: float | None = None
+    """The error with the low-rank correction, where there is one."""
 
 
 class QuantizedState(dict[str, Stored]):
@@ -34,11 +41,18 @@ class QuantizedState(dict[str, Stored]):
 
     Attributes:
         reports: one for every quantised tensor.
+        filled: how bits and clips were chosen, where a search chose them.
     """
+
+    filled: Filled | None = None
 
     def __init__(self, tensors: Mapping[str, Stored], reports: list[MethodReport]):
         super().__init__(tensors)
         self.reports = reports
+
+    def joined(self, other: QuantizedState) -> QuantizedState:
+        """Both, of different tensors."""
+        return QuantizedState({**self, **other}, self.reports + other.reports)
 
 
 class Method:
@@ -140,10 +154,36 @@ def quantize_state(
     for method, weights in by_method.items():
         quantizer: Method = REGISTRY["quant/method"][method]()
         done.update(quantizer.quantize(weights, assignment, grams or {}))
-    reports = [done[name][1] for name in state]
-    return QuantizedState(
-        {name: done[name][0] for name in state}, [report for report in reports if report]
+    found = QuantizedState(
+        {name: done[name][0] for name in state},
+        [report for name in state if (report := done[name][1])],
     )
+    return _corrected(found, state, assignment, grams or {})
+
+
+def _corrected(
+    found: QuantizedState,
+    state: Mapping[str, Tensor],
+    assignment: Mapping[str, TensorRule],
+    grams: Mapping[str, Tensor],
+) -> QuantizedState:
+    """With the low-rank corrections that the rules ask for."""
+    parts: dict[str, Stored] = {}
+    reports = []
+    for report in found.reports:
+        name, correction = report.name, assignment[report.name].correction
+        if correction is not None:
+            weight, stored = state[name].detach().cpu().float(), found[name]
+            assert isinstance(stored, QuantizedTensor)
+            # A correction is judged as the quantiser was: by inputs where it knew them.
+            gram = grams.get(name) if report.method == "gptq" else None
+            factors = correct(name, weight - stored.dequantize(), correction, gram)
+            left = weight - dequantize_state({name: stored, **factors})[name]
+            error = left.square().mean() if gram is None else hessian_error(left, gram)
+            report = replace(report, corrected=float(error))
+            parts.update(factors)
+        reports.append(report)
+    return QuantizedState({**found, **parts}, reports)
 
 
 def describe_clip(spec: GridSpec) -> str:

@@ -1,14 +1,16 @@
 """Checkpoints: one folder each, tensors in safetensors and everything else in JSON; no pickle.
 
-    checkpoints/step_000600/tensors.safetensors    `<part>/<name>`: model, optimizer, averaging, rng
-    checkpoints/step_000600/state.json             step, tokens, loader, clocks, fingerprint, sha256
+    checkpoints/step_000600/tensors.safetensors    `<part>/<name>`: model, optimizer, averaging,
+                                                    chance (random states of every rank)
+    checkpoints/step_000600/state.json             step, tokens, loaders, clocks, the Run, sha256
 
 A checkpoint appears under its name only when it is whole: it is written to a temporary folder,
-flushed and renamed.
+flushed and renamed. Older ones go after that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,10 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recurgolf.training.faults import full_disk, is_full_disk
+
 TENSORS, STATE = "tensors.safetensors", "state.json"
+DRAFT, ASIDE = ".draft_", ".aside_"
 
 
 class CheckpointError(ValueError):
@@ -36,25 +42,37 @@ def save(
         folder: the run's `checkpoints` folder.
         parts: part -> name -> tensor.
         state: JSON-able rest.
+
+    Raises:
+        RunFailed: the disk is full; nothing that was there is touched.
     """
     target = folder / f"step_{step:06d}"
-    draft = folder / f".step_{step:06d}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = folder / f"{DRAFT}{step:06d}"
     tensors = {
         f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
         for part, named in parts.items()
         for name, tensor in named.items()
     }
-    save_file(tensors, draft / TENSORS)
-    digest = _sha256(draft / TENSORS)
-    text = json.dumps({**state, "step": step, "tensors_sha256": digest}, indent=1)
-    (draft / STATE).write_text(text + "\n")
-    for path in (draft / TENSORS, draft / STATE, draft):
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    draft.rename(target)
-    _flush(folder)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file(tensors, draft / TENSORS)
+        digest = _sha256(draft / TENSORS)
+        whole = {**state, "step": step, "tensors_sha256": digest}
+        whole["state_sha256"] = _digest_of(whole)
+        (draft / STATE).write_text(json.dumps(whole, indent=1) + "\n")
+        for path in (draft / TENSORS, draft / STATE, draft):
+            flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not is_full_disk(error):
+            raise
+        last = newest(folder)
+        left = "No checkpoint was written yet." if last is None else f"{last} is kept and whole."
+        raise full_disk(target, needed, error, left) from None
+    _put(draft, target)
+    flush(folder)
     return target
 
 
@@ -64,13 +82,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     Raises:
         CheckpointError: a file is missing or its checksum differs.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-        digest = _sha256(path / TENSORS)
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
-    if digest != state.get("tensors_sha256"):
-        raise CheckpointError(f"checkpoint {path} is damaged: {TENSORS} has another checksum")
+    state = read_state(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / TENSORS).items():
         part, _, name = key.partition("/")
@@ -78,9 +90,81 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return parts, state
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose tensors are whole by their checksum.
+
+    Raises:
+        CheckpointError: a file is missing or its checksum differs.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        digest = _sha256(path / TENSORS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest_of(state):
+        raise CheckpointError(f"checkpoint {path} is damaged: {STATE} has another checksum")
+    if digest != state["tensors_sha256"]:
+        raise CheckpointError(f"checkpoint {path} is damaged: {TENSORS} has another checksum")
+    return state
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or damaged, the newest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name[5:]), reverse=True)
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the most steps, or None."""
-    return max(folder.glob("step_*"), default=None)
+    return next(iter(steps(folder)), None)
+
+
+def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Remove all checkpoints but the newest and the best, and what a crash left half-written.
+
+    Args:
+        keep_last: how many of the newest stay.
+        keep_best: how many of those with the lowest `val_bpb` in their state stay besides.
+    """
+    found = steps(folder)
+    kept = set(found[:keep_last])
+    if keep_best:
+        scored = [(bpb, path) for path in found if (bpb := _val_bpb(path)) is not None]
+        kept |= {path for _, path in sorted(scored)[:keep_best]}
+    for path in set(found) - kept:
+        # Renamed first: what is half gone must not pass for a checkpoint.
+        aside = folder / f"{ASIDE}{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    for path in [*folder.glob(f"{ASIDE}*"), *folder.glob(f"{DRAFT}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Give a draft its name; a damaged checkpoint under that name makes way."""
+    if target.exists():
+        aside = target.with_name(f"{ASIDE}{target.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    draft.rename(target)
+
+
+def _val_bpb(path: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((path / STATE).read_text()).get("val_bpb")
+    return None
+
+
+def _digest_of(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -88,9 +172,4 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+__all__ = ["CheckpointError", "load", "newest", "prune", "read_state", "save", "steps"]

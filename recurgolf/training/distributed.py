@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+PATIENCE = 10
+"""Times the usual timeout, for waiting while rank 0 prepares data or packs."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Ranks:
     Attributes:
         rank: 0 to world_size - 1; rank 0 writes, logs and decides.
         local_rank: number on this machine, which picks the GPU.
+        patient: a process group for waiting while rank 0 works alone; None for a single rank.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    patient: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -36,10 +41,22 @@ class Ranks:
         """Each value added up over ranks, in float64."""
         if self.world_size == 1:
             return list(values)
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor(values, dtype=torch.float64, device=device)
+        total = torch.tensor(values, dtype=torch.float64, device=_device())
         dist.all_reduce(total)
         return total.tolist()
+
+    def settled(
+        self, values: Sequence[float], flags: Sequence[bool]
+    ) -> tuple[list[float], list[bool]]:
+        """Rank 0's values, and which flags any rank has raised: one exchange for a step.
+
+        A sum to which the others bring zeros is rank 0's number, to the last bit.
+        """
+        if self.world_size == 1:
+            return list(values), list(flags)
+        own = list(values) if self.is_first else [0.0] * len(values)
+        total = self.sums([*own, *map(float, flags)])
+        return total[: len(values)], [count > 0 for count in total[len(values) :]]
 
     def decided(self, value: T) -> T:
         """Rank 0's value, on every rank."""
@@ -58,8 +75,19 @@ class Ranks:
         return values
 
     def wait(self) -> None:
+        """Until all ranks are here; with patience, since rank 0 may have something to do alone."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _patient_group(timeout_seconds: float) -> Any:
+    """On the CPU always: nothing is computed there."""
+    allowed = timedelta(seconds=PATIENCE * timeout_seconds)
+    return dist.new_group(backend="gloo", timeout=allowed)
 
 
 def started_by_torchrun() -> bool:
@@ -73,7 +101,8 @@ def torchrun_ranks(backend: str, timeout_seconds: float) -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+        group = _patient_group(timeout_seconds)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local, group)
     finally:
         dist.destroy_process_group()
 
@@ -91,7 +120,7 @@ def file_ranks(
         timeout=timedelta(seconds=timeout_seconds),
     )
     try:
-        yield Ranks(rank, world_size, rank)
+        yield Ranks(rank, world_size, rank, _patient_group(timeout_seconds))
     finally:
         dist.destroy_process_group()
 

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING
 
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
-from recurgolf.config import kind_of
 from recurgolf.eval import Score
 from recurgolf.plan import make_plan
+from recurgolf.training.clock import cap_lines, caps_used
 from recurgolf.training.packing import ARTIFACT, LEDGER, write_artifact
+from recurgolf.training.quantize import quantization_summary, quantize_model
 from recurgolf.training.report import environment, show
+from recurgolf.training.scoring import (
+    by_passes,
+    entry_of,
+    named_protocols,
+    score_all,
+    subject_of,
+    validate,
+    write_scores,
+)
 from recurgolf.training.summary import Summary
+from recurgolf.training.trajectory import trajectory, trajectory_lines, validation_windows
 
 if TYPE_CHECKING:
     from recurgolf.training.trainer import Trainer
@@ -26,33 +37,61 @@ def finish(trainer: Trainer) -> Summary:
     """
     run, log, clock, ranks = trainer.run, trainer.log, trainer.clock, trainer.ranks
     averaged = trainer.averager.averaged_state()
-    trainer.save()
+    trainer.save("packing")
     if averaged is not None:
         trainer.model.load_state_dict(averaged)
         log.line(f"weights: {trainer.averager.status()}")
-    before = trainer.validate()
+    before = validate(trainer)
     plan = make_plan(run)
-    if ranks.is_first:
-        write_artifact(trainer, plan)
+    stored = quantize_model(run, trainer.model, trainer.dataset, ranks, clock, log)
+    if stored is not None:
+        write_artifact(run, trainer.folder, stored, trainer.dataset, plan, clock, log)
     ranks.wait()
     with clock.phase("evaluation"):
         scorable = rebuild(load(trainer.folder / ARTIFACT))
-        result = trainer.score(scorable.model.to(trainer.device), run.eval)
-    summary = summarize(trainer, plan.effective_params, before, result)
-    if ranks.is_first:
+        subject = subject_of(trainer, scorable.model.to(trainer.device))
+        protocols = named_protocols([run.eval])
+        scores = score_all(protocols, subject, trainer.text, trainer)
+    result = next(iter(scores.values()))
+    summary = summarize(trainer, plan.effective_params, before, scores)
+    summary.by_passes = by_passes(scores, protocols, subject)
+    if stored is not None:
+        ids = validation_windows(trainer.val_tokens, run.trainer.seq_len)
+        gap = result.val_bpb - before.val_bpb
+        summary.quantization = quantization_summary(stored)
+        summary.trajectory = trajectory(trainer.model, scorable.model, run.eval_plan, ids, gap)
+        for line in trajectory_lines(summary.trajectory):
+            log.line(line)
+        write_scores(trainer.folder, scores, protocols, trainer.dataset.fingerprint)
         summary.write(trainer.folder)
-        trainer.tracker.summary(summary.to_dict())
+        gap = summary.val_bpb - summary.pre_quant_val_bpb
+        trainer.tracker.summary({**summary.to_dict(), "quantization_gap": gap})
         for file in (ARTIFACT, "run.json"):
             name = f"{run.name}-{run.seed}-{Path(file).stem}"
             facts = {"val_bpb": summary.val_bpb, "fingerprint": summary.fingerprint}
             trainer.tracker.log_artifact(trainer.folder / file, name, facts)
         show(trainer, summary, plan.lines)
+        for line in cap_lines(summary.caps):
+            log.line(line)
+        if run.eval.audit:
+            # The audit stands above training: it reads what a run has left.
+            from recurgolf.audit import audit_and_show
+
+            audit_and_show(trainer.folder, log)
     ranks.wait()
     return summary
 
 
-def summarize(trainer: Trainer, effective_params: int, before: Score, result: Score) -> Summary:
-    """The figures of a run whose files are written."""
+def summarize(
+    trainer: Trainer, effective_params: int, before: Score, scores: dict[str, Score]
+) -> Summary:
+    """The figures of a run whose files are written.
+
+    Args:
+        scores: by name, the headline first.
+    """
+    evals = {name: entry_of(score, trainer.dataset) for name, score in scores.items()}
+    result, headline = next(iter(scores.values())), next(iter(evals.values()))
     run, folder, clock = trainer.run, trainer.folder, trainer.clock
     ledger = json.loads((folder / LEDGER).read_text())
     bytes_model = (folder / ARTIFACT).stat().st_size
@@ -64,9 +103,9 @@ def summarize(trainer: Trainer, effective_params: int, before: Score, result: Sc
     return Summary(
         val_bpb=result.val_bpb,
         val_loss=result.val_loss,
-        val_bpb_raw=raw_bpb(trainer, result),
+        val_bpb_raw=headline.get("val_bpb_raw"),
         pre_quant_val_bpb=before.val_bpb,
-        evals={kind_of(run.eval): result.to_dict()},
+        evals=evals,
         artifact_bytes=total,
         bytes_model=bytes_model,
         bytes_code=bytes_code,
@@ -82,19 +121,18 @@ def summarize(trainer: Trainer, effective_params: int, before: Score, result: Sc
         peak_memory_bytes=peak,
         val_tokens=result.tokens,
         val_bytes=result.bytes,
+        val_raw_bytes=headline.get("raw_bytes"),
         seed=run.seed,
         fingerprint=run.fingerprint,
         status="finished" if total <= run.budget.artifact_bytes else "over_budget",
         folder=str(folder),
+        skipped_steps=trainer.skipped,
+        caps=caps_used(run.budget, clock, seconds / max(trainer.step, 1)),
         seconds={name: round(value, 3) for name, value in clock.seconds.items()},
         environment=environment(trainer),
-    )
-
-
-def raw_bpb(trainer: Trainer, result: Score) -> float | None:
-    """Bits per byte of the raw text; a protocol that drops the tail drops its share of bytes."""
-    dataset, sidecar = trainer.dataset, trainer.dataset.val_byte_sidecar
-    counted = dataset.val_bytes if sidecar is None else int(sidecar.sum())
-    return (
-        None if dataset.val_raw_bytes is None else result.val_bpb * counted / dataset.val_raw_bytes
+        text={
+            "name": trainer.dataset.name,
+            "fingerprint": trainer.dataset.fingerprint,
+            "tokenizer": trainer.dataset.tokenizer.sha256,
+        },
     )

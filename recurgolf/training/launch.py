@@ -6,25 +6,30 @@ meet through a file in a temporary folder, which proved the most robust under ev
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import faulthandler
 import os
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from recurgolf.config import ConfigError
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
-from recurgolf.training.distributed import Ranks, file_ranks, started_by_torchrun, torchrun_ranks
+from recurgolf.training import resume, state
+from recurgolf.training.base import check_base
+from recurgolf.training.distributed import (
+    Ranks,
+    environment_rank,
+    file_ranks,
+    started_by_torchrun,
+    torchrun_ranks,
+)
+from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
 from recurgolf.training.summary import Summary
+from recurgolf.training.supervise import run_ranks
 from recurgolf.training.trainer import Trainer
-
-RANK_TIMEOUT_SECONDS = 600.0
-"""A collective that waits longer than this ends the run: some rank is gone."""
 
 
 def launch(run: Run, folder: Path) -> Summary:
@@ -32,72 +37,73 @@ def launch(run: Run, folder: Path) -> Summary:
 
     Raises:
         ConfigError: what can be known to fail, before any training.
+        RunFailed: what made it impossible to go on; checkpoints stay.
+        KeyboardInterrupt, SystemExit: SIGINT, SIGTERM, after a checkpoint.
     """
     check_device(run)
+    check_base(run)
     check_ending(run)
     run.tracker.check_account()
+    try:
+        return _launched(run, folder)
+    except Interruption as end:
+        print(f"recurgolf: {end}: stopped; continue with trainer.resume=auto", file=sys.stderr)
+        raise end.for_caller() from None
+
+
+def _launched(run: Run, folder: Path) -> Summary:
     backend = "nccl" if run.trainer.device == "cuda" else "gloo"
     if started_by_torchrun():
-        with torchrun_ranks(backend, RANK_TIMEOUT_SECONDS) as ranks:
+        with torchrun_ranks(backend, run.trainer.rank_timeout_seconds) as ranks:
             # Ranks composed at different moments; the first one's folder is everybody's.
             folder = Path(ranks.decided(str(folder)))
             folder.mkdir(parents=True, exist_ok=True)
-            return work(run, folder, ranks)
+            summary = ranks.decided(_finished(run, folder))
+            return summary or work(run, folder, ranks)
+    summary = _finished(run, folder)
+    if summary is not None:
+        return summary
     if run.trainer.devices == 1:
         return work(run, folder, Ranks())
-    _spawn(run, folder, backend)
+    # The ranks end by themselves; this process is there until they have.
+    with Signals().listening(STOP_SECONDS + 0.7) as signals:
+        argument = (run.to_dict(), str(folder), backend)
+        run_ranks(_rank, run.trainer.devices, argument, signals)
     return Summary.read(folder)
 
 
-def _spawn(run: Run, folder: Path, backend: str) -> None:
-    """Start the ranks and wait for them; what one of them refuses is raised here in its words."""
-    # Plugins such as joblib leave another start method behind, under which spawning fails.
-    before = multiprocessing.get_start_method(allow_none=True)
-    multiprocessing.set_start_method("spawn", force=True)
-    # It tells of every rank that it ends because another one has failed.
-    chatter = logging.getLogger("torch.multiprocessing.spawn")
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)
-    try:
-        with tempfile.TemporaryDirectory() as meeting:
-            try:
-                start_processes(
-                    _spawned,
-                    args=(run.to_dict(), str(folder), meeting, backend),
-                    nprocs=run.trainer.devices,
-                    start_method="spawn",
-                )
-            except ProcessException:
-                refusals = sorted(Path(meeting).glob("refused_*"))
-                if not refusals:
-                    raise
-                raise ConfigError(refusals[0].read_text()) from None
-    finally:
-        multiprocessing.set_start_method(before, force=True)
-        chatter.setLevel(level)
+def _finished(run: Run, folder: Path) -> Summary | None:
+    """The result of a run that needs no resuming; what an attempt before it failed of goes."""
+    summary = resume.finished(run, folder)
+    if summary is not None and environment_rank() == 0:
+        print(f"{folder}: this run is finished already (trainer.resume=auto)")
+    (folder / "failure.txt").unlink(missing_ok=True)
+    return summary
 
 
-def _spawned(rank: int, data: dict, folder: str, meeting: str, backend: str) -> None:
-    try:
-        run = Run.from_dict(data)
-        world_size, rendezvous = run.trainer.devices, f"{meeting}/rendezvous"
-        with file_ranks(backend, rendezvous, rank, world_size, RANK_TIMEOUT_SECONDS) as ranks:
-            work(run, Path(folder), ranks)
-    except ConfigError as error:
-        (Path(meeting) / f"refused_{rank}").write_text(str(error))
-        sys.exit(1)
+def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str, str]) -> None:
+    """A spawned rank: the Run comes as plain data."""
+    data, folder, backend = argument
+    run = Run.from_dict(data)
+    world_size, timeout = run.trainer.devices, run.trainer.rank_timeout_seconds
+    with file_ranks(backend, f"{meeting}/rendezvous", rank, world_size, timeout) as ranks:
+        work(run, Path(folder), ranks)
 
 
 def work(run: Run, folder: Path, ranks: Ranks) -> Summary:
     """The life of one rank."""
+    # A data file that is cut while it is read ends the process with SIGBUS: say where.
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=sys.__stderr__ or 2)
     threads = run.trainer.threads or (1 if ranks.world_size > 1 else default_threads())
-    before = torch.get_num_threads()
+    before, chance = torch.get_num_threads(), state.chance(torch.device("cpu"))
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng():
-            return Trainer(run, folder, ranks).run_all()
+        with torch.random.fork_rng(), Signals().listening() as signals:
+            return Trainer(run, folder, ranks, signals).run_all()
     finally:
         torch.set_num_threads(before)
+        state.set_chance(chance, torch.device("cpu"))
 
 
 def default_threads() -> int:

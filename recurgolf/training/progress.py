@@ -47,6 +47,20 @@ class Log:
             self.file.close()
 
 
+def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:
+    """`3:05 left`: to the last step at the pace so far, or to the cap where that comes first.
+
+    Args:
+        seconds: on the training clock so far.
+        cap: where it ends; None: nowhere.
+    """
+    left, whose = seconds / max(1, done) * (total - done), ""
+    if cap is not None and cap - seconds < left:
+        left, whose = max(0.0, cap - seconds), f" of the cap of {cap:.0f} s"
+    minutes, rest = divmod(round(left), 60)
+    return f"{minutes}:{rest:02d} left{whose}"
+
+
 class Bar:
     """A bar where the console is a terminal; elsewhere a line now and then."""
 
@@ -54,6 +68,7 @@ class Bar:
         self.log, self.what, self.total = log, what, total
         self.live: Progress | None = None
         self.task = TaskID(0)
+        self.text = ""
         self.last_line = time.monotonic()
         if log.console is not None and log.console.is_terminal:
             columns = (
@@ -68,9 +83,13 @@ class Bar:
             self.live.start()
 
     def at(self, done: int, text: str = "", line: bool = False) -> None:
-        """Move to `done`; with `line` the text is also written as a line of the log."""
+        """Move to `done`; with `line` the text is also written as a line of the log.
+
+        Without a text the one before stays on the bar.
+        """
         if self.live is not None:
-            self.live.update(self.task, completed=done, text=text)
+            self.text = text or self.text
+            self.live.update(self.task, completed=done, text=self.text)
             if line:
                 self.log.note(text)
         elif line:

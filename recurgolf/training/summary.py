@@ -22,7 +22,8 @@ class Summary:
     """The same over the bytes of the raw text: the figure to compare tokenizers by."""
     pre_quant_val_bpb: float
     evals: dict[str, dict[str, float]]
-    """Protocol -> val_bpb, val_loss, tokens, bytes, seconds."""
+    """Protocol -> val_bpb, val_loss, tokens, bytes, seconds; with the raw text known also raw_bytes
+    and val_bpb_raw. What is measured besides the headline follows: `sliding/passes=3`."""
     artifact_bytes: int
     """Model file + counted code."""
     bytes_model: int
@@ -41,14 +42,29 @@ class Summary:
     peak_memory_bytes: int
     val_tokens: int
     val_bytes: int
+    """Of the targets scored, by the token table (or the data set's sidecar)."""
     seed: int
     fingerprint: str
     status: str
     """finished | over_budget."""
+    val_raw_bytes: float | None = None
+    """Bytes of raw text that go with them; None where the raw text is not known."""
+    by_passes: dict[str, float] = field(default_factory=dict)
+    """Passes of the looped band -> val_bpb; empty unless eval.passes is a list."""
     folder: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> wall seconds."""
+    caps: dict[str, Any] = field(default_factory=dict)
+    """Cap of the budget -> its seconds, those used, phases that count, whether it was kept."""
+    skipped_steps: int = 0
+    """Steps left out because a loss or gradient was not finite."""
     environment: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, str] = field(default_factory=dict)
+    """Data set scored: name, fingerprint (of validation tokens and tokenizer), tokenizer."""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """What quantising took: errors, retries of the factorisation, corrections."""
+    trajectory: dict[str, Any] = field(default_factory=dict)
+    """Error of the state behind every visit, of the packed network against the trained one."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 MODULES = {
+    "adapters": "adapters",
+    "audit": "audit",
+    "board": "board",
+    "compare": "compare",
     "evaluate": "evaluate",
+    "export": "export",
+    "import": "import_checkpoint",
+    "pack": "pack",
+    "resume": "resume",
+    "sweep": "sweep",
 }
 """Verb -> module in this package; each is imported when it is asked for."""
 

@@ -1,4 +1,4 @@
-"""recurgolf evaluate: score the artifact of a finished run again."""
+"""recurgolf evaluate: score the artifact of a finished run again, by one protocol or several."""
 
 from __future__ import annotations
 
@@ -9,52 +9,124 @@ from pathlib import Path
 
 from recurgolf.artifact import ArtifactError, load
 from recurgolf.artifact.decode import MissingLibrary
-from recurgolf.artifact.score import check_data, rebuild, score_dataset
-from recurgolf.config import ConfigError, kind_of
+from recurgolf.artifact.score import Scorable, check_data, rebuild, text_of
+from recurgolf.config import ConfigError
+from recurgolf.data import Dataset
+from recurgolf.eval import Eval, Score
 from recurgolf.run import Run
 from recurgolf.training.progress import Log
+from recurgolf.training.scoring import (
+    entry_of,
+    free_name,
+    named_protocols,
+    score_all,
+    write_scores,
+)
+from recurgolf.training.summary import FILE as SUMMARY
+
+OTHER_EVALS = "evals.json"
+"""Where entries go in a folder without a summary (an imported checkpoint)."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Score the artifact of a finished run again."""
-    parser = argparse.ArgumentParser(prog="recurgolf evaluate", description=main.__doc__)
+    """Score the artifact of a finished run again.
+
+    Every `eval=` is one more protocol; `eval.key=value` behind it belongs to it, one in front of
+    the first `eval=` to all. Each adds an entry to summary.json's `evals` and a file in scores/;
+    the headline stays as the run made it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="recurgolf evaluate",
+        description=main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="of eval and data, as in eval=sliding")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
-    asked = parser.parse_args(arguments)
-    configured = _reconfigured(Run.read(asked.folder), asked.overrides)
+    asked = parser.parse_intermixed_args(arguments)
+    run, protocols = _asked(Run.read(asked.folder), asked.overrides)
     log = Log(None, console=not asked.json)
     path = asked.folder / "artifact.bin"
     if not path.exists():
         raise ConfigError(f"{asked.folder} has no artifact.bin: the run did not finish")
     try:
         scorable = rebuild(load(path))
-        dataset = configured.data.prepare(log.line)
+        dataset = run.data.prepare(log.line)
         check_data(scorable.metadata, dataset)
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{path}: {error}") from None
-    protocol = configured.eval
-    with log.bar("scoring", 1) as bar:
-
-        def shown(done: int, total: int) -> None:
-            bar.total = total
-            bar.at(done)
-
-        result = score_dataset(scorable, protocol, dataset, progress=shown)
-    log.line(
-        f"{kind_of(protocol)}: val_bpb {result.val_bpb:.6f}, val_loss {result.val_loss:.6f} over "
-        f"{result.tokens:,} tokens = {result.bytes:,} bytes in {result.seconds:.1f} s"
-    )
+    if dataset.fingerprint != scorable.metadata["text"]:
+        log.line(f"{dataset.folder}: another text than the run's own; figures do not compare")
+    found = _scored(scorable, dataset, protocols, log)
+    entries = {name: entry_of(score, dataset) for name, score in found.items()}
+    for name, score in found.items():
+        raw = entries[name].get("raw_bytes")
+        of_raw = "" if raw is None else f" ({raw:,.0f} bytes of raw text)"
+        log.line(
+            f"{name}: val_bpb {score.val_bpb:.6f}, val_loss {score.val_loss:.6f} over "
+            f"{score.tokens:,} tokens = {score.bytes:,} bytes{of_raw} in {score.seconds:.1f} s"
+        )
+    _keep(asked.folder, dataset, protocols, found, log)
     if asked.json:
-        print(json.dumps({kind_of(protocol): result.to_dict()}))
+        print(json.dumps(entries))
     return 0
 
 
-def _reconfigured(run: Run, overrides: Sequence[str]) -> Run:
-    """The finished Run with another protocol or other data."""
+def _scored(
+    scorable: Scorable, dataset: Dataset, protocols: dict[str, Eval], log: Log
+) -> dict[str, Score]:
+    text = text_of(dataset)
+    for protocol in protocols.values():
+        protocol.check_model(scorable.model.config, scorable.looping)
+        protocol.check(text.num_targets, protocol.seq_len or scorable.seq_len)
+    return score_all(protocols, scorable, text, log)
+
+
+def _keep(
+    folder: Path,
+    dataset: Dataset,
+    protocols: dict[str, Eval],
+    found: dict[str, Score],
+    log: Log,
+) -> None:
+    """Add the evaluations to the run's folder, beside what is there."""
+    text = dataset.fingerprint
+    names = {name: free_name(folder, name, protocols, text) for name in found}
+    path = folder / (SUMMARY if (folder / SUMMARY).exists() else OTHER_EVALS)
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {"evals": {}}
+        for name, score in found.items():
+            content["evals"][names[name]] = entry_of(score, dataset)
+        write_scores(folder, {names[n]: score for n, score in found.items()}, protocols, text)
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        # A score of somebody else's folder is worth printing although it cannot be kept.
+        log.line(f"not kept in {folder}: {error.strerror}")
+        return
+    log.line(f"kept in {path} as {', '.join(names.values())}")
+
+
+def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
+    """The finished Run with the data asked for, and every protocol asked for."""
     from recurgolf.cli import compose_parts
 
+    common: list[str] = []
+    each: list[list[str]] = []
     for override in overrides:
-        if override.partition("=")[0].split(".")[0].split("/")[0] not in ("eval", "data"):
+        key = override.partition("=")[0]
+        if key.split(".")[0].split("/")[0] not in ("eval", "data"):
             raise ConfigError(f"evaluate takes overrides of eval and data, not {override!r}")
-    return compose_parts(run, overrides) if overrides else run
+        if key == "eval":
+            each.append([override])
+        elif key.startswith("eval") and each:
+            each[-1].append(override)
+        else:
+            common.append(override)
+    wanted = [[line[0], *common, *line[1:]] for line in each] or [common]
+    runs = [compose_parts(run, line) if line else run for line in wanted]
+    return runs[0], named_protocols([one.eval for one in runs])
+
+
+__all__ = ["OTHER_EVALS", "main"]

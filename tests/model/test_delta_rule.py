@@ -183,6 +183,34 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(out, true_out)
 
 
+def test_backward_inside_autocast_is_as_exact_as_outside():
+    leaves = [x.requires_grad_() for x in rule_inputs(70, dtype=torch.float32)]
+    weights = torch.linspace(-1, 1, 70 * 2 * 4 * 6).view(2, 70, 4, 6)
+    expected = torch.autograd.grad((gated_delta_rule(*leaves)[0] * weights).sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad((gated_delta_rule(*leaves)[0] * weights).sum(), leaves)
+    for grad, exact in zip(grads, expected, strict=True):
+        assert torch.equal(grad, exact)
+
+
+@pytest.mark.parametrize("wanted", [["final state"], ["output", "final state"]])
+def test_chunked_gradients_equal_sequential_also_through_the_final_state(wanted):
+    """A segment's state carries gradients to the segment before."""
+    results = []
+    for form in FORMS:
+        leaves = [x.requires_grad_() for x in rule_inputs(45, heads=(2, 4))]
+        named = dict(
+            zip(["output", "final state"], gated_delta_rule(*leaves, form=form), strict=True)
+        )
+        parts = [named[name] for name in wanted]
+        loss = sum((p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum() for p in parts)
+        results.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    for chunked, sequential in zip(*results, strict=True):
+        chunked = torch.zeros(()) if chunked is None else chunked
+        expected = torch.zeros_like(chunked) if sequential is None else sequential
+        close(chunked.to(expected.dtype), expected, 1e-10)
+
+
 def test_rule_refuses_what_does_not_fit():
     q, k, v, beta, log_decay, state = rule_inputs(5)
     with pytest.raises(ConfigError, match=r"did you mean 'chunked'"):

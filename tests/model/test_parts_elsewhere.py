@@ -15,7 +15,7 @@ NARROW = ["model.dim=32", "model.num_blocks=4", "data.vocab_size=64"]
 SMALL = [*NARROW, "model.mixer.num_heads=2", "model.mixer.num_kv_heads=1"]
 HYBRID = [
     "model/mixer=gated_deltanet",
-    "+model/mixer@model.second_mixer=attention",
+    "model/mixer@model.second_mixer=attention",
     "model.second_mixer_every=2",
 ]
 FIVE = "lora.targets=[in_proj_qkv,in_proj_z,in_proj_b,in_proj_a,out_proj]"

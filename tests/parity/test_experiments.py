@@ -23,7 +23,7 @@ SHRINKS = {
     "averaging": {"decay", "interval_steps"},
     "quant": {"keep_float_max_numel"},
     "artifact": set(),
-    "eval": {"stride", "seq_len"},
+    "eval": {"stride", "seq_len", "batch_tokens"},
 }
 
 

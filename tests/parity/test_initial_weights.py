@@ -46,11 +46,15 @@ def test_full_size_has_the_published_number_of_parameters(experiment):
 
 
 @pytest.mark.parametrize(
-    ("targets", "adapters"),
-    [("residual", 55_296), ("q_proj,k_proj,v_proj,o_proj", 193_536), ("q_proj,v_proj", 96_768)],
+    ("reading", "adapters"),
+    [
+        ("lora=residual", 55_296),
+        ("lora=projections", 193_536),
+        ("lora.targets=[q_proj,v_proj]", 96_768),
+    ],
 )
-def test_both_readings_of_the_depth_recurrent_adapters(targets, adapters):
-    run = recurgolf.compose(["experiment=depth_recurrent_qat", f"lora.targets=[{targets}]"])
+def test_both_readings_of_the_depth_recurrent_adapters(reading, adapters):
+    run = recurgolf.compose(["experiment=depth_recurrent_qat", reading])
     with torch.device("meta"):
         model = run.build_model()
     assert count(model.adapters) == adapters

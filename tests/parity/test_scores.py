@@ -4,56 +4,85 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from recordings import GOLDEN
 
 from recurgolf import importers
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import PlainEval, SlidingEval, score
+from recurgolf.eval import PlainEval, SlidingEval, Subject, Text, score
 
-PROTOCOLS = {
-    ("baseline", "eval_val"): lambda how: (PlainEval(), how["train_seq_len"]),
-    ("per_iteration_lora", "eval_val"): lambda how: (PlainEval(), how["eval_seq_len"]),
-    ("per_iteration_lora", "eval_val_sliding"): lambda how: (
-        SlidingEval(stride=how["eval_stride"], whole_windows=True),
-        how["eval_seq_len"],
-    ),
-    ("universal_rank1", "eval_val"): lambda how: (PlainEval(), how["seq_len"]),
+SLIDING = {
+    "per_iteration_lora": {"whole_windows": True},
+    "universal_rank1": {"whole_windows": True, "compat_rescore_tail": True},
+    "parallel_recurrent": {"whole_windows": True, "compat_skip_head": True},
 }
-"""What the systems score without rules of their own; the recorded figure does not depend on the
-number of processes."""
+"""What the systems' scripts do at the ends of a text."""
+
+
+def protocol_of(system, how):
+    """Our protocol for a recorded call, and the length of its windows; None: another test's."""
+    length = how.get("eval_seq_len") or how.get("sw_seq_len") or how.get("seq_len")
+    passes = 1 if how.get("looping_active") is False else None
+    if how["fn"] == "eval_val":
+        return PlainEval(passes=passes, seq_len=length or how["train_seq_len"])
+    if "ttt" in how["fn"] or how.get("use_ttt"):
+        return None
+    stride = how.get("eval_stride") or how.get("sw_stride") or how.get("stride")
+    return SlidingEval(passes=passes, seq_len=length, stride=stride, **SLIDING[system])
+
 
 RECORDED = [
     (path.parents[1].name, number, result)
     for path in sorted(GOLDEN.glob("*/eval/eval.json"))
     for number, result in enumerate(json.loads(path.read_text())["results"])
-    if (path.parents[1].name, result["fn"]) in PROTOCOLS and result["world_size"] == 1
+    if protocol_of(path.parents[1].name, result) is not None
 ]
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    shards = sorted((GOLDEN / "data/shards").glob("*_val_*.bin"))
+    tokenizer = read_tokenizer(GOLDEN / "data" / "tokenizer.model")
+    tokens = np.concatenate([read_shard(path) for path in shards])
+    return Text(tokens, ByteCount.of(tokenizer), bos=tokenizer.bos_id)
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """System -> its recorded weights."""
+    made = {}
+    for path in GOLDEN.glob("*/eval/weights.safetensors"):
+        system = path.parents[1].name
+        settings = json.loads((path.parent / "eval.json").read_text())["hyperparameters"]
+        imported = importers.load(system, settings, path)
+        length = imported.run.trainer.seq_len
+        made[system] = Subject(imported.model.transformer, imported.run.looping, length)
+    return made
 
 
 @pytest.mark.parametrize(
     ("system", "number", "how"), RECORDED, ids=[f"{s}-{h['fn']}-{n}" for s, n, h in RECORDED]
 )
-@torch.no_grad()
-def test_recorded_weights_have_the_recorded_score(system, number, how):
-    folder = GOLDEN / system / "eval"
-    settings = json.loads((folder / "eval.json").read_text())["hyperparameters"]
-    model = importers.load(system, settings, folder / "weights.safetensors").model.eval()
-    model.set_looping(how.get("looping_active", True))
-    tokens = np.concatenate(
-        [read_shard(path) for path in sorted((GOLDEN / "data/shards").glob("*_val_*.bin"))]
-    )
-    protocol, seq_len = PROTOCOLS[system, how["fn"]](how)
-    result = score(
-        lambda ids, first: model(ids)[:, first:],
-        protocol,
-        tokens,
-        ByteCount.of(read_tokenizer(GOLDEN / "data" / "tokenizer.model")),
-        seq_len=seq_len,
+def test_recorded_weights_have_the_recorded_score(system, number, how, text, subjects):
+    subject, protocol = subjects[system], protocol_of(system, how)
+    world = how["world_size"]
+    shares = [score(protocol, subject, text, rank=r, world_size=world) for r in range(world)]
+    nats, tokens, num_bytes = (
+        sum(getattr(share, name) for share in shares) for name in ("nats", "tokens", "bytes")
     )
     atol = 2e-5 if system == "universal_rank1" else 2e-6
-    assert result.val_loss == pytest.approx(how["val_loss"], abs=atol)
-    assert result.val_bpb == pytest.approx(how["val_bpb"], abs=atol)
-    assert (result.tokens, result.bytes) == (how["token_count"], how["byte_count"])
+    assert (tokens, num_bytes) == (how["token_count"], how["byte_count"])
+    assert nats / tokens == pytest.approx(how["val_loss"], abs=atol)
+    assert nats / np.log(2) / num_bytes == pytest.approx(how["val_bpb"], abs=atol)
+
+
+def test_a_tail_scored_twice_is_told_from_one_scored_once(text, subjects):
+    subject = subjects["universal_rank1"]
+    settings = {"stride": 16, "seq_len": 64, "whole_windows": True}
+    twice = SlidingEval(**settings, compat_rescore_tail=True)
+    counts = score(twice, subject, text, per_target=True).tally.scored
+    once = score(SlidingEval(**settings), subject, text, per_target=True).tally.scored
+    assert counts.sum() - once.sum() == 64 - 16
+    assert set(once[: len(once) - len(once) % 64]) == {1}
+    assert counts.max() > 1

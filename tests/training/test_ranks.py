@@ -29,7 +29,8 @@ def parameters(run: RunFolder) -> dict[str, torch.Tensor]:
 
 def assert_same_training(one: RunFolder, two: RunFolder) -> None:
     ours, theirs = parameters(one), parameters(two)
-    assert ours.keys() == theirs.keys()
+    # Every rank has random states of its own, and nothing else.
+    assert ours.keys() == {name for name in theirs if not name.startswith("chance/1:")}
     for name, tensor in ours.items():
         if name.startswith("model/"):
             torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)

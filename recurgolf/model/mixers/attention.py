@@ -46,19 +46,21 @@ class AttentionConfig(Mixer):
             raise ConfigError(
                 f"model.mixer.num_heads={queries}, model.mixer.num_kv_heads={keys}: at least 1"
             )
+        even = 0 if dim % 2 else dim // 2
         if dim % queries:
             raise ConfigError(
                 f"model.dim={dim} is not divisible by model.mixer.num_heads={queries}"
+                f"{_fitting(even)}"
             )
         if queries % keys:
             raise ConfigError(
                 f"model.mixer.num_heads={queries} is not a multiple of "
-                f"model.mixer.num_kv_heads={keys}"
+                f"model.mixer.num_kv_heads={keys}{_fitting(queries)}"
             )
         if dim // queries % 2:
             raise ConfigError(
                 f"model.dim={dim} / model.mixer.num_heads={queries} gives heads of "
-                f"{dim // queries}; rotary positions need an even number"
+                f"{dim // queries}; rotary positions need an even number{_fitting(even)}"
             )
 
     def projections(self, dim: int) -> dict[str, tuple[int, int]]:
@@ -80,6 +82,11 @@ class AttentionConfig(Mixer):
         return 4 * dim * (length + 1) // 2
 
 
+def _fitting(number: int) -> str:
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f" ({', '.join(found) or 'no number'} would do)"
+
+
 class Attention(nn.Module):
     """Attention over [batch, length, dim]; the projections take per-visit adapters."""
 
@@ -96,34 +103,36 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         batch, length, dim = x.shape
-        adapters = inputs.adapters
+        adapters, first = inputs.adapters, inputs.read_from
 
         def heads(y: Tensor, count: int) -> Tensor:  # (b, t, h*d) -> (b, h, t, d)
-            return y.view(batch, length, count, -1).transpose(1, 2)
+            return y.unflatten(-1, (count, -1)).transpose(1, 2)
 
-        q = heads(self.q_proj(x, adapters.get("q_proj")), self.num_heads)
+        q = heads(self.q_proj(x[:, first:], adapters.get("q_proj")), self.num_heads)
         k = heads(self.k_proj(x, adapters.get("k_proj")), self.num_kv_heads)
         v = self.v_proj(x, adapters.get("v_proj"))
         if inputs.values is not None:
             v = v + inputs.values.to(v.dtype)
         v = heads(v, self.num_kv_heads)
-        q = rotate(rms_norm(q, self.norm_eps), inputs.rope)
+        cos, sin = inputs.rope
+        q = rotate(rms_norm(q, self.norm_eps), (cos[first:], sin[first:]))
         k = rotate(rms_norm(k, self.norm_eps), inputs.rope)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         y = self._attend(q, k.to(q.dtype), v.to(q.dtype), inputs.documents)
         if self.xsa:
-            y = self._remove_value_direction(y, v)
-        y = y.transpose(1, 2).reshape(batch, length, dim)
+            y = self._remove_value_direction(y, v[:, :, first:])
+        y = y.transpose(1, 2).reshape(batch, length - first, dim)
         return self.o_proj(y, adapters.get("o_proj"))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         grouped = self.num_heads != self.num_kv_heads
-        if documents is None:
+        queries, length = q.shape[2], k.shape[2]
+        if documents is None and queries == length:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        length = q.shape[2]
-        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        same = documents[:, :, None] == documents[:, None, :]
-        mask = (causal & same)[:, None]
+        first = length - queries  # the queries are those of the last positions
+        mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(first)
+        if documents is not None:
+            mask = (mask & (documents[:, first:, None] == documents[:, None, :]))[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
     def _remove_value_direction(self, y: Tensor, v: Tensor) -> Tensor:

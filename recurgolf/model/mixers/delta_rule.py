@@ -1,20 +1,20 @@
 """The gated delta rule (2412.06464): a linear memory that forgets by a decay and corrects itself.
 
 Two forms give the same numbers: `sequential` follows the definition token by token and is the
-truth; `chunked` solves each chunk of tokens at once (the WY form of 2406.06484, with decay) and is
-what runs. Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk; value head h
-reads key head h // (Hv / Hk)), K key width, V value width, N chunks of C tokens.
+truth; `chunked` solves each chunk of tokens at once (delta_chunks.py) and is what runs. `kernel` is
+the second one on a GPU (delta_kernel.py), and `auto` takes it where it can. Shapes: B batch, T
+tokens, Hk key heads, Hv value heads (a multiple of Hk; value head h reads key head h // (Hv / Hk)),
+K key width, V value width.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recurgolf.config import ConfigError, suggestion
+from recurgolf.model.mixers import delta_kernel
+from recurgolf.model.mixers.delta_chunks import chunked
 
 
 def gated_delta_rule(
@@ -45,7 +45,7 @@ def gated_delta_rule(
         log_decay: natural logarithm of the decay [B, T, Hv], at most 0; -inf forgets everything.
         initial_state: S before the first token [B, Hv, K, V]; None: zeros.
         scale: factor on the output; None: 1 / sqrt(K).
-        form: `chunked` or `sequential`.
+        form: `chunked`, `sequential`, `kernel`, or `auto` (kernel where it can run, else chunked).
         chunk_size: tokens solved at once; affects time and memory only.
 
     Returns:
@@ -55,14 +55,20 @@ def gated_delta_rule(
     Raises:
         ConfigError: shapes that do not fit each other, an unknown form, chunk_size below 1.
     """
-    if form not in _FORMS:
-        raise ConfigError(f"gated delta rule: no form {form!r}{suggestion(form, _FORMS)}")
+    known = (*_FORMS, "kernel", "auto")
+    if form not in known:
+        raise ConfigError(f"gated delta rule: no form {form!r}{suggestion(form, known)}")
     if chunk_size < 1:
         raise ConfigError(f"gated delta rule: chunk_size={chunk_size}; at least 1")
     _check_shapes(q, k, v, beta, log_decay, initial_state)
     batch, _, key_heads, key_dim = k.shape
     heads, value_dim = v.shape[2:]
     dtype = torch.promote_types(v.dtype, torch.float32)
+    factor = key_dim**-0.5 if scale is None else scale
+    if form == "auto":
+        form = "chunked" if delta_kernel.missing(k, v) else "kernel"
+    if form == "kernel":
+        return delta_kernel.run(q, k, v, beta, log_decay, initial_state, factor)
 
     def by_head(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [B, Hk, H / Hk, T, ...]
         return x.to(dtype).unflatten(2, (key_heads, -1)).movedim(1, 3)
@@ -73,7 +79,7 @@ def gated_delta_rule(
         state = initial_state.to(dtype)
     with torch.autocast(v.device.type, enabled=False):
         output, state = _FORMS[form](
-            by_head(q) * (key_dim**-0.5 if scale is None else scale),
+            by_head(q) * factor,
             by_head(k),
             by_head(v),
             by_head(beta),
@@ -101,70 +107,7 @@ def _sequential(
     return torch.stack(outputs, 3), state
 
 
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The WY form: within a chunk every write is a triangular solve, only S goes from one to next.
-
-    With L the running sum of log_decay from the chunk's start and D_ij = exp(L_i - L_j), the writes
-    R of a chunk that begins in state S solve
-
-        (I + strict_lower(diag(beta) (K K^T * D))) R = diag(beta) (V - diag(e^L) K S)
-
-    whose two right-hand sides are solved for all chunks at once, before S is known. Decays are only
-    ever formed as exponentials of differences that are not positive: a product of strong decays
-    becomes zero where the truth is zero, and is never divided by.
-    """
-    length = v.shape[3]
-    size = min(chunk_size, length)
-    dtype, value_dim = v.dtype, v.shape[-1]
-    q, k, v, beta, log_decay = (_split(x, size) for x in (q, k, v, beta, log_decay))
-
-    # In double: L grows along the chunk, and what is needed of it are differences. The floor
-    # stands for -inf, which has no differences; its exponential is zero within rounding.
-    floor = math.log(torch.finfo(dtype).tiny)
-    total = log_decay.double().clamp(min=floor).cumsum(-1)  # L: [N, B, Hk, Hv/Hk, C]
-    # Masked before the exponential: behind it, an overflow would leave nan in the gradient.
-    future = torch.full((size, size), -torch.inf, dtype=dtype, device=v.device).triu(1)
-    gap = (total[..., :, None] - total[..., None, :]).to(dtype)
-    between = gap.add_(future).exp_()  # D, zero above the diagonal: [N, B, Hk, Hv/Hk, C, C]
-    from_start = total.to(dtype).exp()[..., None]
-    to_end = (total[..., -1:] - total).to(dtype).exp()[..., None]
-    whole = from_start[..., -1:, :]
-
-    strong_k = beta[..., None] * k
-    system = (strong_k @ k.mT) * between  # the solve reads its strict lower part only
-    sides = torch.cat([beta[..., None] * v, from_start * strong_k], -1)
-    solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
-    own, carried = solved.split([value_dim, k.shape[-1]], -1)
-
-    states, writes = [], []
-    chunks = zip(*(x.unbind() for x in (own, carried, (to_end * k).mT, whole)), strict=True)
-    for own_n, carried_n, key_n, whole_n in chunks:
-        write = own_n - carried_n @ state
-        states.append(state)
-        writes.append(write)
-        state = whole_n * state + key_n @ write
-    inside = ((q @ k.mT) * between) @ torch.stack(writes)
-    output = (from_start * q) @ torch.stack(states) + inside
-    return output.movedim(0, 3).flatten(3, 4)[:, :, :, :length], state
-
-
-_FORMS = {"chunked": _chunked, "sequential": _sequential}
-
-
-def _split(x: Tensor, size: int) -> Tensor:
-    """[B, Hk, H, T, ...] -> [N, B, Hk, H, size, ...]; tokens of zeros behind the end do nothing."""
-    missing = -x.shape[3] % size
-    x = F.pad(x, (0, 0) * (x.ndim - 4) + (0, missing)) if missing else x
-    # Contiguous once here, rather than copied by every product it enters.
-    return x.unflatten(3, (-1, size)).movedim(3, 0).contiguous()
+_FORMS = {"chunked": chunked, "sequential": _sequential}
 
 
 def _check_shapes(

@@ -222,6 +222,7 @@ class GatedDeltaNet(nn.Module):
             b.to(_wide(b)).sigmoid(),
             _forgetting_at_starts(self._log_decay(a), documents),
             None if state is None else state.recurrent,
+            form="auto",
             chunk_size=config.chunk_size,
         )
         output = self.norm(output, z.unflatten(-1, (config.num_value_heads, -1)))

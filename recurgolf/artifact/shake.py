@@ -1,0 +1,416 @@
+"""What of a package a program needs: definitions that are reached, and nothing else.
+
+A module is cut into its top-level statements. Starting from names that are asked for, every name
+that a kept statement mentions is followed, through imports into other modules of the same packages;
+definitions, assignments, imports and methods that nothing mentions are left out. What is neither (a
+bare call, a try) stays wherever its module does. It errs on the side of keeping: a name counts as
+mentioned whatever it means in its scope, an attribute whatever it is taken of, and a module that is
+handled as a value is kept whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from recurgolf.artifact.minify import dense, minified
+
+
+class Target(NamedTuple):
+    """A name in a module; the name is None where the module itself is meant."""
+
+    module: str
+    name: str | None
+
+
+@dataclass
+class Module:
+    """A module's stripped statements, by the top-level names that they bind.
+
+    Attributes:
+        bodies: statements in order.
+        definers: name -> indices of the statements that bind it.
+        imports: name -> what it is in another module of the packages.
+        roots: indices of the statements that are kept wherever the module is.
+    """
+
+    is_package: bool
+    raw: str
+    bodies: list[ast.stmt]
+    definers: dict[str, list[int]] = field(default_factory=dict)
+    imports: dict[str, Target] = field(default_factory=dict)
+    roots: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Shaken:
+    """What is kept: module -> (is a package, its source), and the raw bytes of those modules."""
+
+    code: dict[str, tuple[bool, str]]
+    raw_bytes: int
+
+
+class Shaker:
+    """The search over the modules of one or several packages.
+
+    Args:
+        packages: top-level packages that are followed; everything else is a library.
+        whole: packages whose modules are kept whole (what is not ours may do anything on import).
+        libraries: a library -> the module of ours that is imported in its place.
+        replaced: definitions (`name`, `Class.method`) that another one stands in for.
+        tables: a dict that is written out in a module -> the keys that can be asked of it.
+        strings: option kinds that the run names by text; see `named_options`.
+    """
+
+    def __init__(
+        self,
+        packages: Collection[str],
+        whole: Collection[str] = (),
+        libraries: Mapping[str, str] | None = None,
+        replaced: Mapping[Target, Target] | None = None,
+        tables: Mapping[Target, Collection[str]] | None = None,
+        strings: Collection[str] = (),
+    ):
+        self.packages, self.whole = set(packages), set(whole)
+        self.libraries, self.replaced = dict(libraries or {}), dict(replaced or {})
+        self.tables, self.strings = dict(tables or {}), set(strings)
+        self.modules: dict[str, Module] = {}
+        self.kept: dict[str, set[int]] = {}
+        self.seen: set[Target] = set()
+        self.waiting: list[Target] = []
+        self.names: set[str] = set()
+        self.methods: dict[str, list[tuple[str, ast.stmt]]] = {}
+        self.dropped: set[int] = set()
+
+    def reach(self, targets: Iterable[Target]) -> None:
+        """Keep these names and all that they mention."""
+        self.waiting.extend(targets)
+        while self.waiting:
+            target = self.waiting.pop()
+            if target not in self.seen:
+                self.seen.add(target)
+                self._follow(target)
+
+    def result(self) -> Shaken:
+        """The sources of everything kept so far, and empty packages above it."""
+        code = {
+            name: (module.is_package, self._source(name)) for name, module in self.modules.items()
+        }
+        raw = sum(len(module.raw.encode()) for module in self.modules.values())
+        for name in list(code):
+            parts = name.split(".")
+            for n in range(1, len(parts)):
+                code.setdefault(".".join(parts[:n]), (True, ""))
+        return Shaken(dict(sorted(code.items())), raw)
+
+    def _load(self, name: str) -> Module:
+        if name not in self.modules:
+            is_package, raw = module_source(name)
+            bodies = [self._changed(name, node) for node in minified(raw).body]
+            module = self.modules[name] = Module(is_package, raw, bodies)
+            self.kept[name] = set()
+            everything = name.partition(".")[0] in self.whole
+            for index, node in enumerate(module.bodies):
+                self._index(module, index, node, everything)
+            for index in module.roots:
+                self._keep(name, index)
+        return self.modules[name]
+
+    def _index(self, module: Module, index: int, node: ast.stmt, everything: bool) -> None:
+        names = list(bound_by(node))
+        for name in names:
+            module.definers.setdefault(name, []).append(index)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module.imports.update(self._imported(node))
+        if everything or not names or not isinstance(node, _REMOVABLE):
+            module.roots.append(index)
+
+    def _changed(self, module: str, node: ast.stmt) -> ast.stmt:
+        """The statement with what stands in for a library, and with the wanted part of a table."""
+        top = (
+            node.module.partition(".")[0]
+            if isinstance(node, ast.ImportFrom) and node.module
+            else ""
+        )
+        if isinstance(node, ast.ImportFrom) and top in self.libraries:
+            return ast.ImportFrom(self.libraries[top], node.names, 0)
+        wanted = [self.tables[t] for n in bound_by(node) if (t := Target(module, n)) in self.tables]
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and wanted:
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            kept = [
+                (k, v) for k, v in pairs if isinstance(k, ast.Constant) and k.value in wanted[0]
+            ]
+            table = ast.Dict([key for key, _ in kept], [value for _, value in kept])
+            return ast.fix_missing_locations(ast.Assign(node.targets, table, lineno=1))
+        return node
+
+    def _imported(self, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Target]]:
+        """Names that an import binds, where they come from these packages."""
+        for alias in node.names:
+            bound = alias.asname or alias.name.partition(".")[0]
+            if isinstance(node, ast.Import):
+                if self._is_ours(alias.name):
+                    yield bound, Target(alias.name, None)
+            elif node.module and self._is_ours(node.module):
+                submodule = f"{node.module}.{alias.name}"
+                if exists(submodule):
+                    yield bound, Target(submodule, None)
+                else:
+                    yield bound, Target(node.module, alias.name)
+
+    def _is_ours(self, module: str) -> bool:
+        return module.partition(".")[0] in self.packages
+
+    def _follow(self, target: Target) -> None:
+        module = self._load(target.module)
+        if target in self.replaced:
+            self.waiting.append(self.replaced[target])
+            return
+        if target.name is None:
+            return
+        indices = module.definers.get(target.name)
+        if indices is None:
+            if exists(f"{target.module}.{target.name}"):
+                self.waiting.append(Target(f"{target.module}.{target.name}", None))
+                return
+            raise LookupError(f"{target.module} has no {target.name}, which is to be packed")
+        for index in indices:
+            self._keep(target.module, index)
+        if target.name in module.imports:
+            self.waiting.append(module.imports[target.name])
+
+    def _keep(self, name: str, index: int) -> None:
+        if index in self.kept[name]:
+            return
+        self.kept[name].add(index)
+        node = self.modules[name].bodies[index]
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            self._keep_all(node.module or "")
+        # Which names of a top-level import are wanted, its users say.
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if name.partition(".")[0] in self.whole:
+                self.waiting.extend(target for _, target in self._imported(node))
+            return
+        if isinstance(node, ast.ClassDef) and name.partition(".")[0] not in self.whole:
+            self._keep_class(name, node)
+        else:
+            self._read(name, node)
+
+    def _keep_class(self, name: str, node: ast.ClassDef) -> None:
+        """The class with those methods that somebody may call; the others wait for a mention."""
+        inherited = _library_names(name, node.name)
+        later: list[ast.FunctionDef] = []
+        rest: list[ast.stmt] = []
+        for line in node.body:
+            if not isinstance(line, ast.FunctionDef):
+                rest.append(line)
+            elif Target(name, f"{node.name}.{line.name}") in self.replaced:
+                self.dropped.add(id(line))
+                self.seen.add(Target(name, f"{node.name}.{line.name}"))
+                self.waiting.append(self.replaced[Target(name, f"{node.name}.{line.name}")])
+            elif line.name[:2] == "__" or line.name in inherited:
+                rest.append(line)
+            else:
+                later.append(line)
+        self._read(name, _with_body(node, rest))
+        for line in later:
+            if line.name in self.names:
+                self._read(name, line)
+            else:
+                self.dropped.add(id(line))
+                self.methods.setdefault(line.name, []).append((name, line))
+
+    def _read(self, name: str, node: ast.stmt) -> None:
+        """Follow everything that a kept statement mentions."""
+        module = self.modules[name]
+        local = dict(module.imports)
+        for inner in ast.walk(node):
+            if isinstance(inner, (ast.Import, ast.ImportFrom)):
+                found = dict(self._imported(inner))
+                local.update(found)
+                self.waiting.extend(found.values())
+        found_here = list(mentions(node))
+        for mention, attribute in found_here:
+            if mention in module.definers:
+                self.waiting.append(Target(name, mention))
+            if mention not in local:
+                continue
+            target = local[mention]
+            self.waiting.append(target)
+            if target.name is None and attribute is None:
+                self._keep_all(target.module)
+            elif target.name is None:
+                self.waiting.append(Target(target.module, attribute))
+        if any(mention == "REGISTRY" for mention, _ in found_here):
+            self.strings |= texts_in(node)
+        attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        # A text may be an attribute's name where attributes are taken by name, or in a constant.
+        by_name = any(mention in _BY_NAME for mention, _ in found_here)
+        if by_name or isinstance(node, (ast.Assign, ast.AnnAssign)):
+            attributes |= texts_in(node)
+        fresh = attributes - self.names
+        self.names |= fresh
+        for called in fresh & self.methods.keys():
+            for owner, method in self.methods.pop(called):
+                self.dropped.discard(id(method))
+                self._read(owner, method)
+
+    def _keep_all(self, name: str) -> None:
+        self.waiting += [Target(name, defined) for defined in self._load(name).definers]
+
+    def _source(self, name: str) -> str:
+        module, kept = self.modules[name], self.kept[name]
+        mentioned = {
+            mention
+            for index in kept
+            if not isinstance(module.bodies[index], (ast.Import, ast.ImportFrom))
+            for mention, _ in mentions(self._without_dropped(module.bodies[index]))
+        }
+        # Other modules may import a name from here that is itself imported.
+        mentioned |= {target.name for target in self.seen if target.module == name and target.name}
+        whole = name.partition(".")[0] in self.whole
+        body: list[ast.stmt] = []
+        for index, node in enumerate(module.bodies):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a for a in node.names if whole or _wanted(node, a, mentioned)]
+                if names:
+                    body.append(_with_names(node, names))
+            elif index in kept:
+                body.append(self._without_dropped(node))
+        # Last, when what the other module may want of this one is there.
+        for target in sorted(self.seen & self.replaced.keys()):
+            if target.module == name:
+                body += _stand_in(target.name or "", self.replaced[target])
+        return dense(ast.unparse(ast.Module(body, [])))
+
+    def _without_dropped(self, node: ast.stmt) -> ast.stmt:
+        if not isinstance(node, ast.ClassDef):
+            return node
+        return _with_body(node, [line for line in node.body if id(line) not in self.dropped])
+
+
+_REMOVABLE = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.Import,
+    ast.ImportFrom,
+)
+
+
+_BY_NAME = {"getattr", "setattr", "hasattr", "attrgetter", "methodcaller"}
+
+
+def named_options(shaker: Shaker, options: Mapping[str, Mapping[str, type]]) -> list[Target]:
+    """Registered classes that are named by text: by the run, or by kept code that uses REGISTRY."""
+    return [
+        Target(cls.__module__, cls.__qualname__)
+        for kinds in options.values()
+        for kind, cls in kinds.items()
+        if kind in shaker.strings and cls.__module__ in shaker.modules
+    ]
+
+
+def _stand_in(name: str, other: Target) -> list[ast.stmt]:
+    """Statements that bring the other definition in under a name, or as a method of a class."""
+    bound = name.replace(".", "_")
+    alias = ast.alias(other.name or "", bound)
+    lines: list[ast.stmt] = [ast.ImportFrom(other.module, [alias], 0)]
+    return lines if bound == name else [*lines, *ast.parse(f"{name} = {bound}").body]
+
+
+def _with_body(node: ast.ClassDef, body: list[ast.stmt]) -> ast.ClassDef:
+    body = body or [ast.Pass()]
+    return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
+
+
+def _library_names(module: str, name: str) -> set[str]:
+    """Names that the bases of a class have where those are not of its own package.
+
+    A library may call such a method without our code ever mentioning it.
+    """
+    cls = getattr(importlib.import_module(module), name)
+    package = module.partition(".")[0]
+    return {
+        attribute
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] != package and base is not object
+        for attribute in dir(base)
+    }
+
+
+def bound_by(node: ast.stmt) -> Iterator[str]:
+    """Top-level names that a statement binds."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        if not (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
+            yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        # Into an item of something: not a binding, and kept with the module.
+        if all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
+            for target in targets:
+                yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+    else:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                yield inner.id
+            elif isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                yield inner.name
+            elif isinstance(inner, (ast.Import, ast.ImportFrom)):
+                yield from (alias.asname or alias.name.partition(".")[0] for alias in inner.names)
+
+
+def mentions(node: ast.AST) -> Iterator[tuple[str, str | None]]:
+    """Names that a statement reads, each with the attribute taken of it, or None."""
+    bases: set[int] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
+            bases.add(id(inner.value))
+            yield inner.value.id, inner.attr
+        elif isinstance(inner, ast.Name) and id(inner) not in bases:
+            yield inner.id, None
+
+
+def texts_in(node: ast.AST) -> set[str]:
+    """The text constants in a statement."""
+    return {
+        inner.value
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, str)
+    }
+
+
+def _wanted(node: ast.Import | ast.ImportFrom, alias: ast.alias, mentioned: set[str]) -> bool:
+    if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+        return True
+    return alias.name == "*" or (alias.asname or alias.name.partition(".")[0]) in mentioned
+
+
+def _with_names(node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> ast.stmt:
+    if isinstance(node, ast.Import):
+        return ast.Import(names)
+    return ast.ImportFrom(node.module, names, node.level)
+
+
+def exists(name: str) -> bool:
+    """Whether there is a module of that name."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def module_source(name: str) -> tuple[bool, str]:
+    """Whether a module is a package, and its source."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None, name
+    return spec.submodule_search_locations is not None, Path(spec.origin).read_text()

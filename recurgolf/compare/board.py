@@ -1,0 +1,232 @@
+"""The board: one HTML file about many runs, with everything in it, and pictures of its plots.
+
+`board_data` makes plain data of the runs' folders, `page` puts it into page/board.html together
+with the drawing library; the page's script (page/board.js) draws and answers questions. Nothing is
+fetched from anywhere, and the page forbids itself to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from recurgolf.compare.runs import ABSENT, FoundRun, differing_settings, find_runs, grouped
+from recurgolf.config import ConfigError
+from recurgolf.record import history, read_jsonl
+
+FIGURES = (
+    *("val_bpb", "pre_quant_val_bpb", "val_bpb_raw", "val_loss", "artifact_bytes", "bytes_model"),
+    *("bytes_code", "budget_bytes", "params", "effective_params", "steps", "tokens"),
+    *("train_seconds", "tokens_per_second", "peak_memory_bytes"),
+)
+"""What the page knows of a summary."""
+LINKS = ("train.log", "summary.json", "run.json", "metrics.jsonl", "ledger.json", "score.py")
+POINTS = 150_000
+"""Of all curves together; each run gets its share, so that a board of 1,000 runs opens at once."""
+MOMENTS = 5
+"""Times in training at which a run's visits are shown, from the first to the last."""
+_VISIT = re.compile(r"loop/(\w+)/(?:visit|pass)(\d+)$")
+_SAMPLED_PASSES = re.compile(r"loop/bpb/passes(\d+)$")
+_PASSES = re.compile(r"(?:^|/)passes=(\d+)$")
+
+
+def write_board(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write the board of all runs below folders.
+
+    Returns:
+        The HTML file, then its pictures.
+
+    Raises:
+        ConfigError: no run there, or the drawing libraries are not installed.
+    """
+    drawing = plotting_library()
+    from recurgolf.compare.pictures import write_pictures
+
+    data = board_data(find_runs(folders), out.resolve().parent, " ".join(map(str, folders)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(data, drawing), encoding="utf-8")
+    return [out, *write_pictures(data, out)]
+
+
+def plotting_library() -> str:
+    """The source of plotly.js, as the package plotly brings it along."""
+    try:
+        import matplotlib  # noqa: F401 # pyright: ignore[reportMissingImports]
+        from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"recurgolf board draws with plotly and matplotlib, and {error.name} is not installed: "
+            "pip install 'recurgolf[board]'"
+        ) from None
+    return get_plotlyjs()
+
+
+def page(data: Mapping[str, Any], drawing: str) -> str:
+    """The HTML text.
+
+    Args:
+        data: of `board_data`.
+        drawing: source of plotly.js.
+    """
+    files = resources.files("recurgolf.compare") / "page"
+    parts = {
+        "style": (files / "board.css").read_text(encoding="utf-8"),
+        "drawing": drawing,
+        "script": (files / "board.js").read_text(encoding="utf-8"),
+        # `</script>` within a string would end the element.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+    }
+    text = (files / "board.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+
+
+def board_data(runs: Sequence[FoundRun], home: Path, title: str) -> dict[str, Any]:
+    """Everything that the page shows, as JSON's types.
+
+    Args:
+        home: folder of the page; links are relative to it.
+    """
+    settings = [run.settings for run in runs]
+    differing = set(differing_settings(settings))
+    labels: dict[Path, str] = {}
+    order: dict[str, None] = {}
+    for group in grouped(runs):
+        for run in (*group.runs, *group.unfinished, *group.repeated):
+            labels[run.folder] = group.label
+            order[group.label] = None
+    groups = list(order)
+    points = max(20, min(400, POINTS // (2 * max(1, len(runs)))))
+    few = len(runs) <= 60
+    return {
+        "title": title,
+        "made": datetime.now().isoformat(sep=" ", timespec="minutes"),
+        "groups": groups,
+        "common": {k: v for one in settings for k, v in one.items() if k not in differing},
+        "runs": [
+            {
+                **_facts(run, home),
+                "group": groups.index(labels.get(run.folder, groups[0])),
+                "settings": {k: run.settings.get(k, ABSENT) for k in sorted(differing)},
+                **_measured(run, points if few else min(points, 60), few),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _facts(run: FoundRun, home: Path) -> dict[str, Any]:
+    summary = run.summary or {}
+    relative = os.path.relpath(run.folder, home)
+    links = [name for name in LINKS if (run.folder / name).exists()]
+    links += [f"wandb/{p.name}" for p in sorted(run.folder.glob("wandb/*run-*"))]
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "folder": relative,
+        "links": {name: quote(f"{relative}/{name}".replace(os.sep, "/")) for name in links},
+        "status": summary.get("status", "unfinished"),
+        "hardware": run.hardware if run.summary else ABSENT,
+        "protocol": run.protocol,
+        "text": (summary.get("text") or {}).get("fingerprint", "")[:12],
+        "evals": {
+            name: entry.get("val_bpb") for name, entry in (summary.get("evals") or {}).items()
+        },
+        "by_passes": by_passes(summary),
+        "bytes": _components(run.folder / "ledger.json"),
+        **{name: summary.get(name) for name in FIGURES},
+    }
+
+
+def by_passes(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Number of passes -> val_bpb, of a summary's evaluations."""
+    told = dict(summary.get("by_passes") or {})
+    for name, entry in (summary.get("evals") or {}).items():
+        match = _PASSES.search(name)
+        if match:
+            told.setdefault(match[1], entry["val_bpb"])
+    return {number: told[number] for number in sorted(told, key=int)}
+
+
+def _components(path: Path) -> list[dict[str, Any]]:
+    """Component, predicted and actual bytes of a ledger; the code is one of them."""
+    if not path.exists():
+        return []
+    ledger = json.loads(path.read_text())
+    code = ledger.get("code") or {}
+    found = [
+        {"component": c["component"], "planned": c["predicted"], "actual": c["actual"]}
+        for c in ledger["components"]
+    ]
+    if "packed" in code:
+        found.append({"component": "code", "planned": None, "actual": code["packed"]})
+    return found
+
+
+def _measured(run: FoundRun, points: int, everything: bool) -> dict[str, Any]:
+    """Curves, the figures of every visit at some moments, and the sampled scores by passes."""
+    path = run.folder / "metrics.jsonl"
+    rows = history(read_jsonl(path)) if path.exists() else []
+    keys = dict.fromkeys(key for row in rows for key in row)
+    wanted = [
+        key
+        for key in keys
+        if key in ("train/loss", "val/bpb")
+        or (everything and "/" in key and not _VISIT.match(key) and not _SAMPLED_PASSES.match(key))
+    ]
+    watched = [row for row in rows if any(_VISIT.match(key) for key in row)]
+    sampled = [row for row in rows if any(_SAMPLED_PASSES.match(key) for key in row)]
+    last = sampled[-1] if sampled else {}
+    return {
+        "curves": {key: _curve(rows, key, points) for key in wanted},
+        "visits": [_visits(row) for row in _spread(watched, MOMENTS if everything else 1)],
+        "sampled_passes": {
+            str(int(match[1])): _rounded(value)
+            for key, value in last.items()
+            if (match := _SAMPLED_PASSES.match(key))
+        },
+    }
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str, points: int) -> dict[str, list[Any]]:
+    """A metric against step, tokens and seconds: points that were measured, evenly chosen."""
+    chosen = _spread([row for row in rows if isinstance(row.get(key), (int, float))], points)
+    return {
+        "step": [row["step"] for row in chosen],
+        "tokens": [row.get("tokens") for row in chosen],
+        "seconds": [_rounded(row.get("train_seconds")) for row in chosen],
+        "y": [_rounded(row[key]) for row in chosen],
+    }
+
+
+def _visits(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Step, and figure -> {visit or pass: value}."""
+    found: dict[str, Any] = {"step": row["step"]}
+    for key, value in row.items():
+        match = _VISIT.match(key)
+        if match:
+            found.setdefault(match[1], {})[str(int(match[2]))] = _rounded(value)
+    return found
+
+
+def _spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the rows, evenly, the last one always among them."""
+    if len(rows) <= count:
+        return list(rows)
+    if count == 1:
+        return [rows[-1]]
+    places: Iterable[int] = {round(i * (len(rows) - 1) / (count - 1)) for i in range(count)}
+    return [rows[place] for place in sorted(places)]
+
+
+def _rounded(value: Any) -> float | None:
+    """Six digits are more than a curve shows; what is not finite is a gap."""
+    if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        return None
+    return float(f"{value:.6g}")

@@ -1,0 +1,413 @@
+"""Settings against a baseline: tables over seeds, tests, and a plain verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics as summaries
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recurgolf.compare import statistics
+from recurgolf.compare.runs import (
+    ABSENT,
+    FoundRun,
+    Group,
+    differing_settings,
+    find_runs,
+    grouped,
+)
+from recurgolf.compare.statistics import Test
+from recurgolf.config import ConfigError
+
+METRICS = ("val_bpb", "pre_quant_val_bpb")
+TESTS = {"welch": statistics.welch, "paired": statistics.paired}
+"""What a verdict may rest on. The bootstrap over documents is always shown beside it: it knows
+nothing of the chance in training."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a verdict is found.
+
+    Attributes:
+        metric: figure of the summaries that is compared, bits per byte.
+        margin_nats: nats per token by which a candidate has to be better.
+        alpha: largest probability of a wrong verdict, over all candidates together.
+        test: welch | paired.
+    """
+
+    metric: str = "val_bpb"
+    margin_nats: float = statistics.MARGIN_NATS
+    alpha: float = 0.01
+    test: str = "welch"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ConfigError(f"--metric {self.metric!r}: {' or '.join(METRICS)}")
+        if self.test not in TESTS:
+            raise ConfigError(f"--test {self.test!r}: {' or '.join(TESTS)}")
+        if not 0 < self.alpha < 0.5:
+            raise ConfigError(f"--alpha {self.alpha}: above 0 and below 0.5")
+        if self.margin_nats < 0:
+            raise ConfigError(f"--margin {self.margin_nats}: 0 or more nats per token")
+
+
+@dataclass
+class Verdict:
+    """A candidate against the baseline.
+
+    Attributes:
+        tests: by name: welch, paired (where seeds are shared), documents (where both sides kept
+            their scores per document).
+        word: better | worse | level | cannot tell.
+        p: of the verdict's test for `better`, raised for the number of candidates.
+        seeds_needed: per setting, where more seeds could decide; None where they are unknown or
+            too many.
+        why: half a sentence behind the word.
+    """
+
+    group: Group
+    tests: dict[str, Test]
+    word: str = "cannot tell"
+    p: float | None = None
+    seeds_needed: int | None = None
+    why: str = ""
+
+
+@dataclass
+class Comparison:
+    """All that `recurgolf compare` has to say."""
+
+    rules: Rules
+    groups: list[Group]
+    baseline: Group | None
+    margin_bpb: float
+    nats_per_bpb: float
+    """Nats per token that are one bit per byte, with this tokenizer on this text."""
+    protocol: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(
+    folders: Sequence[Path],
+    baseline: str | None = None,
+    seeds: Sequence[str] | None = None,
+    rules: Rules | None = None,
+) -> Comparison:
+    """Group the runs below folders, and test every group against the baseline.
+
+    Args:
+        baseline: a folder, or words of a group's setting such as `lora.rank=0`.
+        seeds: the seeds that were meant to be run; only they count. None: as sweep.json says, for
+            information, and all count.
+
+    Raises:
+        ConfigError: nothing to compare, figures that do not compare, a baseline that is none.
+    """
+    rules = rules or Rules()
+    runs = find_runs(folders)
+    apart = Path(baseline).is_dir() if baseline else False
+    own = find_runs([Path(baseline)]) if baseline and apart else []
+    paths = {run.folder for run in own}
+    others = [run for run in runs if run.folder not in paths]
+    check_comparable([run for run in (*own, *others) if run.summary is not None])
+    groups, base = _groups(others, own, baseline)
+    for group in groups:
+        _declare(group, seeds)
+    if not any(group.runs for group in groups):
+        raise ConfigError("no finished run with the seeds asked for: nothing to compare")
+    some = next(run for group in groups for run in group.runs)
+    assert some.summary is not None
+    sizes = some.summary["val_tokens"], some.summary["val_bytes"]
+    found = Comparison(
+        rules,
+        groups,
+        base,
+        margin_bpb=statistics.margin_bpb(*sizes, rules.margin_nats),
+        nats_per_bpb=1 / statistics.margin_bpb(*sizes, 1.0),
+        protocol=some.protocol,
+        notes=notes(groups),
+    )
+    if base is not None:
+        if not base.runs:
+            raise ConfigError(f"the baseline {base.label} has no finished run")
+        candidates = [group for group in groups if group is not base and group.runs]
+        found.verdicts = judged(candidates, base, found.margin_bpb, rules)
+    return found
+
+
+def check_comparable(runs: Sequence[FoundRun]) -> None:
+    """Refuse figures of different tokenizers, validation texts or protocols.
+
+    Raises:
+        ConfigError: naming what differs and an example of each.
+    """
+    if not all((run.summary or {}).get("text") for run in runs):  # of an older version: by sizes
+        runs = [dataclasses.replace(r, summary={**(r.summary or {}), "text": {}}) for r in runs]
+    for what in ("tokenizer", "validation text", "protocol"):
+        values: dict[str, FoundRun] = {}
+        for run in runs:
+            values.setdefault(run.protocol if what == "protocol" else run.text[what], run)
+        if len(values) > 1:
+            shown = "; ".join(f"{_short(v)} in {run.folder}" for v, run in values.items())
+            raise ConfigError(
+                f"these runs do not compare: they differ in {what} ({shown}). Score them alike, "
+                "as in recurgolf evaluate, or compare them apart"
+            )
+
+
+def judged(
+    candidates: Sequence[Group], baseline: Group, margin: float, rules: Rules
+) -> list[Verdict]:
+    """A verdict on every candidate.
+
+    Args:
+        margin: bits per byte.
+    """
+    verdicts = [Verdict(group, tests_of(group, baseline, margin, rules)) for group in candidates]
+    able = [verdict for verdict in verdicts if rules.test in verdict.tests]
+    raised = {
+        name: statistics.holm([getattr(v.tests[rules.test], name) for v in able])
+        for name in ("p_better", "p_worse", "p_level")
+    }
+    words = {"p_better": "better", "p_worse": "worse", "p_level": "level"}
+    for index, verdict in enumerate(able):
+        verdict.p = raised["p_better"][index]
+        decided = [word for name, word in words.items() if raised[name][index] < rules.alpha]
+        if decided:
+            verdict.word = decided[0]
+    for verdict in verdicts:
+        _explain(verdict, baseline, margin, rules, len(able))
+    return verdicts
+
+
+def tests_of(group: Group, baseline: Group, margin: float, rules: Rules) -> dict[str, Test]:
+    """Every test that the runs of a group and of the baseline allow."""
+    found: dict[str, Test | None] = {}
+    values = [group.values(rules.metric), baseline.values(rules.metric)]
+    found["welch"] = statistics.welch(values[0], values[1], margin)
+    pairs = [
+        [dict(zip(g.seeds, v, strict=True))[seed] for seed in group.seeds if seed in baseline.seeds]
+        for g, v in zip((group, baseline), values, strict=True)
+    ]
+    found["paired"] = statistics.paired(pairs[0], pairs[1], margin)
+    if rules.metric == "val_bpb":  # the scores kept are those of the packed file
+        sides = [document_nats(group), document_nats(baseline)]
+        if sides[0] and sides[1] and sides[0][0] == sides[1][0]:
+            (_, mine, sizes), (_, theirs, _) = sides[0], sides[1]
+            found["documents"] = statistics.over_documents(mine, theirs, sizes, margin)
+    return {name: test for name, test in found.items() if test is not None}
+
+
+def document_nats(group: Group) -> tuple[str, np.ndarray, np.ndarray] | None:
+    """Fingerprint of the text, nats per document as means over runs, bytes per document.
+
+    None where no run has kept them (scores/<protocol>.npz), or not all on one text.
+    """
+    texts, nats, sizes = set(), [], []
+    for run in group.runs:
+        path = run.folder / "scores" / f"{(run.config.get('eval') or {}).get('kind')}.npz"
+        if path.exists():
+            with np.load(path) as kept:
+                texts.add(str(kept["text"]))
+                nats.append(kept["nats"])
+                sizes.append(kept["bytes"])
+    if len(texts) != 1:
+        return None
+    return texts.pop(), np.mean(nats, axis=0), sizes[0]
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader has to know beside the figures."""
+    found = []
+    for group in groups:
+        for what, seeds in (("missing", group.missing_seeds), ("extra", group.extra_seeds)):
+            if seeds:
+                found.append(f"{group.label}: seeds {what}: {', '.join(seeds)}")
+        for run in group.unfinished:
+            found.append(f"{group.label}: seed {run.seed} did not finish ({run.folder})")
+        if group.left_out:
+            left_out = ", ".join(run.seed for run in group.left_out)
+            found.append(f"{group.label}: not among the declared seeds, left out: {left_out}")
+        for run in group.repeated:
+            found.append(f"{group.label}: seed {run.seed} ran again; left out: {run.folder}")
+        for what in ("hardware", "name"):
+            told = group.told(what)
+            if len(told) > 1:
+                found.append(f"{group.label}: runs of different {what}: {'; '.join(told)}")
+    machines = list(dict.fromkeys(value for group in groups for value in group.told("hardware")))
+    if len(machines) > 1:
+        found.append(f"measured on different hardware or precision: {'; '.join(machines)}")
+    return found
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample deviation; one value has none."""
+    return summaries.fmean(values), summaries.stdev(values) if len(values) > 1 else None
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Everything, for programs."""
+    return {
+        **dataclasses.asdict(found.rules),
+        "margin_bpb": found.margin_bpb,
+        "nats_per_bpb": found.nats_per_bpb,
+        "protocol": found.protocol,
+        "baseline": found.baseline.label if found.baseline else None,
+        "groups": [_group_json(group, found.rules.metric) for group in found.groups],
+        "verdicts": [
+            {
+                "setting": verdict.group.label,
+                "verdict": verdict.word,
+                "why": verdict.why,
+                "p": verdict.p,
+                "seeds_needed": verdict.seeds_needed,
+                "tests": {name: dataclasses.asdict(test) for name, test in verdict.tests.items()},
+            }
+            for verdict in found.verdicts
+        ],
+        "notes": found.notes,
+    }
+
+
+def _group_json(group: Group, metric: str) -> dict[str, Any]:
+    mean, deviation = spread(group.values(metric)) if group.runs else (None, None)
+    return {
+        "setting": group.label,
+        "differs": group.differs,
+        "n": len(group.runs),
+        "seeds": group.seeds,
+        "declared_seeds": group.declared,
+        "missing_seeds": group.missing_seeds,
+        "extra_seeds": group.extra_seeds,
+        metric: {"mean": mean, "deviation": deviation, "values": group.values(metric)},
+        "artifact_bytes": group.values("artifact_bytes"),
+        "steps": group.values("steps"),
+        "train_seconds": group.values("train_seconds"),
+        "hardware": group.told("hardware"),
+        "folders": [str(run.folder) for run in group.runs],
+    }
+
+
+def _groups(
+    others: list[FoundRun], own: list[FoundRun], baseline: str | None
+) -> tuple[list[Group], Group | None]:
+    """All groups, the baseline first, and the baseline."""
+    if own:  # a folder stands apart even where another one has the same settings
+        differing = differing_settings([run.settings for run in (*own, *others)])
+        bases = grouped(own)
+        if len(bases) > 1:
+            raise ConfigError(
+                f"--baseline {baseline} holds several settings: {_labels(bases)}; name one of them"
+            )
+        base = _renamed(bases[0], differing)
+        rest = [_renamed(group, differing) for group in (grouped(others) if others else [])]
+        for group in rest:
+            if group.differs == base.differs:  # the same settings: other code, another machine
+                group.differs["folder"] = _common(group)
+        return [base, *rest], base
+    groups = grouped(others)
+    if baseline is None:
+        return groups, None
+    wanted = baseline.split()
+    matching = [g for g in groups if set(wanted) <= {f"{k}={v}" for k, v in g.differs.items()}]
+    matching = matching or [g for g in groups if baseline in {r.name for r in g.runs}]
+    if len(matching) != 1:
+        number = "no" if not matching else "more than one"
+        raise ConfigError(
+            f"--baseline {baseline!r}: neither a folder, nor does it name one setting ({number} "
+            f"match); there are {_labels(groups)}"
+        )
+    return [matching[0], *(g for g in groups if g is not matching[0])], matching[0]
+
+
+def _declare(group: Group, seeds: Sequence[str] | None) -> None:
+    """Hold a group against the declared seeds; others do not count, and are named."""
+    if seeds is None:
+        return
+    group.declared = list(seeds)
+    group.left_out = [run for run in group.runs if run.seed not in seeds]
+    group.runs = [run for run in group.runs if run.seed in seeds]
+
+
+def _explain(
+    verdict: Verdict, baseline: Group, margin: float, rules: Rules, candidates: int
+) -> None:
+    """Fill in the reason and, where nothing could be told, how many seeds could tell."""
+    group, n = verdict.group, (len(verdict.group.runs), len(baseline.runs))
+    among = f" among {candidates} candidates" if candidates > 1 else ""
+    test = verdict.tests.get(rules.test)
+    if test is not None and verdict.word != "cannot tell":
+        reasons = {
+            "better": f"by more than the margin of {margin:.4f} bpb",
+            "worse": f"by more than the margin of {margin:.4f} bpb",
+            "level": f"the difference is smaller than the margin of {margin:.4f} bpb",
+        }
+        verdict.why = f"{reasons[verdict.word]}, at {rules.alpha:g}{among}"
+        return
+    deviation = _deviations(group, baseline, rules)
+    if test is None and deviation is None:
+        lacking = "shared seeds" if rules.test == "paired" else "seeds each"
+        verdict.why = (
+            f"n = {n[0]} and {n[1]}: a test needs at least 2 {lacking} that do not all agree"
+        )
+        return
+    gain = np.mean(baseline.values(rules.metric)) - np.mean(group.values(rules.metric))
+    gain = float(gain) if test is None else test.gain
+    verdict.seeds_needed = statistics.seeds_needed(
+        gain, deviation or (0.0, 0.0), margin, rules.alpha / max(1, candidates)
+    )
+    if verdict.seeds_needed is None:
+        verdict.why = f"more than {statistics.MOST_SEEDS} seeds of each would be needed"
+    else:
+        more = [max(0, verdict.seeds_needed - have) for have in n]
+        verdict.why = (
+            f"about {verdict.seeds_needed} seeds of each would be needed, {more[0]} more of this "
+            f"and {more[1]} more of the baseline, were the differences seen the true ones"
+        )
+
+
+def _deviations(group: Group, baseline: Group, rules: Rules) -> tuple[float, float] | None:
+    """Deviations that the number of seeds depends on; one side's stands in for an unknown one."""
+    if rules.test == "paired":
+        theirs = dict(zip(baseline.seeds, baseline.values(rules.metric), strict=True))
+        mine = dict(zip(group.seeds, group.values(rules.metric), strict=True))
+        gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs]
+        found = spread(gains)[1] if gains else None
+        return None if not found else (found, 0.0)
+    both = [spread(g.values(rules.metric))[1] for g in (group, baseline)]
+    known = [deviation for deviation in both if deviation]
+    if not known:
+        return None
+    a, b = (known[0] if deviation is None else deviation for deviation in both)
+    return a, b
+
+
+def _renamed(group: Group, differing: Sequence[str]) -> Group:
+    """A group by the settings that differ among more runs than its own."""
+    settings = [*group.runs, *group.unfinished][0].settings
+    return dataclasses.replace(group, differs={k: settings.get(k, ABSENT) for k in differing})
+
+
+def _common(group: Group) -> str:
+    """The folder that holds all runs of a group."""
+    runs = [*group.runs, *group.unfinished]
+    return os.path.commonpath([run.folder for run in runs])
+
+
+def _labels(groups: Sequence[Group]) -> str:
+    return ", ".join(repr(group.label) for group in groups)
+
+
+def _short(value: str) -> str:
+    hashed = len(value) >= 16 and all(c in "0123456789abcdef" for c in value)
+    return f"{value[:12]}…" if hashed else value
+
+
+__all__ = ["Comparison", "Rules", "Verdict", "as_json", "compare", "spread"]

@@ -1,0 +1,279 @@
+"""Runs found in folders, and the settings in which they differ.
+
+Everything is read from what runs leave in their folders, as plain data: a run of an older version,
+or with components that are not installed here, can still be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recurgolf.config import ConfigError
+from recurgolf.training.settings import WATCHING
+
+ABSENT = "-"
+"""Stands for a setting that a group does not have, because another kind is chosen there."""
+_SKIPPED_FOLDERS = {"checkpoints", "wandb", "scores", ".hydra", "__pycache__"}
+_NO_SETTINGS = ("name", "seed", "seeds", "tracker", "plugins")
+_NO_PROTOCOL = {"batch_tokens", "passes", "also", "rope_scale"}
+"""Fields of an evaluation that say how the model is run, not what is scored."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run's folder.
+
+    Attributes:
+        config: content of run.json.
+        summary: content of summary.json; None where the run did not finish.
+        ended: when summary.json was written, Unix seconds.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    ended: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name", self.folder.name))
+
+    @cached_property
+    def seed(self) -> str:
+        """All of a run's sources of chance: `3`, or `3 data=7` where one has a seed of its own."""
+        own = {k: v for k, v in (self.config.get("seeds") or {}).items() if v is not None}
+        return " ".join([str(self.config.get("seed")), *(f"{k}={own[k]}" for k in sorted(own))])
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Everything in run.json that can change a result, but for chance: `lora.rank` -> `2`."""
+        kept = {key: value for key, value in self.config.items() if key not in _NO_SETTINGS}
+        found = dict(_flat(kept, ""))
+        return {k: v for k, v in found.items() if k not in {f"trainer.{n}" for n in WATCHING}}
+
+    @property
+    def text(self) -> dict[str, str]:
+        """What was scored: fingerprint of the text, tokenizer; by sizes where they are not told."""
+        assert self.summary is not None
+        told = self.summary.get("text") or {}
+        sizes = f"{self.summary['val_tokens']:,} tokens, {self.summary['val_bytes']:,} bytes"
+        return {
+            "validation text": told.get("fingerprint") or sizes,
+            "tokenizer": told.get("tokenizer") or f"of {self.settings.get('data.vocab_size')}",
+        }
+
+    @property
+    def protocol(self) -> str:
+        """The settings of the headline evaluation that say what is scored: `sliding seq_len=…`."""
+        node = dict(self.config.get("eval") or {})
+        kind = node.pop("kind", "?")
+        node["seq_len"] = node.get("seq_len") or (self.config.get("trainer") or {}).get("seq_len")
+        shown = [f"{k}={v}" for k, v in sorted(node.items()) if k not in _NO_PROTOCOL]
+        return " ".join([kind, *shown])
+
+    @property
+    def hardware(self) -> str:
+        """`NVIDIA H100 x 8, bfloat16`: other machines and precisions give other figures."""
+        told = (self.summary or {}).get("environment") or {}
+        ranks, threads = told.get("ranks", 1), told.get("threads")
+        device = str(told.get("device", "unknown machine"))
+        many = f" x {ranks}" if ranks != 1 else ""
+        on_cpu = (self.config.get("trainer") or {}).get("device") == "cpu"
+        of_cpu = f", {threads} thread(s)" if on_cpu and threads else ""
+        return f"{device}{many}{of_cpu}, {told.get('precision', 'unknown precision')}"
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        differs: setting -> value, for what differs between the groups.
+        runs: finished, one per seed, by seed.
+        unfinished: those without a summary.
+        repeated: finished runs of a seed that a newer run of the same settings replaced.
+        left_out: finished runs of seeds that were not declared.
+        declared: seeds that were said beforehand, where they are known.
+    """
+
+    differs: dict[str, str]
+    runs: list[FoundRun] = field(default_factory=list)
+    unfinished: list[FoundRun] = field(default_factory=list)
+    repeated: list[FoundRun] = field(default_factory=list)
+    left_out: list[FoundRun] = field(default_factory=list)
+    declared: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What sets the group apart: `lora.rank=2`; its name where that would be a long list."""
+        parts = [f"{key}={value}" for key, value in self.differs.items() if value != ABSENT]
+        some = [*self.runs, *self.unfinished, *self.left_out][0].name
+        if not parts:
+            return some
+        if len(parts) <= 4 and len(" ".join(parts)) <= 90:
+            return " ".join(parts)
+        return f"{some} ({len(parts)} settings differ)"
+
+    @property
+    def seeds(self) -> list[str]:
+        return [run.seed for run in self.runs]
+
+    @property
+    def missing_seeds(self) -> list[str]:
+        return [seed for seed in self.declared if seed not in self.seeds]
+
+    @property
+    def extra_seeds(self) -> list[str]:
+        found = [*self.seeds, *(run.seed for run in self.left_out)]
+        return [seed for seed in found if seed not in self.declared] if self.declared else []
+
+    def values(self, name: str) -> list[float]:
+        """A figure of the summaries, by seed."""
+        return [float(run.summary[name]) for run in self.runs if run.summary is not None]
+
+    def told(self, name: str) -> list[str]:
+        """The different values of a property such as `hardware`, in order of appearance."""
+        return list(dict.fromkeys(str(getattr(run, name)) for run in self.runs))
+
+
+def find_runs(folders: Iterable[Path]) -> list[FoundRun]:
+    """Every run in or below the folders, in order of their paths.
+
+    Raises:
+        ConfigError: a folder that is not there or has no run in it, or a damaged file.
+    """
+    found: dict[Path, FoundRun] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give folders of runs or sweeps")
+        here = [read_run(path) for path in _run_folders(folder.resolve())]
+        if not here:
+            raise ConfigError(f"{folder}: no run in or below it (a run's folder has a run.json)")
+        found |= {run.folder: run for run in here}
+    return list(found.values())
+
+
+def read_run(folder: Path) -> FoundRun:
+    """A run's folder, finished or not."""
+    summary = folder / "summary.json"
+    # failure.txt lies where a later attempt failed: the summary is of an earlier one.
+    finished = summary.exists() and not (folder / "failure.txt").exists()
+    if not finished:
+        return FoundRun(folder, _json(folder / "run.json"), None)
+    return FoundRun(folder, _json(folder / "run.json"), _json(summary), summary.stat().st_mtime)
+
+
+def grouped(runs: Sequence[FoundRun]) -> list[Group]:
+    """Runs by everything but the seed, in order of appearance.
+
+    A setting that a run does not have, because another kind is chosen there or because it was made
+    by an older version, sets no group apart by itself.
+    """
+    differing = differing_settings([run.settings for run in runs])
+    groups: dict[tuple[str, ...], Group] = {}
+    for run in runs:
+        key = tuple(run.settings.get(path, ABSENT) for path in differing)
+        own = dict(zip(differing, key, strict=True))
+        group = groups.setdefault(key, Group(own))
+        (group.unfinished if run.summary is None else group.runs).append(run)
+    for group in groups.values():
+        _one_run_a_seed(group)
+        group.unfinished = [run for run in group.unfinished if run.seed not in group.seeds]
+        group.declared = declared_seeds([*group.runs, *group.unfinished])
+    return list(groups.values())
+
+
+def differing_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys with more than one value among those that have them, in the order of run.json."""
+    values: dict[str, set[str]] = {}
+    for one in settings:
+        for key, value in one.items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def declared_seeds(runs: Sequence[FoundRun]) -> list[str]:
+    """Seeds that the sweeps of these runs set out to do, by their sweep.json; [] where unknown."""
+    seeds: list[str] = []
+    for path in sorted({run.folder.parent / "sweep.json" for run in runs}):
+        jobs = _json(path)["jobs"] if path.exists() else []
+        own = [job for job in jobs if any(Path(job["folder"]).name == r.folder.name for r in runs)]
+        kinds = {_without_seed(job["overrides"]) for job in own}
+        seeds += [
+            override.partition("=")[2]
+            for job in jobs
+            if _without_seed(job["overrides"]) in kinds
+            for override in job["overrides"]
+            if override.startswith("seed=")
+        ]
+    return sorted(set(seeds), key=_numeric)
+
+
+def seed_list(text: str) -> list[str]:
+    """`1-5` or `1,2,9` as a list of seeds.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    seeds: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(f"--seeds {text!r}: a list such as 1-5 or 1,2,9")
+        seeds += map(str, range(int(match[1]), int(match[2] or match[1]) + 1))
+    return seeds
+
+
+def _one_run_a_seed(group: Group) -> None:
+    """Keep the newest run of every seed: the same seed twice is no second observation."""
+    newest: dict[str, FoundRun] = {}
+    for run in sorted(group.runs, key=lambda run: run.ended):
+        if run.seed in newest:
+            group.repeated.append(newest[run.seed])
+        newest[run.seed] = run
+    group.runs = sorted(newest.values(), key=lambda run: _numeric(run.seed))
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    found = []
+    for here, below, files in os.walk(folder):
+        if "run.json" in files:
+            found.append(Path(here))
+        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS]
+    return sorted(found, key=lambda path: [_numeric(part) for part in path.parts])
+
+
+def _flat(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, str]]:
+    for key, value in node.items():
+        here = f"{path}.{key}" if path else key
+        if isinstance(value, Mapping):
+            if "kind" in value:
+                yield here, str(value["kind"])
+            yield from _flat({k: v for k, v in value.items() if k != "kind"}, here)
+        else:
+            yield here, value if isinstance(value, str) else json.dumps(value)
+
+
+def _without_seed(overrides: Iterable[str]) -> tuple[str, ...]:
+    return tuple(o for o in overrides if not o.startswith(("seed=", "seeds.")))
+
+
+def _numeric(text: str) -> tuple[tuple[int, str], ...]:
+    """Sorts 9 before 10."""
+    return tuple(
+        (int(part or -1) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", text)
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None

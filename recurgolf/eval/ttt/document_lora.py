@@ -1,0 +1,121 @@
+"""Per-document test-time training as a protocol: `row_adapters` over the documents of a text.
+
+Ranks share the documents of a batch. With `adapter.warm` the A they end with is averaged over
+ranks in float64 behind every batch, so that any number of ranks goes on from the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from recurgolf.config import ConfigError, option
+from recurgolf.eval.protocol import AllReduce, Eval, Progress, Subject
+from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.ttt.descent import borrowed, share_of
+from recurgolf.eval.ttt.row_adapters import DocumentLora, Readers, row_adapters
+from recurgolf.looping import Looping
+
+
+@option("eval", "ttt_document_lora")
+@dataclass
+class DocumentLoraEval(Eval):
+    """Every document by itself, with an adapter that learns from what it has scored of it."""
+
+    batch_documents: int = 64
+    """Documents read side by side; changes speed and memory alone, unless adapter.warm."""
+    adapter: DocumentLora = field(default_factory=DocumentLora)
+
+    within_documents: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_documents < 1:
+            raise ConfigError(f"eval.batch_documents={self.batch_documents}: at least 1")
+
+    def check(self, num_targets: int, seq_len: int) -> None:
+        if num_targets < 1:
+            raise ConfigError("validation has no target")
+        if self.adapter.chunk_tokens > seq_len:
+            raise ConfigError(
+                f"eval.adapter.chunk_tokens={self.adapter.chunk_tokens} does not fit into a window "
+                f"of eval.seq_len={seq_len}"
+            )
+
+    def check_model(self, model: Any, looping: Looping) -> None:
+        super().check_model(model, looping)
+        self.adapter.sites(model)
+
+    def run(
+        self,
+        subject: Subject,
+        text: Text,
+        tally: Tally,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        all_reduce: AllReduce | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        reading = Reading(self, subject, text, tally, rank, world_size, all_reduce, progress)
+        with borrowed(subject.model):
+            reading.documents(0, text.num_documents)
+
+
+class Reading:
+    """One pass over a text; A is carried from batch to batch where it is warm."""
+
+    def __init__(
+        self,
+        how: DocumentLoraEval,
+        subject: Subject,
+        text: Text,
+        tally: Tally,
+        rank: int,
+        world_size: int,
+        all_reduce: AllReduce | None,
+        progress: Progress | None,
+    ):
+        self.how, self.subject, self.text, self.tally = how, subject, text, tally
+        self.rank, self.world_size = rank, world_size
+        self.all_reduce, self.progress = all_reduce, progress
+        self.sites = how.adapter.sites(subject.model.config)
+        self.start_a = how.adapter.first_a(self.sites)
+
+    def documents(self, first: int, stop: int) -> None:
+        """Score the documents `first` to `stop` - 1."""
+        how, subject = self.how, self.subject
+        length = how.seq_len or subject.seq_len
+        plan, base = subject.plan(how.passes), how.base(subject)
+        with row_adapters(subject.model, how.adapter.scale) as adapters:
+            for batch in self.batches(first, stop):
+                spans = [self.span(document) for document in batch]
+                mine = share_of(len(spans), self.rank, self.world_size)
+                readers = Readers(
+                    how.adapter, subject, plan, base, adapters, self.start_a, self.sites
+                )
+                ended = readers.read(self.text, self.tally, spans[mine.start : mine.stop], length)
+                if how.adapter.warm:
+                    self.start_a = {
+                        site: (self.summed(total) / len(spans)).float()
+                        for site, total in ended.items()
+                    }
+                if self.progress is not None:
+                    self.progress(batch.stop, self.text.num_documents)
+
+    def batches(self, first: int, stop: int) -> Iterator[range]:
+        for start in range(first, stop, self.how.batch_documents):
+            yield range(start, min(start + self.how.batch_documents, stop))
+
+    def span(self, document: int) -> tuple[int, int]:
+        """First target of a document and the first behind it."""
+        starts = self.text.starts
+        last = document + 1 == len(starts)
+        return int(starts[document]), self.text.num_targets if last else int(starts[document + 1])
+
+    def summed(self, total: torch.Tensor) -> torch.Tensor:
+        """A sum over documents, over those of the other ranks as well."""
+        return total if self.all_reduce is None else self.all_reduce(total)

@@ -1,0 +1,78 @@
+"""Phased test-time training: per-document adapters, and between phases SGD on what was scored.
+
+The documents are cut into phases, in order. A phase is scored with an adapter per document on top
+of the weights as they are; then these weights themselves train on the documents of the phase,
+which have all been scored, and the next phase begins. Momentum is kept; behind the last phase
+nothing is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from recurgolf.config import ConfigError, option
+from recurgolf.eval.protocol import AllReduce, Progress, Subject
+from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
+from recurgolf.eval.ttt.document_lora import DocumentLoraEval, Reading
+from recurgolf.looping import Looping
+
+
+@option("eval", "ttt_phased")
+@dataclass
+class PhasedEval(DocumentLoraEval):
+    """An adapter per document, and SGD on all weights after every phase of documents."""
+
+    phases: int = 3
+    """Runs of as equally many documents as possible."""
+    sgd: Descent = field(default_factory=Descent)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phases < 1:
+            raise ConfigError(f"eval.phases={self.phases}: at least 1")
+
+    def check_model(self, model: Any, looping: Looping) -> None:
+        super().check_model(model, looping)
+        self.sgd.check_model(model, looping)
+
+    def run(
+        self,
+        subject: Subject,
+        text: Text,
+        tally: Tally,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        all_reduce: AllReduce | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if text.num_documents < self.phases:
+            raise ConfigError(
+                f"eval.phases={self.phases}, but validation has {text.num_documents} documents"
+            )
+        length = self.seq_len or subject.seq_len
+        # Named before the documents' adapters stand in: those are no weights of the model.
+        names = self.sgd.chosen(name for name, _ in subject.model.named_parameters())
+        with borrowed(subject.model, names) as parameters:
+            learner = Learner(
+                self.sgd,
+                subject,
+                subject.plan(self.passes),
+                parameters,
+                base=self.base(subject),
+                rows_at_once=self.batch_tokens // length,
+                rank=rank,
+                world_size=world_size,
+                all_reduce=all_reduce,
+            )
+            reading = Reading(self, subject, text, tally, rank, world_size, all_reduce, progress)
+            for phase in range(self.phases):
+                first = text.num_documents * phase // self.phases
+                stop = text.num_documents * (phase + 1) // self.phases
+                reading.documents(first, stop)
+                if phase < self.phases - 1:
+                    begin, end = reading.span(first)[0], reading.span(stop - 1)[1]
+                    rate = self.sgd.rate(phase, self.phases)
+                    learner.learn(text, begin, end, min(length, end - begin), rate)

@@ -1,0 +1,108 @@
+"""SGD over chunks, score first: score the windows of a chunk, then train on that chunk.
+
+The protocol of the golf records since March 2026. A window belongs to the chunk in which its first
+scored target lies; training rows lie side by side, as long as a window, and end inside the chunk,
+so that what they teach has been scored. Nothing is trained behind the last chunk.
+
+Ranks share the windows of a chunk and the rows of a step; gradients are summed, so any number of
+ranks takes the steps that one takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+
+from recurgolf.config import ConfigError, option
+from recurgolf.eval.protocol import AllReduce, Progress, Subject, Window, batches
+from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.ttt.descent import Descent, Learner, borrowed, share_of
+from recurgolf.eval.windows import SlidingEval
+from recurgolf.looping import Looping
+
+
+@option("eval", "ttt_sgd")
+@dataclass
+class SgdEval(SlidingEval):
+    """Sliding windows by a model that trains on every chunk behind its scores."""
+
+    chunk_tokens: int = 32768
+    """Targets between two trainings."""
+    sgd: Descent = field(default_factory=Descent)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"eval.chunk_tokens={self.chunk_tokens}: at least 1")
+        if self.compat_skip_head:
+            raise ConfigError(
+                "eval.compat_skip_head leaves targets unscored that test-time training would learn"
+            )
+
+    def check(self, num_targets: int, seq_len: int) -> None:
+        super().check(num_targets, seq_len)
+        if self.chunk_tokens < seq_len:
+            raise ConfigError(
+                f"eval.chunk_tokens={self.chunk_tokens} holds no training row of "
+                f"eval.seq_len={seq_len} tokens: at least that many"
+            )
+
+    def check_model(self, model: Any, looping: Looping) -> None:
+        super().check_model(model, looping)
+        self.sgd.check_model(model, looping)
+
+    def run(
+        self,
+        subject: Subject,
+        text: Text,
+        tally: Tally,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        all_reduce: AllReduce | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        length = self.seq_len or subject.seq_len
+        plan, base = subject.plan(self.passes), self.base(subject)
+        rows = max(1, self.batch_tokens // length)
+        end = max(window.stop for window in self.windows(text, length))
+        num_chunks = -(-end // self.chunk_tokens)
+        names = self.sgd.chosen(name for name, _ in subject.model.named_parameters())
+        with borrowed(subject.model, names) as parameters:
+            learner = Learner(
+                self.sgd,
+                subject,
+                plan,
+                parameters,
+                base=base,
+                rows_at_once=rows,
+                rank=rank,
+                world_size=world_size,
+                all_reduce=all_reduce,
+            )
+            for chunk, windows in self.chunks(text, length):
+                mine = share_of(len(windows), rank, world_size)
+                with torch.no_grad():
+                    for batch in batches(islice(windows, mine.start, mine.stop), rows):
+                        ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch])
+                        first = batch[0].first - batch[0].start
+                        nats = subject.nats(ids.to(subject.device), first, plan, base=base)
+                        for window, row in zip(batch, nats.cpu(), strict=True):
+                            tally.add(window.first, row)
+                if chunk < num_chunks - 1:
+                    start = chunk * self.chunk_tokens
+                    stop = min(start + self.chunk_tokens, end)
+                    learner.learn(text, start, stop, length, self.sgd.rate(chunk, num_chunks))
+                if progress is not None:
+                    progress(chunk + 1, num_chunks)
+
+    def chunks(self, text: Text, seq_len: int) -> Iterator[tuple[int, list[Window]]]:
+        """Number and windows of every chunk, in order."""
+        for chunk, windows in groupby(
+            self.windows(text, seq_len), lambda window: window.first // self.chunk_tokens
+        ):
+            yield chunk, list(windows)

@@ -1,0 +1,254 @@
+"""Quantisation-aware training: the network trains with the weights that its file will hold.
+
+What a layer sees comes from the export grid of its weight (bits, clip, groups), which is fitted
+once per step, so that training for other bits than are exported cannot be configured. Snapping
+pulls the weights themselves onto that grid while training ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.rtn import exported, step_sizes
+
+BLOCKS = ("all", "looped")
+
+
+@dataclass
+class Snap:
+    """Weight snapping: after every step w <- w + a (Q(w) - w), a growing linearly to `strength`.
+
+    A few hundredths are enough: with a = 0.05 a weight that its gradient leaves alone comes to
+    its grid point within a factor of e every twenty steps.
+    """
+
+    strength: float = 0.0
+    """a at the end of training; 0: no snapping."""
+    start_fraction: float = 0.75
+    """Fraction of training at which a begins to grow from 0."""
+
+    def check(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"quant.qat.snap.strength={self.strength}; from 0 (off) to 1")
+        if not 0 <= self.start_fraction < 1:
+            raise ConfigError(
+                f"quant.qat.snap.start_fraction={self.start_fraction}; a fraction of training, "
+                "from 0 to below 1"
+            )
+
+    def at(self, fraction: float) -> float:
+        """a at a fraction of training."""
+        grown = (fraction - self.start_fraction) / (1 - self.start_fraction)
+        return self.strength * min(max(grown, 0.0), 1.0)
+
+
+class Disturbance:
+    """A weight -> the weight that training sees: at first as it is, then as last refreshed."""
+
+    def refresh(self, weight: Tensor) -> None:
+        """Take up the weight's present values; in place, for compiled graphs keep the memory."""
+        raise NotImplementedError
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The disturbed weight; the gradient passes unchanged."""
+        raise NotImplementedError
+
+
+class RoundingError(Disturbance):
+    """The exported values. One rounding per step, whatever the number of visits."""
+
+    def __init__(self, weight: Tensor, spec: GridSpec):
+        self.spec = spec
+        self.change = torch.zeros_like(weight, dtype=torch.float32)
+
+    def refresh(self, weight: Tensor) -> None:
+        torch.sub(exported(weight, self.spec), weight.float(), out=self.change)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight + self.change.to(weight.dtype)
+
+
+class UniformNoise(Disturbance):
+    """Plus uniform noise one step wide, fresh at every visit, from torch's own generator."""
+
+    def __init__(self, weight: Tensor, spec: GridSpec):
+        self.spec = spec
+        self.steps = torch.zeros_like(step_sizes(weight, spec))
+
+    def refresh(self, weight: Tensor) -> None:
+        self.steps.copy_(step_sizes(weight, self.spec))
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        noise = (torch.rand_like(weight, dtype=torch.float32) - 0.5) * self.steps
+        return weight + noise.to(weight.dtype)
+
+
+@dataclass
+class Qat:
+    """Nothing but snapping, which every kind has."""
+
+    snap: Snap = field(default_factory=Snap)
+
+    def check(self) -> None:
+        """Refuse fractions and strengths outside their ranges."""
+        self.snap.check()
+
+    def build(
+        self,
+        model: nn.Module,
+        grids: Mapping[str, GridSpec],
+        looped: Collection[str],
+        ahead: bool = False,
+    ) -> QuantAware:
+        """Attach to a model.
+
+        Args:
+            grids: weight name -> the grid it is exported on; other weights are left alone.
+            looped: names of the weights that belong to looped blocks.
+            ahead: attach at once and not only when it begins, so that a compiled graph need not
+                change in the middle of training.
+
+        Raises:
+            ConfigError: there is nothing to attach to.
+        """
+        return QuantAware(self.snap, _with_grid(model, grids), {}, math.inf, ahead)
+
+
+@option("quant/qat", "none")
+@dataclass
+class NoQat(Qat):
+    """Training sees the weights as they are."""
+
+
+@dataclass
+class _Disturbing(Qat):
+    start_fraction: float = 0.0
+    """Fraction of training from which on the layers see disturbed weights."""
+    blocks: str = "all"
+    """`all` weights that have a grid, embeddings too, or those of `looped` blocks alone."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.start_fraction < 1:
+            raise ConfigError(
+                f"quant.qat.start_fraction={self.start_fraction}; a fraction of training, from 0 "
+                "to below 1"
+            )
+        if self.blocks not in BLOCKS:
+            raise ConfigError(f"quant.qat.blocks={self.blocks!r}{suggestion(self.blocks, BLOCKS)}")
+
+    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+        raise NotImplementedError
+
+    def build(
+        self,
+        model: nn.Module,
+        grids: Mapping[str, GridSpec],
+        looped: Collection[str],
+        ahead: bool = False,
+    ) -> QuantAware:
+        weights = _with_grid(model, grids)
+        layers = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if hasattr(module, "fake_quantize") and f"{name}.weight" in weights
+        }
+        if self.blocks == "looped":
+            layers = {name: module for name, module in layers.items() if name in looped}
+        if not layers:
+            what = "weight" if self.blocks == "all" else "weight of a looped block"
+            raise ConfigError(
+                f"quant.qat is on, but the rules of quant code no {what}: it would change nothing"
+            )
+        seen = {n: (m, self.disturbance(*weights[n])) for n, m in layers.items()}
+        return QuantAware(self.snap, weights, seen, self.start_fraction, ahead)
+
+
+@option("quant/qat", "straight_through")
+@dataclass
+class StraightThrough(_Disturbing):
+    """Layers see the exported values, gradients pass as if they had not (arXiv 1308.3432)."""
+
+    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+        return RoundingError(weight, spec)
+
+
+@option("quant/qat", "noise")
+@dataclass
+class Noise(_Disturbing):
+    """Layers see weights with noise as large as the rounding will be (cf. arXiv 2004.07320)."""
+
+    blocks: str = "looped"
+
+    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+        return UniformNoise(weight, spec)
+
+
+class QuantAware:
+    """Quantisation-aware training of one model: `update` before a step, `snap` behind it.
+
+    Attributes:
+        layers: weight name -> its module and what it sees.
+        start_fraction: of training, from which on it is active.
+    """
+
+    def __init__(
+        self,
+        snap: Snap,
+        weights: Mapping[str, tuple[Tensor, GridSpec]],
+        layers: Mapping[str, tuple[nn.Module, Disturbance]],
+        start_fraction: float,
+        ahead: bool,
+    ):
+        self._snap, self._weights = snap, dict(weights)
+        self.layers, self.start_fraction = dict(layers), start_fraction
+        if ahead:
+            self._attach()
+
+    @torch.no_grad()
+    def update(self, fraction: float) -> None:
+        """Take up the present weights; before every optimizer step, not for its micro-steps."""
+        if fraction < self.start_fraction:
+            return
+        self._attach()
+        for name, (_, disturbance) in self.layers.items():
+            disturbance.refresh(self._weights[name][0].detach())
+
+    @torch.no_grad()
+    def snap(self, fraction: float) -> None:
+        """Pull every weight that has a grid towards it; behind the optimizer step."""
+        strength = self._snap.at(fraction)
+        if strength > 0:
+            for weight, spec in self._weights.values():
+                weight.lerp_(exported(weight, spec).to(weight.dtype), strength)
+
+    def describe(self) -> str:
+        """A line for the log; empty where nothing is on."""
+        parts = []
+        if self.layers:
+            kinds = ", ".join(sorted({type(d).__name__ for _, d in self.layers.values()}))
+            parts.append(
+                f"{kinds} on {len(self.layers)} weights from {self.start_fraction:g} of training on"
+            )
+        if self._snap.strength:
+            parts.append(
+                f"snapping of {len(self._weights)} weights from {self._snap.start_fraction:g} on"
+            )
+        return "; ".join(parts)
+
+    def _attach(self) -> None:
+        for module, disturbance in self.layers.values():
+            module.fake_quantize = disturbance  # type: ignore[assignment]
+
+
+def _with_grid(
+    model: nn.Module, grids: Mapping[str, GridSpec]
+) -> dict[str, tuple[Tensor, GridSpec]]:
+    return {n: (p, grids[n]) for n, p in model.named_parameters() if n in grids and p.ndim == 2}

@@ -1,0 +1,1 @@
+"""The program that `recurgolf export` packs: a run that trains and scores itself, alone."""

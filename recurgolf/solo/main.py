@@ -1,0 +1,88 @@
+"""The exported program: trains one Run, or scores the artifact beside it.
+
+    python train_gpt.py                      the exact Run, into ./retrained_seed=N
+    torchrun --nproc_per_node=8 train_gpt.py the same on eight ranks
+    python train_gpt.py --evaluate           the score of artifact.bin, one JSON object
+
+Where the data are: --data and --tokenizer, else DATA_PATH and TOKENIZER_PATH, else what the Run
+says. SEED or --seed changes the seed of the Run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from recurgolf.artifact import score
+from recurgolf.artifact.reader import ArtifactError
+from recurgolf.config import ConfigError
+from recurgolf.data import DataError, Shards
+from recurgolf.run import Run
+from recurgolf.training.distributed import started_by_torchrun
+from recurgolf.training.launch import launch
+
+
+def main(data: dict[str, Any], code: dict[str, Any]) -> None:
+    """Do what the command line says with the Run that the program carries.
+
+    Args:
+        data: the Run, as `Run.from_dict` takes it.
+        code: the program whose bytes the run counts, see `solo.code`.
+    """
+    here = Path(sys.argv[0]).resolve().parent
+    parser = argparse.ArgumentParser(
+        description="Train the run that this file carries, or score an artifact of it.",
+        epilog="defaults of --data, --tokenizer and --seed: DATA_PATH, TOKENIZER_PATH, SEED",
+    )
+    parser.add_argument("--evaluate", action="store_true", help="score an artifact, train nothing")
+    parser.add_argument("--artifact", type=Path, default=here / "artifact.bin")
+    parser.add_argument("--data", default=os.environ.get("DATA_PATH"), help="folder of the shards")
+    parser.add_argument(
+        "--tokenizer", default=os.environ.get("TOKENIZER_PATH"), help="where no manifest names it"
+    )
+    parser.add_argument("--seed", type=int, default=os.environ.get("SEED"))
+    parser.add_argument("--folder", type=Path, help="where a new run goes")
+    asked = parser.parse_args()
+    try:
+        run = changed(Run.from_dict(data), asked.data, asked.tokenizer, asked.seed)
+        if asked.evaluate:
+            evaluate(run, asked.artifact)
+            return
+        if run.trainer.devices > 1 and not started_by_torchrun():
+            become_ranks(run.trainer.devices)
+        folder = asked.folder or Path(f"retrained_seed={run.seed}")
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = launch(run, folder.resolve())
+    except (ConfigError, DataError, ArtifactError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    sys.exit(0 if summary.within_budget else 3)
+
+
+def become_ranks(count: int) -> NoReturn:
+    """Start again as so many ranks, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def changed(run: Run, data: str | None, tokenizer: str | None, seed: int | None) -> Run:
+    """The Run with other shards or another seed; all else stays."""
+    if seed is not None:
+        run = dataclasses.replace(run, seed=int(seed))
+    if data is None:
+        return run
+    own = run.data
+    shards = Shards(own.vocab_size, tokenizer or own.tokenizer, own.loader, data)
+    return dataclasses.replace(run, data=shards)
+
+
+def evaluate(run: Run, artifact: Path) -> None:
+    """Score as `score.py` does."""
+    dataset = run.data.prepare()
+    tokenizer = str(dataset.tokenizer.path)
+    arguments = [str(artifact), "--data", str(dataset.folder), "--tokenizer", tokenizer]
+    sys.argv[1:] = arguments
+    score.main()

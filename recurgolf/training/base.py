@@ -1,0 +1,183 @@
+"""Training nothing but adapters: `trainer.trainable=lora` on the weights of a finished run.
+
+The base comes from a run folder (`trainer.base`): from its newest checkpoint, averaged as its
+config says, or from artifact.bin where no checkpoint was kept. Its weights are frozen: no optimizer
+and no average has them, and they leave training bit for bit as they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurgolf.artifact import ArtifactError, load
+from recurgolf.artifact.decode import MissingLibrary
+from recurgolf.artifact.score import rebuild
+from recurgolf.config import ConfigError, to_dict
+from recurgolf.model.transformer import Transformer
+from recurgolf.run import Run
+from recurgolf.training import checkpoint
+from recurgolf.training.packing import ARTIFACT
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder's Run and final weights.
+
+    Attributes:
+        state: the weights that were scored before packing, or the artifact's; by name, on the CPU.
+        source: where they are from, for the log.
+        tokenizer: SHA-256 of the tokenizer's file.
+    """
+
+    run: Run
+    state: dict[str, Tensor]
+    source: str
+    tokenizer: str
+
+    def model(self) -> Transformer:
+        """A model with these weights and adapters, in evaluation mode."""
+        with torch.random.fork_rng(devices=[]):
+            model = self.run.build_model()
+        _fill(model, self.state)
+        return model.eval()
+
+
+def read_finished(folder: str | Path) -> FinishedRun:
+    """The final weights of a run folder, from its newest checkpoint or else its artifact.
+
+    Raises:
+        ConfigError: no run folder, neither checkpoint nor artifact, or damaged ones.
+    """
+    folder = Path(folder)
+    run = Run.read(folder)
+    newest = checkpoint.newest(folder / "checkpoints")
+    path = folder / ARTIFACT
+    try:
+        header = load(path).metadata if path.exists() else None
+        if newest is not None:
+            source, state = f"{newest}", _from_checkpoint(run, newest)
+        elif path.exists():
+            source, state = f"{path}", rebuild(load(path)).model.state_dict()
+        else:
+            raise ConfigError(
+                f"{folder} has neither checkpoints nor {ARTIFACT}: there are no weights in it"
+            )
+    except (ArtifactError, MissingLibrary, checkpoint.CheckpointError) as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    tokenizer = run.data.prepare().tokenizer.sha256 if header is None else header["tokenizer"]
+    return FinishedRun(run, dict(state), source, tokenizer)
+
+
+def check_base(run: Run) -> None:
+    """Before any long work: refuse to train adapters where there are none, or on another base.
+
+    Raises:
+        ConfigError: rank 0, no base folder, a model that differs from the base's (the keys are
+            named), a plan in which no adapter takes part, snapping of weights that are frozen.
+    """
+    if run.trainer.trainable != "lora":
+        return
+    folder = run.trainer.base
+    assert folder is not None, "settings.py refuses that"
+    if run.lora.rank == 0:
+        raise ConfigError(
+            "trainer.trainable=lora with lora.rank=0: there is nothing to train; choose adapters, "
+            "as in lora=attention lora.rank=4"
+        )
+    base = Run.read(Path(folder))
+    # How weights start does not matter to weights that are there.
+    ours, theirs = ({**to_dict(r.model), "init": None} for r in (run, base))
+    _refuse_differences(folder, "model", theirs, ours)
+    if base.lora.rank:
+        lora = (to_dict(base.lora), to_dict(run.lora))
+        _refuse_differences(f"{folder} has adapters of its own, and", "lora", *lora)
+    with torch.device("meta"):
+        adapters = run.lora.build(run.model.projections, run.largest_plan)
+    assert adapters is not None
+    for plan in run.looping.all_plans(run.model.num_blocks):
+        if not any(adapters.slot(visit) is not None for visit in plan.visits[plan.grad_from :]):
+            raise ConfigError(
+                f"trainer.trainable=lora: under the plan {plan.describe()}, which training meets, "
+                "no visit has an adapter and nothing would be trained; set lora.visits=all or "
+                "looping.start_fraction=0"
+            )
+    if run.quant.qat.snap.strength > 0:
+        raise ConfigError(
+            f"trainer.trainable=lora with quant.qat.snap.strength={run.quant.qat.snap.strength}: "
+            "snapping moves weights that are to stay as they are; set it to 0"
+        )
+
+
+def start_from_base(run: Run, model: Transformer, tokenizer: str) -> str:
+    """With `trainer.trainable=lora`: fill a fresh model, whose rest is frozen, from the base.
+
+    Args:
+        tokenizer: SHA-256 of the tokenizer of the training data.
+
+    Returns:
+        A line for the log; empty where everything trains.
+
+    Raises:
+        ConfigError: the base has another tokenizer, or tensors that do not fit.
+    """
+    if run.trainer.trainable != "lora":
+        return ""
+    folder = run.trainer.base
+    assert folder is not None, "settings.py refuses that"
+    base = read_finished(folder)
+    if base.tokenizer != tokenizer:
+        raise ConfigError(
+            f"trainer.base={folder}: another tokenizer: {base.tokenizer[:12]}… there, "
+            f"{tokenizer[:12]}… in this run's data"
+        )
+    _fill(model, base.state)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"training {trained:,} adapter parameters on {base.source}"
+
+
+def _from_checkpoint(run: Run, path: Path) -> dict[str, Tensor]:
+    """The weights that the run's averaging makes of a checkpoint."""
+    parts, _ = checkpoint.load(path)
+    if not parts.get("averaging"):
+        return parts["model"]
+    with torch.random.fork_rng(devices=[]):
+        model = run.build_model()
+    model.load_state_dict(parts["model"])
+    averager = run.averaging.build(model)
+    averager.load_state_dict(parts["averaging"])
+    return averager.averaged_state() or parts["model"]
+
+
+def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
+    """Load weights; adapters that the source does not have keep their start."""
+    result = model.load_state_dict(dict(state), strict=False)
+    missing = [name for name in result.missing_keys if not name.startswith("adapters.")]
+    for names, what in ((missing, "lacks"), (result.unexpected_keys, "has in addition")):
+        if names:
+            raise ConfigError(f"the base {what} {len(names)} tensor(s), as {names[0]!r}")
+
+
+def _refuse_differences(
+    folder: str, part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+    """Name the first keys in which two parts of a Run differ."""
+    odd = _differences(part, theirs, ours)
+    if odd:
+        more = f" (and {len(odd) - 3} more)" if len(odd) > 3 else ""
+        raise ConfigError(f"trainer.base: {folder} is another {part}: {'; '.join(odd[:3])}{more}")
+
+
+def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
+    """`key is x there, y here`; of options of another kind only that."""
+    if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
+        return [] if theirs == ours else [f"{key} is {theirs!r} there, {ours!r} here"]
+    if theirs.get("kind") != ours.get("kind"):
+        return _differences(f"{key}.kind", theirs.get("kind"), ours.get("kind"))
+    odd = [_differences(f"{key}.{name}", theirs.get(name), ours.get(name)) for name in ours]
+    return [line for lines in odd for line in lines]

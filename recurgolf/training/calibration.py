@@ -1,0 +1,186 @@
+"""Calibration in a run: text, forwards of the final weights, Gram matrices over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recurgolf.config import ConfigError
+from recurgolf.data import Dataset
+from recurgolf.data.shards import TokenStream
+from recurgolf.looping import LoopPlan
+from recurgolf.model.linear import Embedding, Linear
+from recurgolf.model.transformer import Transformer
+from recurgolf.quant import GramCollector
+from recurgolf.run import Run
+from recurgolf.training.distributed import Ranks
+
+_WINDOWS, _SAMPLES = 0xCA11B, 0x5A3E1E
+"""Apart from the streams of chance that train with the same seeds."""
+
+
+class RunText:
+    """Token ids for calibration: the run's training windows, or the model's own words.
+
+    Args:
+        vocab_size: ids that the data uses; the model may know more.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, model: Transformer, plan: LoopPlan):
+        self.run, self.dataset, self.model, self.plan = run, dataset, model, plan
+
+    def training_rows(self, numbers: Sequence[int], length: int, of: int) -> Tensor:
+        """See `quant.calibration.TextSource`."""
+        stream = TokenStream(self.dataset.train_shards)
+        rng = np.random.Generator(np.random.PCG64([self.run.seed_of("data"), _WINDOWS]))
+        starts = rng.permutation(stream.num_tokens // length)[:of] * length
+        rows = [stream.read(int(starts[number]), length) for number in numbers]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    @torch.no_grad()
+    def sampled_rows(self, numbers: Sequence[int], length: int, temperature: float) -> Tensor:
+        """Rows that begin as documents do and go on by the model's own distribution.
+
+        Every row has its own uniform numbers, so that a row does not depend on its batch.
+        """
+        seed = self.run.seed_of("noise")
+        chance = np.stack(
+            [
+                np.random.Generator(np.random.PCG64([seed, _SAMPLES, number])).random(length)
+                for number in numbers
+            ]
+        )
+        device = self.model.embed.weight.device
+        uniform = torch.from_numpy(chance).to(device)
+        first = self.dataset.tokenizer.bos_id
+        ids = torch.full((len(numbers), 1), first, dtype=torch.int64, device=device)
+        while ids.shape[1] < length:
+            last = self.model.logits(self.model.hidden(ids, self.plan)[:, -1])
+            shares = torch.softmax(last[:, : self.run.data.vocab_size].double() / temperature, -1)
+            reached = shares.cumsum(-1) < uniform[:, ids.shape[1], None]
+            # The sum of shares can end a rounding error below a number that is almost 1.
+            chosen = reached.sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
+            ids = torch.cat((ids, chosen), dim=1)
+        return ids.cpu()
+
+
+def readout_name(model: Transformer) -> str:
+    """Name of the matrix that the main head multiplies by."""
+    return "embed.weight" if model.lm_head is None else "lm_head.weight"
+
+
+def layers_of(model: Transformer) -> dict[str, Linear]:
+    """Weight name -> linear layer, of all whose inputs hooks can see."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module is not model.lm_head
+    }
+
+
+def tables_of(model: Transformer) -> dict[str, int]:
+    """Weight name -> columns, of the tables that are looked up and do not read out.
+
+    An error in a row of theirs is the error of what comes out: every column counts alike.
+    """
+    return {
+        f"{name}.weight": module.embedding_dim
+        for name, module in model.named_modules()
+        if isinstance(module, Embedding) and f"{name}.weight" != readout_name(model)
+    }
+
+
+def check_calibration(
+    run: Run, model: Transformer, dataset: Dataset, names: Collection[str]
+) -> None:
+    """Refuse, before training, what calibration could not give after it.
+
+    Args:
+        names: weights whose rule says gptq.
+
+    Raises:
+        ConfigError: a weight whose inputs nobody sees; more text than there is.
+    """
+    known = {*layers_of(model), *tables_of(model), readout_name(model)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"quant: method gptq for {', '.join(unknown)}, which no layer multiplies its inputs "
+            "by; give a rule with method rtn before it"
+        )
+    if not names:
+        return
+    calibration, plan = run.quant.calibration, run.eval_plan
+    calibration.check_text(dataset.train_tokens, run.trainer.seq_len)
+    passes = max(visit.nth for visit in plan.visits) + 1
+    weights = calibration.visit_weights[:passes]
+    if weights and not any(weights):
+        raise ConfigError(
+            f"quant.calibration.visit_weights={calibration.visit_weights}: the {passes} visits of "
+            f"a looped block in the scored plan {plan.describe()} all count 0"
+        )
+
+
+@torch.no_grad()
+def collect_grams(
+    run: Run, model: Transformer, dataset: Dataset, names: Collection[str], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Gram matrices of the inputs of these weights, the same on every rank.
+
+    The model runs as it will be scored: in evaluation mode, under the plan for scoring, adapters
+    included. Every rank takes its share of the rows; memory does not grow with their number.
+    """
+    calibration, plan = run.quant.calibration, run.eval_plan
+    length = calibration.seq_len or run.trainer.seq_len
+    device = model.embed.weight.device
+    tables = {name: cols for name, cols in tables_of(model).items() if name in names}
+    layers = {name: layer for name, layer in layers_of(model).items() if name in names}
+    readout = readout_name(model)
+    reads = {readout: model.readout.shape[1]} if readout in names else {}
+    looped = tuple(f"blocks.{block}." for block in plan.looped_blocks)
+    weights = {n: calibration.visit_weights for n in layers if n.startswith(looped)}
+    collector = GramCollector(layers, reads, weights, device)
+    text = RunText(run, dataset, model, plan)
+    mine = range(ranks.rank, calibration.sequences, ranks.world_size)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(mine), calibration.batch):
+            # Sampling calls the layers too: outside of the hooks.
+            rows = calibration.rows(text, mine[start : start + calibration.batch], length)
+            with collector:
+                collector.begin(rows.numel())
+                hidden = model.hidden(rows.to(device), plan)
+                read = hidden if model.head_proj is None else model.head_proj(hidden)
+                if reads:
+                    collector.add(readout, read)
+    finally:
+        model.train(was_training)
+    _sum_over_ranks(collector, ranks)
+    grams = collector.grams() if collector.sums else {}
+    return {**grams, **{name: torch.eye(cols) for name, cols in tables.items()}}
+
+
+def _sum_over_ranks(collector: GramCollector, ranks: Ranks) -> None:
+    if ranks.world_size == 1:
+        return
+    for total in collector.sums.values():
+        dist.all_reduce(total)
+    collector.tokens = int(ranks.sums([collector.tokens])[0])
+
+
+def share(model: Transformer, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Put rank 0's weights into the model of every rank."""
+    parameters = dict(model.named_parameters())
+    # Rank 0 comes from quantising, which may have taken longer than a collective may wait.
+    ranks.wait()
+    with torch.no_grad():
+        for name in sorted(weights):
+            if ranks.is_first:
+                parameters[name].copy_(weights[name])
+            if ranks.world_size > 1:
+                dist.broadcast(parameters[name].data, src=0)

@@ -1,0 +1,170 @@
+"""A loss or gradient that is no finite number: found before it reaches the weights, and explained.
+
+All ranks look at their own loss and at the norms, and agree before any of them steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recurgolf.looping import LoopPlan
+from recurgolf.model.transformer import Transformer
+from recurgolf.training.faults import RunFailed
+from recurgolf.training.precision import autocast
+
+if TYPE_CHECKING:
+    from recurgolf.training.trainer import Trainer
+
+FOLDER = "non_finite"
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def accepts(
+    trainer: Trainer, plan: LoopPlan, batches: Batches, loss: Tensor, norms: dict[str, float]
+) -> bool:
+    """Whether this step may change the weights; the same answer on every rank. Collective.
+
+    Raises:
+        RunFailed: it may not, and `trainer.non_finite` does not let it pass.
+    """
+    finite = math.isfinite(loss.item()) and all(map(math.isfinite, norms.values()))
+    if trainer.ranks.sums([float(not finite)])[0] == 0:
+        return True
+    config = trainer.config
+    trainer.skipped += 1
+    if config.non_finite == "skip" and trainer.skipped <= config.max_skipped:
+        trainer.log.line(
+            f"step {trainer.step + 1}: loss {loss.item():.4g} or a gradient is not finite: skipped "
+            f"({trainer.skipped} of at most {config.max_skipped})"
+        )
+        return False
+    raise RunFailed(_explained(trainer, plan, batches, loss))
+
+
+def _explained(trainer: Trainer, plan: LoopPlan, batches: Batches, loss: Tensor) -> str:
+    """Keep every rank's batch and report; the message, on rank 0's findings or the first other's.
+
+    Collective.
+    """
+    folder = trainer.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    report = examine(trainer, plan, batches)
+    report |= {"step": trainer.step + 1, "rank": trainer.ranks.rank, "loss": loss.item()}
+    _keep(folder, trainer.ranks.rank, batches, report)
+    reports = trainer.ranks.gathered(report)
+    worst = next((r for r in reports if r["parameters"]), reports[0])
+    return _message(trainer, worst, folder)
+
+
+def examine(trainer: Trainer, plan: LoopPlan, batches: Batches) -> dict[str, Any]:
+    """Run a batch again on a copy of the weights and look where numbers stop being finite.
+
+    Returns:
+        `forward` and `backward`: the first visit whose state, or the gradient of it, is not
+        finite (None: all are); `parameters`: name -> counts of non-finite weights and gradients.
+    """
+    model: Transformer = copy.deepcopy(trainer.model)
+    model.zero_grad(set_to_none=True)
+    forward: list[int] = []
+    backward: list[int] = []
+
+    def seen(position: int, state: Tensor) -> None:
+        if not torch.isfinite(state).all():
+            forward.append(position)
+        if state.requires_grad:
+            state.register_hook(functools.partial(seen_gradient, position))
+
+    def seen_gradient(position: int, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            backward.append(position)
+
+    model.hidden = functools.partial(model.hidden, observe=seen)  # type: ignore[method-assign]
+    for x, y in batches:
+        with autocast(trainer.precision, trainer.device):
+            loss = model(x.to(trainer.device), plan, y.to(trainer.device))
+        loss.backward()
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        counts = {
+            "weights": _count(parameter),
+            "gradients": 0 if grad is None else _count(grad),
+            "of": parameter.numel(),
+        }
+        if counts["weights"] or counts["gradients"]:
+            parameters[name] = counts
+    return {
+        "plan": plan.describe(),
+        "forward": _visit(plan, min(forward, default=None)),
+        # The backward pass meets the visits from the last to the first.
+        "backward": _visit(plan, max(backward, default=None)),
+        "parameters": parameters,
+    }
+
+
+def _count(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def _visit(plan: LoopPlan, position: int | None) -> dict[str, int] | None:
+    if position is None:
+        return None
+    block, nth = plan.visits[position]
+    return {"position": position, "block": block, "nth": nth}
+
+
+def _keep(folder: Path, rank: int, batches: Batches, report: dict[str, Any]) -> None:
+    tensors = {
+        f"{name}{micro}": tensor.cpu().contiguous()
+        for micro, (x, y) in enumerate(batches)
+        for name, tensor in (("x", x), ("y", y))
+    }
+    save_file(tensors, folder / f"batch_rank{rank}.safetensors")
+    text = json.dumps(report, indent=1, default=str)
+    (folder / f"report_rank{rank}.json").write_text(text + "\n")
+
+
+def _message(trainer: Trainer, report: dict[str, Any], folder: Path) -> str:
+    where = []
+    for name, words in (("forward", "state behind"), ("backward", "gradient of the state behind")):
+        visit = report[name]
+        if visit is not None:
+            where.append(
+                f"the {words} visit {visit['position']} (block {visit['block']}, time "
+                f"{visit['nth'] + 1})"
+            )
+            break
+    names = list(report["parameters"])
+    if names:
+        first = report["parameters"][names[0]]
+        kind = "weights" if first["weights"] else "gradients"
+        where.append(
+            f"{len(names)} parameters, the first {names[0]} ({first[kind]:,} of {first['of']:,} "
+            f"{kind})"
+        )
+    if not where:
+        where.append("nothing when the batch is run again: the fault was in the gradients alone")
+    policy = trainer.config.non_finite
+    remedy = (
+        f"this was skip number {trainer.skipped} of at most trainer.max_skipped="
+        f"{trainer.config.max_skipped}"
+        if policy == "skip"
+        else "trainer.non_finite=skip passes over such steps; a lower rate may prevent them"
+    )
+    return (
+        f"step {report['step']}: loss {report['loss']:.4g}, on rank {report['rank']} not finite: "
+        f"{'; '.join(where)}. Batch and report are in {folder}; {remedy}"
+    )
+
+
+__all__ = ["accepts", "examine"]

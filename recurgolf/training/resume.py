@@ -1,0 +1,223 @@
+"""Which checkpoint a run continues, and whether it may.
+
+`trainer.resume=auto` takes the newest whole checkpoint of the run's own folder, a path takes that
+run's or that checkpoint's. Fields of the Run that cannot change the weights may differ; any other
+difference is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recurgolf.config import ConfigError
+from recurgolf.record import read_jsonl
+from recurgolf.run import Run
+from recurgolf.training import checkpoint
+from recurgolf.training.settings import WATCHING
+from recurgolf.training.summary import FILE as SUMMARY
+from recurgolf.training.summary import Summary
+
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+LOCK_SECONDS = 30.0
+"""A killed run's ranks need a moment to end; who comes after them waits so long."""
+
+ROUNDING = ("devices", "threads", "grad_accum", "activation_checkpointing", "compile")
+"""Trainer fields that change the order of sums at most: equal within 1e-5, not bit for bit."""
+
+FREE = (*WATCHING, *ROUNDING, "compile_backend", "non_finite", "max_skipped")
+"""Trainer fields that may differ between a run and its continuation."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to continue from.
+
+    Attributes:
+        path: its folder.
+        state: its state.json.
+        remark: a line for the log when the continuation is not bit for bit; empty otherwise.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    remark: str = ""
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it is one of this folder's, so that the run goes on rather than branches off."""
+        return self.path.parent.resolve() == (folder / CHECKPOINTS).resolve()
+
+
+def find(run: Run, folder: Path, say: Say) -> Found | None:
+    """The checkpoint that this run continues from; None where it starts anew.
+
+    Args:
+        folder: the run's own folder.
+        say: told of damaged checkpoints that were passed over.
+
+    Raises:
+        ConfigError: the checkpoint is of another run, or there is none where one was named.
+    """
+    asked = run.trainer.resume
+    if asked == "never":
+        return None
+    place = folder if asked == "auto" else Path(asked).expanduser()
+    if asked != "auto" and not place.is_dir():
+        raise ConfigError(f"trainer.resume={asked!r}: no such folder (or auto, never)")
+    single = (place / checkpoint.STATE).exists()
+    candidates = [place] if single else checkpoint.steps(place / CHECKPOINTS)
+    for path in candidates:
+        try:
+            state = checkpoint.read_state(path)
+        except checkpoint.CheckpointError as error:
+            say(f"{error}; trying the one before")
+            continue
+        return Found(path, state, compare(run, state, path))
+    if asked != "auto":
+        damaged = f", {len(candidates)} damaged ones" if candidates else ""
+        raise ConfigError(f"trainer.resume={asked!r}: no whole checkpoint in it{damaged}")
+    if candidates:
+        say(f"none of the {len(candidates)} checkpoints is whole: starting anew")
+    return None
+
+
+def compare(run: Run, state: dict[str, Any], path: Path) -> str:
+    """Refuse another run's checkpoint; the remark of `Found` otherwise.
+
+    Raises:
+        ConfigError: every field that differs and may not, with both values.
+    """
+    try:  # fields that were added since then take their defaults
+        before = Run.from_dict(state["run"]).to_dict()
+    except ConfigError:
+        before = state["run"]
+    changes = differences(before, run.to_dict())
+    free = {f"trainer.{name}" for name in FREE}
+    refused = [
+        f"{key}={now!r} (was {before!r})"
+        for key, (before, now) in changes.items()
+        if key not in free and key.partition(".")[0] not in ("tracker", "plugins", "name")
+    ]
+    if refused:
+        raise ConfigError(
+            f"{path} belongs to another run; these differ: {', '.join(refused)}. Resume it with "
+            "its own settings (recurgolf resume FOLDER), use another folder, or start anew with "
+            "trainer.resume=never"
+        )
+    rounding = [
+        f"{name}={changes[f'trainer.{name}'][1]} (was {changes[f'trainer.{name}'][0]})"
+        for name in ROUNDING
+        if f"trainer.{name}" in changes
+    ]
+    if not rounding:
+        return ""
+    return (
+        f"continued with {', '.join(rounding)}: equal to the undisturbed run within rounding "
+        "(1e-5), not bit for bit"
+    )
+
+
+def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now) of two trees of plain data, where they differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*before, *(key for key in now if key not in before)]:
+            inner = f"{path}.{key}" if path else str(key)
+            found |= differences(before.get(key), now.get(key), inner)
+        return found
+    return {} if before == now else {path: (before, now)}
+
+
+def finished(run: Run, folder: Path) -> Summary | None:
+    """The result of a run that already ended well in this folder, under `trainer.resume=auto`."""
+    if run.trainer.resume != "auto" or not (folder / SUMMARY).exists():
+        return None
+    try:
+        summary, events = Summary.read(folder), read_jsonl(folder / METRICS)
+    except (OSError, ValueError, TypeError):
+        return None
+    last = events[-1] if events else {}
+    ended_well = last.get("event") == "finish" and last["values"]["exit_code"] == 0
+    return summary if ended_well and summary.fingerprint == run.fingerprint else None
+
+
+def make_room(run: Run, folder: Path, found: Found | None, say: Say) -> None:
+    """Leave in a run's folder only what the checkpoint to continue from knows of.
+
+    What was recorded behind it is cut off, since it will be recorded again. Checkpoints that are
+    newer, or of another run, are moved aside.
+    """
+    own = found is not None and found.is_of(folder)
+    kept = found.state["metrics_bytes"] if own and found is not None else 0
+    path = folder / METRICS
+    # A run that ended before its first checkpoint is begun again, and so is its record.
+    again = own or (found is None and run.trainer.resume == "auto" and _is_run_of(run, folder))
+    if again and path.exists() and path.stat().st_size > kept:
+        os.truncate(path, kept)
+    there = folder / CHECKPOINTS
+    last = found.state["step"] if own and found is not None else -1
+    passed = [path for path in checkpoint.steps(there) if int(path.name[5:]) > last]
+    if not passed:
+        return
+    number = 1
+    while (aside := folder / f"{CHECKPOINTS}_before_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in passed:
+        path.rename(aside / path.name)
+    say(f"{len(passed)} checkpoint(s) that this run does not continue from: now in {aside.name}")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, writes: bool = True) -> Iterator[None]:
+    """Keep a second process from training in the same folder.
+
+    The lock is on the folder itself and ends with the process, however it ends.
+
+    Args:
+        writes: whether this rank writes there; the others need no lock.
+
+    Raises:
+        ConfigError: somebody else trains there.
+    """
+    if not writes:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _locked(handle):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{folder}: another process is training in this folder")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_run_of(run: Run, folder: Path) -> bool:
+    try:
+        return Run.read(folder).fingerprint == run.fingerprint
+    except (ConfigError, TypeError, KeyError):
+        return False
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+__all__ = ["CHECKPOINTS", "Found", "find", "finished", "make_room", "only_one"]

@@ -1,0 +1,251 @@
+"""Scoring in a run and in `recurgolf evaluate`: several protocols, progress, sums per document.
+
+scores/<protocol>.npz    nats, tokens, bytes: per document, in the order of the text
+                         text: fingerprint of validation tokens and tokenizer
+                         protocol: the settings, as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recurgolf.artifact.score import text_of
+from recurgolf.config import kind_of, to_dict
+from recurgolf.data import Dataset
+from recurgolf.eval import Eval, Score, Subject, Text, score
+from recurgolf.training.distributed import Ranks
+from recurgolf.training.progress import Log
+from recurgolf.training.telemetry import curves
+
+if TYPE_CHECKING:
+    from recurgolf.training.trainer import Trainer
+
+FOLDER = "scores"
+_NOT_SETTINGS = ("batch_tokens", "also", "audit")
+"""Fields that no score depends on."""
+
+
+def validate(trainer: Trainer) -> Score:
+    """Score the unpacked model under the run's protocol."""
+    with trainer.clock.phase("validation"):
+        result = shown(trainer.run.eval.alone, subject_of(trainer), trainer.text, trainer)
+    trainer.log.line(
+        f"step {trainer.step:5d}/{trainer.config.steps} | val_loss {result.val_loss:.4f} | "
+        f"val_bpb {result.val_bpb:.4f}"
+    )
+    trainer.validated[trainer.step] = result.val_bpb
+    if trainer.ranks.is_first:
+        values = {"val/loss": result.val_loss, "val/bpb": result.val_bpb}
+        plan = trainer.run.looping.eval_plan(trainer.run.model.num_blocks)
+        values |= curves(trainer, plan, "validation")
+        trainer.tracker.log({**values, **trainer.progress()}, step=trainer.step)
+    return result
+
+
+def subject_of(trainer: Trainer, model: torch.nn.Module | None = None) -> Subject:
+    """The trainer's model, or another one of the same run, as protocols see it."""
+    run = trainer.run
+    model = trainer.model if model is None else model
+    return Subject(model, run.looping, run.trainer.seq_len, trainer.device)
+
+
+def shown(
+    protocol: Eval, subject: Subject, text: Text, where: Trainer | Log, what: str = ""
+) -> Score:
+    """A protocol's score over all ranks, with a bar that tells the time left.
+
+    Args:
+        where: a trainer, for its log and ranks, or a log alone.
+        what: words for the bar; empty: the protocol's kind.
+    """
+    log, ranks = (where, Ranks()) if isinstance(where, Log) else (where.log, where.ranks)
+    began = time.monotonic()
+    with log.bar(f"scoring {what or kind_of(protocol)}", 1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            if bar.live is not None:
+                bar.live.update(bar.task, total=total)
+            left = (time.monotonic() - began) * (total - done) / done
+            bar.at(done, f"{left:.0f} s left")
+            if not isinstance(where, Log) and 20 * done >= total:
+                where.caps.expect(where.clock.running, left, "use fewer windows or fewer passes")
+
+        return score(
+            protocol,
+            subject,
+            text,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            all_reduce=all_reduced if ranks.world_size > 1 else None,
+            progress=progress,
+        )
+
+
+def all_reduced(tensor: Tensor) -> Tensor:
+    """A tensor's sum over ranks, on its own device where the backend works there."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = tensor.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def score_all(
+    protocols: Mapping[str, Eval],
+    subject: Subject,
+    text: Text,
+    where: Trainer | Log,
+) -> dict[str, Score]:
+    """Score by each protocol, in order; what differs only in name is scored once.
+
+    Returns:
+        Name -> score; what a protocol measured besides follows it as name/variant.
+    """
+    found: dict[str, Score] = {}
+    known: dict[str, Score] = {}
+    for name, protocol in protocols.items():
+        settings = {**settings_of(protocol), "passes": None}
+        key = json.dumps([settings, subject.plan(protocol.passes).blocks])
+        if key not in known:
+            known[key] = shown(protocol, subject, text, where, name)
+        found[name] = known[key]
+        for variant, own in known[key].variants.items():
+            found[f"{name}/{variant}"] = own
+    return found
+
+
+def named_protocols(protocols: list[Eval]) -> dict[str, Eval]:
+    """Every evaluation that protocols ask for, the headline first: name -> protocol by itself.
+
+    `eval.also` and lists of `eval.passes` are taken apart. The name is the kind, behind it what
+    differs where there are several of a kind: `sliding`, `sliding/stride=64`, `sliding/passes=3`.
+    """
+    found: dict[str, Eval] = {}
+    for protocol in [p for asked in protocols for p in (asked, *asked.also)]:
+        counts = protocol.passes if isinstance(protocol.passes, list) else []
+        alone = protocol.alone
+        for each in [alone, *(replace(alone, passes=passes) for passes in counts)]:
+            name = kind_of(each)
+            if name in found:
+                name = "/".join([name, *difference(settings_of(found[name]), settings_of(each))])
+            found.setdefault(name, each)
+    return found
+
+
+def settings_of(protocol: Eval) -> dict[str, Any]:
+    """The fields of a protocol that its score depends on."""
+    return {k: v for k, v in to_dict(protocol).items() if k not in _NOT_SETTINGS}
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`stride=64` for every field that differs."""
+    changed = [key for key, value in after.items() if before.get(key) != value]
+    return [f"{key}={json.dumps(after[key]).strip(chr(34))}" for key in changed]
+
+
+def entry_of(result: Score, dataset: Dataset) -> dict[str, float]:
+    """The entry of an evaluation in summary.json's `evals`.
+
+    `bytes` are those of the table (or sidecar) over the targets scored. `raw_bytes`, where the raw
+    text is known, are that text's, less the share of what the protocol left out; by them
+    `val_bpb_raw` divides.
+    """
+    entry = result.to_dict()
+    if dataset.val_raw_bytes is None:
+        return entry
+    sidecar = dataset.val_byte_sidecar
+    counted = dataset.val_bytes if sidecar is None else int(sidecar.sum())
+    ratio = dataset.val_raw_bytes / counted
+    return {**entry, "raw_bytes": result.bytes * ratio, "val_bpb_raw": result.val_bpb / ratio}
+
+
+def by_passes(
+    scores: Mapping[str, Score], protocols: Mapping[str, Eval], subject: Subject
+) -> dict[str, float]:
+    """Passes -> val_bpb of the headline protocol; empty where it was scored with one number.
+
+    Args:
+        protocols: as `named_protocols` gives them.
+    """
+    headline = next(iter(protocols.values()))
+    same = {**settings_of(headline), "passes": None}
+    found = {}
+    for name, protocol in protocols.items():
+        if {**settings_of(protocol), "passes": None} == same:
+            visits = subject.plan(protocol.passes).visits
+            found[1 + max(visit.nth for visit in visits)] = scores[name].val_bpb
+    return {str(n): found[n] for n in sorted(found)} if len(found) > 1 else {}
+
+
+def write_scores(
+    folder: Path, scores: Mapping[str, Score], protocols: Mapping[str, Eval], text: str
+) -> None:
+    """Write scores/<protocol>.npz below a run's folder.
+
+    Args:
+        text: fingerprint of the text.
+    """
+    (folder / FOLDER).mkdir(exist_ok=True)
+    for name, result in scores.items():
+        assert result.tally is not None
+        settings = json.dumps({**_settings_behind(name, protocols), "name": name})
+        draft = folder / FOLDER / f".{file_name(name)}"
+        with draft.open("wb") as file:
+            np.savez_compressed(
+                file,
+                nats=result.tally.nats,
+                tokens=result.tally.tokens,
+                bytes=result.tally.bytes,
+                text=np.array(text),
+                protocol=np.array(settings),
+            )
+        draft.replace(folder / FOLDER / file_name(name))
+
+
+def file_name(name: str) -> str:
+    """`sliding/passes=3` -> `sliding_passes=3.npz`."""
+    return name.replace("/", "_") + ".npz"
+
+
+def free_name(folder: Path, name: str, protocols: Mapping[str, Eval], text: str) -> str:
+    """The name under which an evaluation is kept beside those that a folder has.
+
+    It is `name`, unless other settings or another text have been scored under it; then what
+    differs is added, so that no entry is overwritten by something else.
+    """
+    path = folder / FOLDER / file_name(name)
+    if not path.exists():
+        return name
+    with np.load(path) as kept:
+        before, other = json.loads(str(kept["protocol"])), str(kept["text"]) != text
+    extra = difference(before, _settings_behind(name, protocols))
+    return "/".join([name, *extra, *([f"text={text[:8]}"] if other else [])])
+
+
+def _settings_behind(name: str, protocols: Mapping[str, Eval]) -> dict[str, Any]:
+    """Settings of the protocol that gave the entry `name`, which may be a variant of it."""
+    of = max((known for known in protocols if f"{name}/".startswith(f"{known}/")), key=len)
+    return settings_of(protocols[of])
+
+
+__all__ = [
+    "by_passes",
+    "entry_of",
+    "named_protocols",
+    "score_all",
+    "shown",
+    "subject_of",
+    "text_of",
+    "validate",
+    "write_scores",
+]

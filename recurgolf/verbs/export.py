@@ -1,0 +1,154 @@
+"""recurgolf export: a finished run as a folder in the challenge's form, which runs on its own.
+
+The folder holds one program that trains and scores (`train_gpt.py`: packed, counted), the artifact,
+`submission.json`, a README with the table of seeds, the logs, and the same source for reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recurgolf.artifact.code import Codes, codes_of, write_readable
+from recurgolf.config import ConfigError
+from recurgolf.run import Run
+from recurgolf.training.packing import ARTIFACT
+from recurgolf.training.progress import Log
+from recurgolf.training.settings import WATCHING
+from recurgolf.training.summary import FILE as SUMMARY
+from recurgolf.training.summary import Summary
+from recurgolf.verbs.export_check import check
+from recurgolf.verbs.export_text import readme, requirements, submission
+
+EXIT_OVER_BUDGET = 3
+
+
+@dataclass
+class Finished:
+    """A finished run's folder, read."""
+
+    folder: Path
+    run: Run
+    summary: Summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write a finished run, or one per seed, as a folder that trains and scores on its own."""
+    parser = argparse.ArgumentParser(prog="recurgolf export", description=main.__doc__)
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="RUN [RUN …] DEST; with --check: DEST"
+    )
+    parser.add_argument("--check", action="store_true", help="score an exported folder and compare")
+    parser.add_argument("--data", type=Path, help="--check: folder of the shards, if not the run's")
+    parser.add_argument("--author", default="", help="for submission.json")
+    parser.add_argument("--github-id", default="", help="for submission.json")
+    parser.add_argument("--blurb", default="", help="for submission.json; default: what the run is")
+    asked = parser.parse_args(arguments)
+    log = Log(None)
+    if asked.check:
+        if len(asked.folders) != 1:
+            raise ConfigError("export --check takes one folder, which `recurgolf export` has made")
+        return check(asked.folders[0], asked.data, log)
+    if len(asked.folders) < 2:
+        raise ConfigError("export needs a finished run and a folder to make: export RUN DEST")
+    *sources, folder = asked.folders
+    runs = [read_finished(source) for source in sources]
+    check_alike(runs)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is there and not empty; export into a new folder")
+    credits = {"author": asked.author, "github_id": asked.github_id, "blurb": asked.blurb}
+    codes = write(folder, runs, credits)
+    return told(folder, runs, codes, log)
+
+
+def told(folder: Path, runs: Sequence[Finished], codes: Codes, log: Log) -> int:
+    """Say what has been written; the exit code."""
+    first = runs[0]
+    budget = first.summary.budget_bytes
+    for name, code in (("train_gpt.py", codes.train), ("score.py", codes.score)):
+        total = first.summary.bytes_model + code.packed_bytes
+        left = budget - total
+        verdict = f"{left:,} below" if left >= 0 else f"{-left:,} ABOVE"
+        counts = " (artifact.code: this one counts)" if name == codes.counted_name else ""
+        log.line(
+            f"{ARTIFACT} {first.summary.bytes_model:,} + {name} {code.packed_bytes:,} "
+            f"(raw {code.raw_bytes:,}) = {total:,} bytes: {verdict} the budget{counts}"
+        )
+    log.line(f"exported to {folder}; recurgolf export --check {folder} scores it on its own")
+    over = first.summary.bytes_model + codes.counted.packed_bytes > budget
+    return EXIT_OVER_BUDGET if over else 0
+
+
+def read_finished(folder: Path) -> Finished:
+    """A run that has a result.
+
+    Raises:
+        ConfigError: it has none, or its files are not those of one run.
+    """
+    run = Run.read(folder)
+    for name in (SUMMARY, ARTIFACT):
+        if not (folder / name).exists():
+            raise ConfigError(f"{folder} has no {name}: the run did not finish")
+    return Finished(folder, run, Summary.read(folder))
+
+
+def check_alike(runs: Sequence[Finished]) -> None:
+    """Refuse runs that are not one experiment with different seeds.
+
+    Raises:
+        ConfigError: naming the key that differs, or a seed that comes twice.
+    """
+    first = _settings(runs[0].run.to_dict())
+    for other in runs[1:]:
+        mine = _settings(other.run.to_dict())
+        odd = [key for key in sorted({*first, *mine}) if first.get(key) != mine.get(key)]
+        if odd:
+            key = odd[0]
+            raise ConfigError(
+                f"{other.folder} is another experiment than {runs[0].folder}: {key} is "
+                f"{mine.get(key)!r}, not {first.get(key)!r}; one export holds seeds of one run"
+            )
+    seeds = [one.run.seed for one in runs]
+    twice = {seed for seed in seeds if seeds.count(seed) > 1}
+    if twice:
+        raise ConfigError(f"seed {min(twice)} comes twice; export one run for every seed")
+
+
+def _settings(node: Any, path: str = "") -> dict[str, Any]:
+    """Every value of a run by its key, without seeds and without who watches."""
+    if not isinstance(node, dict):
+        return {path: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        own = f"{path}.{key}" if path else key
+        watching = path == "trainer" and key in WATCHING
+        if own not in ("seed", "seeds", "name", "tracker") and not watching:
+            found.update(_settings(value, own))
+    return found
+
+
+def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Codes:
+    """Write the folder; the first run's artifact is the one that is shipped."""
+    first = runs[0]
+    codes = codes_of(first.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_gpt.py").write_text(codes.train.source)
+    (folder / "score.py").write_text(codes.score.source)
+    for name in (ARTIFACT, SUMMARY, "run.json"):
+        shutil.copyfile(first.folder / name, folder / name)
+    for one in runs:
+        log = one.folder / "train.log"
+        if log.exists():
+            shutil.copyfile(log, folder / f"train_seed{one.run.seed}.log")
+    write_readable(codes.train, folder / "source")
+    summaries = [one.summary for one in runs]
+    entry = submission(first.run, summaries, codes, credits)
+    (folder / "submission.json").write_text(json.dumps(entry, indent=1) + "\n")
+    (folder / "README.md").write_text(readme(first.run, summaries, codes, entry))
+    (folder / "requirements.txt").write_text(requirements(first.run, codes.train))
+    return codes

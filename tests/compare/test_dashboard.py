@@ -1,0 +1,132 @@
+"""The W&B workspace and report, by what would be sent; no network, no account."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from smoke_runs import train
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "dashboard.py"
+
+
+def dashboard(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, dict]:
+    pytest.importorskip("wandb_workspaces")
+    folder = tmp_path_factory.mktemp("dashboard")
+    asked = ("--entity", "somebody", "--project", "golf", "--name", "the board")
+    env = {"WANDB_API_KEY": "", "NETRC": str(folder / "none"), "HOME": str(folder)}
+    ended = dashboard(*asked, "--dry-run", str(folder), env=env)
+    assert ended.returncode == 0, ended.stderr
+    return {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("workspace", "report")
+    }
+
+
+def nodes(tree):
+    """Every object in a JSON tree."""
+    if isinstance(tree, dict):
+        yield tree
+        for value in tree.values():
+            yield from nodes(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from nodes(value)
+
+
+def plots(tree) -> list[dict]:
+    return [node for node in nodes(tree) if "viewType" in node]
+
+
+@pytest.mark.parametrize("view", ["workspace", "report"])
+def test_bytes_are_scattered_against_bpb(written, view):
+    scatters = [p["config"] for p in plots(written[view]) if p["viewType"] == "Scatter Plot"]
+    assert ("summary:artifact_bytes", "summary:val_bpb") in {
+        (config["xAxis"], config["yAxis"]) for config in scatters
+    }
+
+
+@pytest.mark.parametrize("view", ["workspace", "report"])
+def test_curves_are_drawn_by_group_over_all_three_axes(written, view):
+    lines = [p["config"] for p in plots(written[view]) if p["viewType"] == "Run History Line Plot"]
+    curves = [config for config in lines if config["metrics"] == ["val/bpb"]]
+    assert {config["xAxis"] for config in curves} == {"step", "tokens", "train_seconds"}
+    assert all(config["groupBy"] == "group" for config in curves)
+    assert all(config["groupArea"] == "stddev" for config in curves)
+
+
+@pytest.mark.parametrize("view", ["workspace", "report"])
+def test_the_cost_of_packing_has_a_bar_for_every_group(written, view):
+    (bars,) = [
+        p["config"]
+        for p in plots(written[view])
+        if p["viewType"] == "Bar Chart" and "gap" in p["config"]["metrics"][0]
+    ]
+    assert bars["metrics"] == ["summary_metrics.quantization_gap"]
+    assert bars["groupBy"] == "group"
+
+
+def test_both_belong_to_the_project_asked_for(written):
+    workspace, report = written["workspace"], written["report"]
+    assert (workspace["entity"], workspace["project"]) == ("somebody", "golf")
+    assert (workspace["displayName"], report["displayName"]) == ("the board", "the board")
+    assert report["project"] == {"name": "golf", "entityName": "somebody"}
+    grouping = workspace["spec"]["section"]["runSets"][0]["grouping"]
+    assert grouping == [{"section": "run", "name": "group"}]
+
+
+def test_the_report_lists_every_seed(written):
+    runsets = [run for node in nodes(written["report"]) for run in node.get("runSets", [])]
+    (seeds,) = [run for run in runsets if run["name"] == "seeds"]
+    assert seeds["grouping"] == []
+    assert seeds["runFeed"]["columnOrder"][:4] == [
+        *("run:group", "run:displayName", "config:seed.value", "summary:val_bpb"),
+    ]
+    keys = [(sort["key"]["section"], sort["key"]["name"]) for sort in seeds["sort"]["keys"]]
+    assert keys == [("run", "group"), ("run", "displayName")]
+
+
+def test_every_figure_it_names_is_one_that_runs_leave(written):
+    """In the summary, the config or the curves of a real run."""
+    run = train("looping=cycle", "looping.passes=2", "lora.rank=2", "trainer.log_every=5")
+    curves = {key for event in run.events for key in event}
+    text = json.dumps(written)
+    named = {
+        word.removeprefix("summary:")
+        for node in nodes(written)
+        for word in node.get("columnOrder", [])
+        if word.startswith("summary:")
+    }
+    assert named <= {*run.summary, "quantization_gap"}
+    for config in (p["config"] for p in plots(written)):
+        for metric in config.get("metrics", []):
+            known = curves | {
+                f"summary_metrics.{key}" for key in (*run.summary, "quantization_gap")
+            }
+            assert metric in known, metric
+        if "metricRegex" in config:
+            stem = config["metricRegex"].removesuffix(".*")
+            assert any(key.startswith(stem) for key in curves), stem
+    assert "config:seed.value" in text
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path):
+    (tmp_path / "wandb_workspaces").mkdir()
+    (tmp_path / "wandb_workspaces" / "__init__.py").write_text(
+        "raise ModuleNotFoundError('not here', name='wandb_workspaces')"
+    )
+    ended = dashboard("--entity", "x", "--dry-run", ".", env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 2
+    assert "pip install 'recurgolf[dashboard]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
