@@ -9,8 +9,17 @@ from smoke_runs import composed, small, train
 
 from recurgolf.artifact import load, pack
 from recurgolf.cli import conf_folder
-from recurgolf.plan import make_plan, shapes_of
-from recurgolf.quant import QuantizedTensor, dequantize_state, predicted_bits, quantize_state
+from recurgolf.config import REGISTRY
+from recurgolf.plan import make_plan, plan_table, shapes_of
+from recurgolf.quant import (
+    QuantizedTensor,
+    SigmaClip,
+    code_entropy,
+    dequantize_state,
+    predicted_bits,
+    quantize_state,
+    rtn_quantize,
+)
 from recurgolf.run import Run
 
 EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
@@ -95,8 +104,62 @@ def test_the_command_prints_it_and_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_names_the_code_that_counts_and_both_sizes(tmp_path):
+    plan = make_plan(composed(*small()))
+    out = recurgolf("plan", *small(), cwd=tmp_path).finished().out
+    for name, size in plan.code.to_json()["files"].items():
+        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert f"{size['packed']:,}" in line and f"{size['raw']:,}" in line
+        assert ("counts" in line) == (name == "score.py")
+    other = make_plan(composed(*small("artifact.code=train")))
+    assert other.code_bytes == plan.code.train.packed_bytes > plan.code_bytes
+    assert other.total_bytes - plan.total_bytes == other.code_bytes - plan.code_bytes
+
+
+def test_a_filled_budget_is_planned_as_full():
+    run = composed("experiment=demo", "quant.fill_budget=true", "budget.artifact_bytes=800000")
+    plan = make_plan(run)
+    assert 0.998 * 800_000 < plan.total_bytes <= 800_000
+
+
+def test_floored_steps_are_said_to_give_an_upper_bound(tmp_path):
+    ended = recurgolf("plan", "experiment=parameter_golf_baseline_cpu", cwd=tmp_path).finished()
+    assert "upper bound" in ended.out
+    assert "upper bound" not in recurgolf("plan", *small(), cwd=tmp_path).finished().out
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma", "zlib", "zstd", "ans", "none"])
+def test_a_codec_takes_the_bits_that_the_plan_expects(codec):
+    """On Gaussian codes, at four steps; the plan adds a codec's excess to the entropy."""
+    kind = REGISTRY["artifact/codec"][codec]()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 512, generator=generator)
+    for bits, k in ((6, 17.0), (6, 7.0), (6, 5.0), (8, 8.0)):
+        codes, _ = rtn_quantize(weight, bits=bits, clip=SigmaClip(k))
+        stored = kind.encode(codes.numpy().tobytes(), [(512, 512)], 1).payload
+        taken = 8 * len(stored) / codes.numel()
+        assert kind.expected_bits(code_entropy(codes)) == pytest.approx(taken, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.dim=96", "artifact/codec=ans", "trainer.steps=500", "trainer.batch_tokens=1024"),
+        ("quant=int6", "model.dim=128", "model.num_blocks=4", "trainer.steps=400", "lora=none"),
+    ],
+    ids=["ans", "int6"],
+)
+def test_the_prediction_is_within_three_percent_of_a_trained_file(tmp_path, overrides):
+    """On the whole text, so that every piece of the vocabulary is seen often."""
+    quiet = ["tracker=none", "trainer.precision=float32", "hydra.run.dir=run"]
+    recurgolf("experiment=smoke", *overrides, *quiet, cwd=tmp_path).finished()
+    predicted = make_plan(Run.read(tmp_path / "run")).model_bytes
+    assert predicted == pytest.approx((tmp_path / "run/artifact.bin").stat().st_size, rel=0.03)
+
+
 def test_the_plan_of_a_large_model_takes_seconds(tmp_path):
     began = time.process_time()
-    make_plan(composed("experiment=universal_rank1"))
+    plan_table(composed("experiment=universal_rank1"))
     assert time.process_time() - began < 5
     assert "headroom" in recurgolf_process("plan", cwd=tmp_path).finished().out

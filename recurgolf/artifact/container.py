@@ -77,7 +77,7 @@ class PackTable:
     tensors: dict[str, float] = field(default_factory=dict)
 
     def render(self) -> str:
-        """The table for people, one line per section, aligned."""
+        """The table for people, one line per section, aligned; under it what else was tried."""
         lines = [
             f"{'section':<18}{'tensors':>8}{'entries':>12}{'raw':>12}{'stored':>12}{'entropy':>12}"
             "  codec"
@@ -88,6 +88,9 @@ class PackTable:
                 f"{row.title:<18}{row.num_tensors:>8}{row.num_entries:>12,}{row.raw_bytes:>12,}"
                 f"{row.stored_bytes:>12,}{bound:>12}  {row.codec} {row.transform}"
             )
+            for codec, transform, size in sorted(row.tried, key=lambda one: one[2]):
+                if len(row.tried) > 1:
+                    lines.append(f"{'':<50}{size:>12,}{'':>12}  {codec} {transform}")
         lines.append(f"{'header':<50}{self.header_bytes:>12,}")
         lines.append(f"{'artifact.bin':<50}{self.total_bytes:>12,}")
         return "\n".join(lines)

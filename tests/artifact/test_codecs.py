@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import recurgolf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -176,3 +177,8 @@ def test_a_missing_library_is_said_at_the_choice(codec, package, monkeypatch):
 def test_impossible_choices_are_named(codec, words):
     with pytest.raises(ConfigError, match=words):
         codec.check()
+
+
+def test_a_group_written_with_dots_is_told_its_name(tmp_path):
+    why = recurgolf("artifact.codec=best", cwd=tmp_path).refused()
+    assert "write artifact/codec=best" in why

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from smoke_runs import composed
+from smoke_runs import composed, train
 
 from recurgolf.artifact.ledger import add_actual, component, predict, to_json
 from recurgolf.plan import packed_shapes, shapes_of
@@ -48,3 +48,34 @@ def test_before_there_is_a_file_no_actual_bytes_are_claimed():
     found = to_json(LINES, {"packed": 1000, "raw": 5000}, 10**6)
     assert found["actual_bytes"] is None
     assert found["predicted_bytes"] == round(sum(line.predicted for line in LINES)) + 1000
+
+
+def test_every_attempt_of_the_best_codec_is_printed_and_kept():
+    run = train("artifact/codec=best", "artifact.codec.codecs=[zlib,none]")
+    sections = run.json("ledger.json")["sections"]
+    assert {section["title"] for section in sections} >= {"codes 6", "scales float16"}
+    for section in sections:
+        sizes = {(codec, transform): size for codec, transform, size in section["tried"]}
+        assert len(sizes) == 2 * 4
+        assert min(sizes.values()) == section["stored_bytes"]
+        assert sizes[section["codec"], section["transform"]] == section["stored_bytes"]
+        for (codec, transform), size in sizes.items():
+            assert f"{size:,}" in run.ended.out and f"{codec} {transform}" in run.ended.out
+    codes = next(section for section in sections if section["title"] == "codes 6")
+    assert f"{codes['entropy_bytes']:,.0f}" in run.ended.out
+
+
+def test_both_programs_are_in_the_ledger_and_one_counts():
+    run = train()
+    code = run.json("ledger.json")["code"]
+    assert code["counted"] == "score.py, packed"
+    assert code["packed"] == (run.path / "score.py").stat().st_size == run.summary["bytes_code"]
+    assert code["files"]["score.py"] == {"packed": code["packed"], "raw": code["raw"]}
+    assert code["files"]["train_gpt.py"]["raw"] > code["raw"] > code["packed"]
+
+
+def test_a_header_is_predicted_from_its_content():
+    run = train()
+    ledger = run.json("ledger.json")
+    line = next(line for line in ledger["components"] if line["component"] == "header")
+    assert line["predicted"] == pytest.approx(line["actual"], rel=0.06)

@@ -53,6 +53,7 @@ def test_training_again_gives_the_same_artifact(exported, tmp_path):
         assert again[key] == train().summary[key], key
 
 
+@pytest.mark.slow
 def test_another_seed_trains_another_model(exported, tmp_path):
     arguments = ["--folder", str(tmp_path), "--seed", "7"]
     done = run_alone(exported / "train_gpt.py", arguments)
