@@ -76,6 +76,9 @@ class RunFolder:
             name: {k: v for k, v in of.items() if k != "seconds"}
             for name, of in kept["evals"].items()
         }
+        kept["caps"] = {
+            name: {k: v for k, v in of.items() if k != "used"} for name, of in kept["caps"].items()
+        }
         return kept
 
 

@@ -210,11 +210,11 @@ def test_the_checkpoint_at_the_end_holds_the_weights_that_were_packed():
 
 
 def test_over_the_budget_is_said_and_nothing_is_deleted():
-    over = train("budget.artifact_bytes=45_000")
+    over = train("budget.artifact_bytes=30_000")
     assert over.ended.code == 3
     assert over.summary["status"] == "over_budget"
     assert not over.summary["within_budget"]
-    assert "OVER THE BUDGET of 45,000 by" in over.ended.out
+    assert "OVER THE BUDGET of 30,000 by" in over.ended.out
     assert {path.name for path in over.path.iterdir()} == FILES
 
 

@@ -94,7 +94,7 @@ def test_a_failing_job_stops_nobody_and_is_listed_with_its_cause(tmp_path):
 
 
 def test_a_job_over_its_budget_is_counted_and_told_by_the_exit_code(tmp_path):
-    own = ["budget.artifact_bytes=45_000", "seed=1,2", "trainer.steps=2"]
+    own = ["budget.artifact_bytes=30_000", "seed=1,2", "trainer.steps=2"]
     ended = sweep(tmp_path, *own)
     assert ended.code == 3
     (group,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["groups"]
