@@ -52,7 +52,7 @@ from recurgolf.overrides import (
     is_seed,
     split_arguments,
 )
-from recurgolf.training.faults import RunFailed
+from recurgolf.training.faults import RunFailed, is_full_disk
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         code = _refused(explain(error, arguments))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not is_full_disk(error):
             raise
-        code = _refused(f"{error.filename}: {error.strerror}")
+        code = _refused(f"{error.filename or 'the folder of the run'}: {error.strerror}")
     sys.exit(code)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from recurgolf.disk import writing
+
 AXES = ("step", "tokens", "train_seconds")
 """Counters that any curve can be drawn over; an event without them takes the latest."""
 
@@ -168,8 +170,18 @@ class JsonlTracker(Tracker):
         line = {"event": event, "time": round(time.time(), 3), **self._axes}
         clash = ({"event", "time"} | line.keys() - {*AXES}) & content.keys()
         assert not clash, f"metrics named {sorted(clash)}"
-        text = json.dumps({**line, **_finite(content)}, allow_nan=False)
-        self._file.write(text.encode() + b"\n")
+        text = json.dumps({**line, **_finite(content)}, allow_nan=False).encode() + b"\n"
+        with writing(Path(self._file.name), len(text)):
+            try:
+                # A disk with room for a part of it takes that part, and says so at the next call.
+                written = self._file.write(text)
+                while written < len(text):
+                    written += self._file.write(text[written:])
+            except OSError:
+                # Nothing more can be told, not even the end; who resumes cuts the half line off.
+                self._file.close()
+                self._file = None
+                raise
 
 
 class SeveralTrackers(Tracker):

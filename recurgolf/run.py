@@ -18,6 +18,7 @@ from recurgolf.artifact.codecs import Codec
 from recurgolf.budget import Budget
 from recurgolf.config import ConfigError, from_dict, kind_of, load_plugins, to_dict
 from recurgolf.data import Data
+from recurgolf.disk import writing
 from recurgolf.eval import Eval
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.lora import LoRA
@@ -129,7 +130,9 @@ class Run:
         return from_dict(cls, data)
 
     def write(self, folder: Path) -> None:
-        (folder / "run.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        with writing(folder / "run.json", len(text)):
+            (folder / "run.json").write_text(text)
 
     @classmethod
     def read(cls, folder: Path) -> Run:

@@ -32,6 +32,7 @@ from recurgolf.artifact.reader import (
     Piece,
     sections_of,
 )
+from recurgolf.disk import writing
 from recurgolf.quant.codes import QuantizedTensor, Stored
 from recurgolf.quant.entropy import code_entropy
 
@@ -114,7 +115,8 @@ def pack(
         ValueError: metadata or tensors that the format cannot hold.
     """
     data, table = pack_bytes(metadata, tensors, codec)
-    Path(path).write_bytes(data)
+    with writing(Path(path), len(data)):
+        Path(path).write_bytes(data)
     return table
 
 

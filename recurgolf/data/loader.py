@@ -26,9 +26,13 @@ class Loader:
     Attributes:
         seq_len: tokens in a row of a batch.
         rank, world_size: which rank of how many this one serves.
+        shards: the tokens that it reads from.
     """
 
-    def __init__(self, seq_len: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, seq_len: int, rank: int, world_size: int, shards: Sequence[Tokens] = ()
+    ) -> None:
+        self.shards = list(shards)
         self.seq_len = seq_len
         self.rank = rank
         self.world_size = world_size
@@ -149,7 +153,7 @@ class ShuffledLoader(Loader):
     def __init__(
         self, stream: TokenStream, seq_len: int, rank: int, world_size: int, seed: int
     ) -> None:
-        super().__init__(seq_len, rank, world_size)
+        super().__init__(seq_len, rank, world_size, stream.shards)
         self._stream = stream
         self._seed = seed
         self._taken = 0
@@ -198,7 +202,7 @@ class SequentialLoader(Loader):
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, rank: int, world_size: int) -> None:
-        super().__init__(seq_len, rank, world_size)
+        super().__init__(seq_len, rank, world_size, stream.shards)
         self._stream = stream
         self._position = 0
 
@@ -237,17 +241,16 @@ class RankShardsLoader(Loader):
         world_size: int,
         entropy: int | list[int],
     ) -> None:
-        super().__init__(seq_len, rank, world_size)
-        self._shards = [read_shard(path) for path in shards]
+        super().__init__(seq_len, rank, world_size, [read_shard(path) for path in shards])
         self._rng = np.random.Generator(np.random.PCG64(entropy))
         self._cut()
 
     def check(self, global_tokens: int, grad_accum: int) -> None:
         share = global_tokens // self.world_size
-        windows = sum(max(len(shard) - 1, 0) // self.seq_len for shard in self._shards)
+        windows = sum(max(len(shard) - 1, 0) // self.seq_len for shard in self.shards)
         if share > windows * self.seq_len:
             raise DataError(
-                f"fewer training tokens than one batch: the {len(self._shards)} shards of rank "
+                f"fewer training tokens than one batch: the {len(self.shards)} shards of rank "
                 f"{self.rank} give {windows} windows of {self.seq_len}, its share of a batch of "
                 f"{global_tokens} tokens needs {share // self.seq_len}"
             )
@@ -269,7 +272,7 @@ class RankShardsLoader(Loader):
         # The order of the draws is the source's, so that the recorded batches come out.
         self._rng_at_cut = self._rng.bit_generator.state
         self._starts: list[list[int]] = []
-        for shard in self._shards:
+        for shard in self.shards:
             largest_phase = min(self.seq_len - 1, max(len(shard) - self.seq_len - 1, 0))
             phase = int(self._rng.integers(largest_phase + 1)) if largest_phase else 0
             windows = max(len(shard) - 1 - phase, 0) // self.seq_len
@@ -285,7 +288,7 @@ class RankShardsLoader(Loader):
             index = int(self._rng.choice(len(left), p=left / left.sum()))
             start = self._starts[index].pop()
             left[index] -= 1
-            parts.append(self._shards[index][start : start + self.seq_len + 1])
+            parts.append(self.shards[index][start : start + self.seq_len + 1])
         return _shifted(parts)
 
 

@@ -95,13 +95,14 @@ class TokenStream:
     """Shards read as one sequence of tokens without copying them; it has no position.
 
     Attributes:
+        shards: each shard's tokens.
         num_tokens: length of the sequence.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self._shards = [read_shard(path) for path in shards]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1]) if self._shards else 0
+        self.shards = [read_shard(path) for path in shards]
+        self._ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1]) if self.shards else 0
 
     def read(self, start: int, count: int) -> Tokens:
         """`count` tokens from position `start` on; behind the last comes the first again."""
@@ -109,7 +110,7 @@ class TokenStream:
         position = start % self.num_tokens if count else 0
         while count:
             index = int(np.searchsorted(self._ends, position, side="right"))
-            shard = self._shards[index]
+            shard = self.shards[index]
             offset = position - (int(self._ends[index]) - len(shard))
             part = shard[offset : offset + count]
             parts.append(part)

@@ -34,13 +34,15 @@ def full_disk(path: Path, needed: int, error: BaseException, left: str) -> RunFa
 
     Args:
         path: what was being written.
-        needed: bytes of it.
+        needed: bytes of it; 0: the error says, or nobody knows.
         left: what can still be used, in words.
     """
-    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    what = f"it needs {needed:,} bytes and its" if needed else "its"
     return RunFailed(
-        f"cannot write {path}: {error}; it needs {needed:,} bytes and its disk has {free:,} free "
-        f"(or a limit on file sizes forbids it). {left}"
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {what} disk has "
+        f"{shutil.disk_usage(there).free:,} bytes free (or a quota or a size limit forbids it). "
+        f"{left}"
     )
 
 

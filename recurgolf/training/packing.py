@@ -8,10 +8,11 @@ from typing import Any
 
 from recurgolf import __version__
 from recurgolf.artifact import pack
-from recurgolf.artifact.code import codes_of
+from recurgolf.artifact.code import PACKED_NAME, codes_of
 from recurgolf.artifact.ledger import add_actual, to_json
 from recurgolf.config import to_dict
 from recurgolf.data import Dataset
+from recurgolf.disk import writing
 from recurgolf.plan import Plan
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
@@ -41,14 +42,17 @@ def write_artifact(
         log.line("packing the artifact ...")
         table = pack(folder / ARTIFACT, metadata(run, dataset), stored, run.artifact.codec)
         codes = codes_of(run)
-        codes.write(folder)
+        with writing(folder / PACKED_NAME, codes.counted.packed_bytes):
+            codes.write(folder)
     for line in table.render().splitlines():
         log.line(line)
     add_actual(plan.lines, table.tensors, table.header_bytes)
     ledger = to_json(plan.lines, codes.to_json(), run.budget.artifact_bytes, table)
     if stored.filled is not None:
         ledger["filled"] = stored.filled.to_json()
-    (folder / LEDGER).write_text(json.dumps(ledger, indent=1) + "\n")
+    text = json.dumps(ledger, indent=1) + "\n"
+    with writing(folder / LEDGER, len(text)):
+        (folder / LEDGER).write_text(text)
 
 
 def metadata(run: Run, dataset: Dataset) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -18,20 +19,26 @@ class Log:
     """Lines to the console and to a file. Ranks other than the first get `Log(None, False)`."""
 
     def __init__(self, path: Path | None, console: bool = True):
+        self.path = path
         self.file = path.open("a", buffering=1) if path is not None else None
         self.console = Console(highlight=False, soft_wrap=True) if console else None
 
     def line(self, text: str) -> None:
-        if self.file is not None:
-            self.file.write(text + "\n")
+        self.note(text)
         if self.console is not None:
             self.console.print(text, markup=False)
             sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """To the file alone: what the bar already shows."""
-        if self.file is not None:
+        if self.file is None:
+            return
+        try:
             self.file.write(text + "\n")
+        except OSError as error:
+            # A copy of the console is no reason to end a run.
+            self.close()
+            self.line(f"{self.path}: {error.strerror}; what follows is on the console alone")
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
@@ -44,7 +51,9 @@ class Log:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what it still holds will not fit either
+                self.file.close()
+            self.file = None
 
 
 def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 from pathlib import Path
@@ -51,11 +52,12 @@ def cpu_name() -> str:
 def show(trainer: Trainer, summary: Summary, lines: list[Line]) -> None:
     """The result table, on the console and in train.log."""
     log = trainer.log
-    consoles = [c for c in (log.console, log.file and Console(file=log.file, width=100)) if c]
-    for console in consoles:
+    page = io.StringIO()
+    for console in filter(None, (log.console, Console(file=page, width=100))):
         console.print(byte_table(summary, lines))
         for text in result_lines(trainer.run, summary, trainer.dataset.anchors):
             console.print(text, markup=False, highlight=False)
+    log.note(page.getvalue().rstrip())
 
 
 def byte_table(summary: Summary, lines: list[Line]) -> Table:

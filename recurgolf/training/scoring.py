@@ -22,6 +22,7 @@ from torch import Tensor
 from recurgolf.artifact.score import text_of
 from recurgolf.config import kind_of, to_dict
 from recurgolf.data import Dataset
+from recurgolf.disk import writing
 from recurgolf.eval import Eval, Score, Subject, Text, score
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.progress import Log
@@ -200,7 +201,7 @@ def write_scores(
         assert result.tally is not None
         settings = json.dumps({**_settings_behind(name, protocols), "name": name})
         draft = folder / FOLDER / f".{file_name(name)}"
-        with draft.open("wb") as file:
+        with writing(folder / FOLDER / file_name(name)), draft.open("wb") as file:
             np.savez_compressed(
                 file,
                 nats=result.tally.nats,

@@ -7,10 +7,13 @@ continued later, perhaps on another machine, compares lengths and samples of the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from recurgolf.data import Dataset
-from recurgolf.data.shards import DataError
+from recurgolf.data.shards import DataError, Tokens
 from recurgolf.training.faults import RunFailed
 
 SAMPLE_BYTES = 4096
@@ -40,10 +43,20 @@ def check_unchanged(before: dict[Path, Stamp]) -> None:
             what = f"has {now[0]:,} bytes instead of {size:,}"
         else:
             what = "was written again"
-        raise RunFailed(
-            f"{path} {what}: the data changed during the run, so its result would mean nothing; "
-            "the last checkpoint was made before that was seen. Put the file back and resume"
-        )
+        raise _changed(path, what)
+
+
+def check_uncut(shards: Sequence[Tokens]) -> None:
+    """Refuse to read from a file that was cut, which would end the process with SIGBUS.
+
+    Raises:
+        RunFailed: the first one that has fewer bytes than when it was opened.
+    """
+    for shard in shards:
+        if isinstance(shard, np.memmap):
+            now, opened = shard._mmap.size(), shard.offset + shard.nbytes  # type: ignore[attr-defined]
+            if now < opened:
+                raise _changed(shard.filename, f"has {now:,} bytes instead of {opened:,}")
 
 
 def contents(dataset: Dataset) -> dict[str, str]:
@@ -68,6 +81,13 @@ def check_contents(before: dict[str, str], dataset: Dataset) -> None:
         )
 
 
+def _changed(path: object, what: str) -> RunFailed:
+    return RunFailed(
+        f"{path} {what}: the data changed during the run, so its result would mean nothing; "
+        "the last checkpoint was made before that was seen. Put the file back and resume"
+    )
+
+
 def _stamp(path: Path) -> Stamp:
     try:
         found = path.stat()
@@ -86,4 +106,4 @@ def _sampled(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-__all__ = ["check_contents", "check_unchanged", "contents", "stamps"]
+__all__ = ["check_contents", "check_unchanged", "check_uncut", "contents", "stamps"]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recurgolf.disk import writing
+
 FILE = "summary.json"
 
 
@@ -71,7 +73,9 @@ class Summary:
 
     def write(self, folder: Path) -> None:
         draft = folder / f".{FILE}"
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        with writing(folder / FILE, len(text)):
+            draft.write_text(text)
         draft.replace(folder / FILE)
 
     @classmethod

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from recurgolf.data import Dataset
+from recurgolf.data.export import cache_folder
+from recurgolf.disk import writing
 from recurgolf.looping import LoopPlan
 from recurgolf.optim import build as build_optimizers
 from recurgolf.optim import training_fraction
@@ -80,7 +82,15 @@ class Trainer:
                 raise
             raise failure from error
         finally:
+            self.end(exit_code, allowed)
+
+    def end(self, exit_code: int, allowed: float | None) -> None:
+        """Close tracker and log."""
+        try:
             self.tracker.finish(exit_code, within_seconds=allowed)
+        except OSError as error:
+            raise self.explained(error) from None
+        finally:
             self.log.close()
 
     def explained(self, error: Exception) -> Exception:
@@ -88,7 +98,10 @@ class Trainer:
         if faults.is_out_of_memory(error):
             return faults.out_of_memory(error, f"in step {self.step + 1}", self.config)
         if isinstance(error, OSError) and faults.is_full_disk(error):
-            return faults.full_disk(self.folder, 0, error, "Checkpoints are kept and whole.")
+            place = Path(error.filename) if isinstance(error.filename, str) else self.folder
+            last = checkpoint.newest(self.folder / resume.CHECKPOINTS)
+            left = f"{last} is kept and whole." if last else "No checkpoint was written yet."
+            return faults.full_disk(place, 0, error, left)
         return error
 
     def begin(self) -> None:
@@ -109,7 +122,8 @@ class Trainer:
         # Rank 0 fills the cache before the others look into it.
         if not self.ranks.is_first:
             self.ranks.wait()
-        self.dataset: Dataset = run.data.prepare(self.log.line)
+        with writing(cache_folder()):
+            self.dataset: Dataset = run.data.prepare(self.log.line)
         if self.ranks.is_first:
             self.ranks.wait()
         self.val_tokens = self.dataset.validation_tokens()
@@ -254,6 +268,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         batches: non_finite.Batches = []
         for micro in range(config.grad_accum):
+            shard_stamps.check_uncut(self.loader.shards)
             x, y = self.loader.next_batch(config.batch_tokens, config.grad_accum)
             batches.append((x, y))
             last = micro == config.grad_accum - 1
@@ -312,7 +327,8 @@ class Trainer:
         rate = self.step * config.batch_tokens / seconds
         text = (
             f"step {self.step:5d}/{config.steps} | loss {mean:.4f} | "
-            f"~{self.rough_bpb(mean):.3f} bpb | lr x{lr_scale:.3f} | {plan.num_visits} visits | {rate:,.0f} tok/s | {seconds:.0f} s, "
+            f"~{self.rough_bpb(mean):.3f} bpb | lr x{lr_scale:.3f} | {plan.num_visits} visits | "
+            f"{rate:,.0f} tok/s | {seconds:.0f} s, "
             + time_left(self.step, config.steps, seconds, self.run.budget.max_train_seconds)
         )
         bar.at(self.step, text, line=True)

@@ -20,9 +20,11 @@ from smoke_runs import small
 
 import recurgolf
 from recurgolf.data.shards import write_shard
+from recurgolf.record import read_jsonl
 from recurgolf.training import checkpoint, shard_stamps
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.faults import RunFailed, is_out_of_memory, out_of_memory
+from recurgolf.training.progress import Log
 from recurgolf.training.trainer import Trainer
 
 LONG = ("trainer.steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=50")
@@ -144,6 +146,33 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_was_needed(tmp
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000000"]
 
 
+def test_a_record_that_no_longer_fits_ends_the_run_and_what_it_holds_is_whole(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = recurgolf.compose(small("trainer.steps=500", "trainer.log_every=1"))
+    with no_file_larger_than(9_000), pytest.raises(RunFailed) as failure:
+        Trainer(run, folder, Ranks()).run_all()
+    assert f"cannot write {folder / 'metrics.jsonl'}: File too large (it needs" in str(
+        failure.value
+    )
+    assert "No checkpoint was written yet" in str(failure.value)
+    steps = [event["step"] for event in read_jsonl(folder / "metrics.jsonl") if "step" in event]
+    assert len(steps) > 5 and steps == list(range(1, len(steps) + 1))
+
+
+def test_a_log_that_no_longer_fits_is_told_and_nothing_more(tmp_path, capsys):
+    log = Log(tmp_path / "train.log")
+    log.line("before")
+    with no_file_larger_than(20):
+        for text in ("twenty characters and more", "behind"):
+            log.line(text)
+        log.close()
+    assert (tmp_path / "train.log").read_bytes().startswith(b"before\n")
+    out = capsys.readouterr().out
+    assert out.count("what follows is on the console alone") == 1
+    assert "behind\n" in out
+
+
 def poisoned(trainer: Trainer, step: int, name: str) -> None:
     """Spoil one entry of one parameter's gradient in one step."""
 
@@ -223,7 +252,7 @@ def shard_folder(tmp_path: Path) -> list[str]:
     return ["experiment=smoke", *data, "data.vocab_size=1024", "tracker=none", "trainer.steps=4"]
 
 
-@pytest.mark.parametrize("change", ["cut", "gone", "rewritten"])
+@pytest.mark.parametrize("change", ["cut", "emptied", "gone", "rewritten"])
 def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change):
     run = recurgolf.compose([*shard_folder(tmp_path), "trainer.log_every=1"])
     (tmp_path / "run").mkdir()
@@ -235,10 +264,13 @@ def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change):
         shard.unlink()
     elif change == "cut":
         os.truncate(shard, len(content) - 2)
+    elif change == "emptied":  # reading on would be a SIGBUS
+        os.truncate(shard, 1024)
     else:
         shard.write_bytes(content[:-2] + b"\0\0")
         os.utime(shard, ns=(1, 1))
-    words = {"cut": "bytes instead of", "gone": "is gone", "rewritten": "was written again"}
+    words = {"gone": "is gone", "rewritten": "was written again"}
+    words |= dict.fromkeys(("cut", "emptied"), "bytes instead of")
     with pytest.raises(RunFailed, match=words[change]) as failure:
         trainer.fit()
     assert str(shard) in str(failure.value)
