@@ -66,7 +66,7 @@ class _Stripper(ast.NodeTransformer):
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         call = node.exc
-        checking = len(self.where) == 2 and self.where[1] in _CHECKS
+        checking = len(self.where) == 2 and _is_check(self.where[1])
         if checking and isinstance(call, ast.Call) and ast.unparse(call.func) == "ConfigError":
             call.args = [ast.Constant(".".join(self.where))]
             node.cause = None
@@ -82,7 +82,7 @@ class _Stripper(ast.NodeTransformer):
                 several.annotation = None
         before = self.checks_itself
         alone = len(known.posonlyargs + known.args + known.kwonlyargs) == 1
-        self.checks_itself = self.in_class and node.name in _CHECKS and alone
+        self.checks_itself = self.in_class and _is_check(node.name) and alone
         try:
             return self._inside(node, False)
         finally:
@@ -132,7 +132,8 @@ class _Stripper(ast.NodeTransformer):
             self.where.pop()
 
 
-_CHECKS = {"__post_init__", "check"}
+def _is_check(method: str) -> bool:
+    return method in ("__post_init__", "check") or method.startswith("_check_")
 
 
 def _refuses(node: ast.stmt) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import ConfigError, from_dict, kind_of, option, suggestion
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import Adapters
 from recurgolf.model.block import Block, BlockConfig, BlockNorm, SequentialConfig
@@ -72,7 +72,12 @@ class Model:
     """Another kind of block for the indices in second_block_at."""
     second_block_at: list[int] = field(default_factory=list)
     second_mixer: Mixer | None = None
-    """Another mixer for some blocks (hybrids): those of second_mixer_at or second_mixer_every."""
+    """Another mixer for some blocks (hybrids): those that mixer_pattern, second_mixer_every or
+    second_mixer_at says."""
+    mixer_pattern: list[str] = field(default_factory=list)
+    """Kinds of the mixers along the depth, repeated: [gated_deltanet, gated_deltanet, attention] is
+    attention in every third block. A kind that is neither `mixer` nor `second_mixer` becomes the
+    second mixer, with its defaults."""
     second_mixer_at: list[int] = field(default_factory=list)
     """Indices of the blocks with the second mixer."""
     second_mixer_every: int | None = None
@@ -119,6 +124,9 @@ class Model:
         for name in ("vocab_size", "dim", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: at least 1")
+        self._check_pattern()
+        for kind in self._new_kinds():
+            self.second_mixer = from_dict(Mixer, {"kind": kind})
         self._check_hybrid()
         self._check_second("second_block", self.second_block_at)
         self._check_second("second_mixer", self.second_mixer_blocks)
@@ -128,21 +136,54 @@ class Model:
         if self.value_embed.dim and self.value_embed.visits:
             _ = self.kv_dim
 
+    def _new_kinds(self) -> list[str]:
+        """Kinds in the pattern that neither mixer has."""
+        own = [kind_of(mixer) for mixer in (self.mixer, self.second_mixer) if mixer is not None]
+        return [kind for kind in dict.fromkeys(self.mixer_pattern) if kind not in own]
+
+    def _check_pattern(self) -> None:
+        pattern, first, second = self.mixer_pattern, self.mixer, self.second_mixer
+        said = f"model.mixer_pattern=[{', '.join(pattern)}]"
+        if len(pattern) > self.num_blocks:
+            raise ConfigError(f"{said}: {len(pattern)} mixers for {self.num_blocks} blocks")
+        if pattern and second is not None and kind_of(first) == kind_of(second):
+            raise ConfigError(
+                f"{said} cannot tell model.mixer from model.second_mixer: both are "
+                f"{kind_of(first)}; use model.second_mixer_every or model.second_mixer_at"
+            )
+        if second is not None and self._new_kinds():
+            raise ConfigError(
+                f"{said}: this model mixes by {kind_of(first)} (model.mixer) and "
+                f"{kind_of(second)} (model.second_mixer); name these alone"
+            )
+        if pattern and kind_of(first) not in pattern:
+            raise ConfigError(
+                f"{said} does not name model.mixer, which is {kind_of(first)}; choose another "
+                f"(model/mixer={pattern[0]}) or name it"
+            )
+        if len(self._new_kinds()) > 1:
+            raise ConfigError(f"{said}: a model has two kinds of mixers at most")
+
     def _check_hybrid(self) -> None:
         every = self.second_mixer_every
         if every is not None and not 1 <= every <= self.num_blocks:
             raise ConfigError(
                 f"model.second_mixer_every={every}: from 1 to the {self.num_blocks} blocks"
             )
-        if every is not None and self.second_mixer_at:
+        given = {
+            name: value
+            for name in ("mixer_pattern", "second_mixer_every", "second_mixer_at")
+            if (value := getattr(self, name)) not in (None, [])
+        }
+        if len(given) > 1:
             raise ConfigError(
-                f"model.second_mixer_every={every} and model.second_mixer_at="
-                f"{self.second_mixer_at}: give one of them"
+                f"{' and '.join(f'model.{name}={value}' for name, value in given.items())}: give "
+                "one of them (null or [] takes one back)"
             )
         if self.second_mixer is not None and not self.second_mixer_blocks:
             raise ConfigError(
-                "model.second_mixer is given, but no block has it: set model.second_mixer_every "
-                "or model.second_mixer_at"
+                "model.second_mixer is given, but no block has it: set model.mixer_pattern, "
+                "model.second_mixer_every or model.second_mixer_at"
             )
 
     def _check_second(self, name: str, blocks: list[int]) -> None:
@@ -203,7 +244,10 @@ class Model:
     @property
     def second_mixer_blocks(self) -> list[int]:
         """Indices of the blocks that have the second mixer."""
-        every = self.second_mixer_every
+        every, pattern = self.second_mixer_every, self.mixer_pattern
+        if pattern:
+            kinds = (pattern[i % len(pattern)] for i in range(self.num_blocks))
+            return [i for i, kind in enumerate(kinds) if kind != kind_of(self.mixer)]
         if every is None:
             return self.second_mixer_at
         return list(range(every - 1, self.num_blocks, every))

@@ -168,6 +168,23 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
         ([*HYBRID, "model.second_mixer_every=4"], "second_mixer_every=4: from 1 to the 3 blocks"),
         ([*HYBRID, "model.second_mixer_at=[0]"], r"every=2 and .*second_mixer_at=\[0\]: give one"),
         (["model.second_mixer_every=2"], "second_mixer_every is given, but no model.second_mixer"),
+        (
+            [*HYBRID, "model.mixer_pattern=[gated_deltanet,attention]"],
+            "mixer_pattern=.* and model.second_mixer_every=2: give one",
+        ),
+        (["model.mixer_pattern=[attention,gated_delta]"], "did you mean 'gated_deltanet'"),
+        (
+            ["model.mixer_pattern=[gated_deltanet]"],
+            "does not name model.mixer, which is attention",
+        ),
+        (
+            ["model.mixer_pattern=[attention,attention,gated_deltanet,attention]"],
+            "4 mixers for 3 blocks",
+        ),
+        (
+            [HYBRID[1], "model.mixer_pattern=[attention]"],
+            "cannot tell model.mixer from model.second_mixer: both are attention",
+        ),
         (HYBRID[:2], "second_mixer is given, but no block has it"),
         (
             [HYBRID[1], "model.second_mixer_at=[1]", "model.second_mixer.num_heads=2"],

@@ -298,6 +298,27 @@ def test_a_hybrid_has_its_second_mixer_in_every_so_manyth_block_and_survives_run
     assert set(model.adapters.bank(1)) == {"q_proj"}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "second"),
+    [
+        (["gated_deltanet", "attention"], [1, 3]),
+        (["gated_deltanet", "gated_deltanet", "attention"], [2]),
+        (["attention", "gated_deltanet", "gated_deltanet", "gated_deltanet"], [0]),
+        (["gated_deltanet"], []),
+    ],
+)
+def test_a_pattern_names_the_mixers_along_the_depth_and_repeats(pattern, second):
+    config = Model(num_blocks=BLOCKS, mixer=GatedDeltaNetConfig(), mixer_pattern=pattern)
+    kinds = [type(config.mixer_of(block)) for block in range(BLOCKS)]
+    expected = [AttentionConfig if b in second else GatedDeltaNetConfig for b in range(BLOCKS)]
+    assert kinds == expected and config.second_mixer_blocks == second
+    assert from_dict(Model, to_dict(config)) == config
+    # Of an attention first, the other kind is the one that is added.
+    if second:
+        other = Model(num_blocks=BLOCKS, mixer=AttentionConfig(), mixer_pattern=pattern)
+        assert [type(other.mixer_of(block)) for block in range(BLOCKS)] == expected
+
+
 @torch.no_grad()
 def test_extra_heads_count_in_training_only():
     schedule = LOOPINGS["none"]
