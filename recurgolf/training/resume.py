@@ -86,6 +86,12 @@ def find(run: Run, folder: Path, say: Say) -> Found | None:
         raise ConfigError(f"trainer.resume={asked!r}: no whole checkpoint in it{damaged}")
     if candidates:
         say(f"none of the {len(candidates)} checkpoints is whole: starting anew")
+    else:
+        # Without hydra.run.dir every command makes a folder of its own, and there never is one.
+        say(
+            f"trainer.resume=auto: no checkpoint in {folder}, starting anew (an earlier run goes on "
+            "with: recurgolf resume FOLDER)"
+        )
     return None
 
 
