@@ -1,7 +1,8 @@
-"""The round trip through peft itself; test_adapter_files.py reads what it wrote where it is not."""
+"""The round trip through peft itself, which is a dependency of the tests alone."""
 
 import warnings
 
+import peft
 import pytest
 import torch
 from adapted_models import (
@@ -20,8 +21,6 @@ from smoke_runs import composed
 from recurgolf import adapters
 from recurgolf.adapters.attach import linear_modules
 from recurgolf.adapters.files import TENSORS
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("overrides", [FLAT, SHARED], ids=["each block once", "shared by visits"])
