@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import recurgolf
@@ -29,7 +30,6 @@ from recurgolf.importers.settings import read_settings
 from recurgolf.importers.source import Place, System, lay, read_weights, to_source
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import LowRank
-from recurgolf.model.mixers.gated_deltanet import GatedDeltaNet
 from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 
@@ -40,6 +40,9 @@ SYSTEMS: dict[str, System] = {
     "parallel_recurrent": parallel_recurrent.SYSTEM,
 }
 """Whole systems by name."""
+
+Weights = str | Path | Mapping[str, Tensor]
+"""A state dict, or its file."""
 
 _OF_TRAINING = frozenset({"optimizer", "optimizer.schedule", "averaging", "eval"})
 """Groups whose option may be exchanged without changing what the weights mean."""
@@ -70,6 +73,8 @@ class Imported:
 
     def source_gradients(self) -> dict[str, Tensor]:
         """The gradients that the last backward left, under the source's names."""
+        if isinstance(self.model, ImportedLayer):
+            return self.model.source_gradients()
         named = self.model.get_submodule("transformer").named_parameters()
         return self.to_source({name: parameter.grad for name, parameter in named})
 
@@ -109,29 +114,59 @@ class ImportedModel(nn.Module):
 
 
 class ImportedLayer(nn.Module):
-    """One Gated DeltaNet layer: `model(hidden) -> hidden`, [b, t, d] both."""
+    """One Gated DeltaNet layer: `model(hidden) -> hidden`, [b, t, d] both.
 
-    def __init__(self, layer: GatedDeltaNet, factors: Mapping[str, Tensor], scale: float):
+    Attributes:
+        layer: the layer under our names.
+        factors: its low-rank factors, `lora/<projection>/A` and `B`.
+        source: the source's tensors, as they were read.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: Mapping[str, Tensor]):
         super().__init__()
-        self.layer = layer
-        self.factors = nn.ParameterDict({n.replace(".", "/"): f for n, f in factors.items()})
-        self.scale = scale
+        self.config, self.source = gated_delta_layer.settings_of(config), dict(source)
+        ours, state = gated_delta_layer.layer_state_from(self.config, source)
+        self.layer = ours.build(int(self.config["hidden_size"]))
+        self.layer.load_state_dict({n: t for n, t in state.items() if not n.startswith("lora.")})
+        self.factors = nn.ParameterDict(
+            {
+                name.replace(".", "/"): tensor.detach().clone()
+                for name, tensor in state.items()
+                if name.startswith("lora.")
+            }
+        )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        targets = sorted({name.split("/")[1] for name in self.factors})
-        adapters = {
-            target: LowRank(
-                self.factors[f"lora/{target}/A"], self.factors[f"lora/{target}/B"], self.scale
-            )
-            for target in targets
-        }
-        return self.layer(hidden, adapters)
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix along t; `mask` is 1 for tokens and 0 for padding [b, t]."""
+        adapters = {}
+        for name in sorted(n for n in self.factors if n.endswith("/A")):
+            a, b = self.factors[name], self.factors[f"{name[:-1]}B"]
+            adapters[name.split("/")[1]] = LowRank(a, b, self._scale(a.shape[0]))
+        return self.layer.segment(hidden, adapters, mask=mask)[0]
+
+    def _scale(self, rank: int) -> float:
+        alpha = self.config.get("lora_alpha")
+        return float(self.config.get("lora_scale", 1.0 if alpha is None else alpha / rank))
+
+    def source_gradients(self) -> dict[str, Tensor]:
+        """The gradients that the last backward left, under the source's names and shapes."""
+        found = {n: p.grad for n, p in self.layer.named_parameters()}
+        found |= {n.replace("/", "."): p.grad for n, p in self.factors.items()}
+        # Ours are rows of the source's, some several times: the way back is that map's derivative.
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in self.source.items()}
+        _, ours = gated_delta_layer.layer_state_from(self.config, leaves)
+        pairs = [(ours[name], grad) for name, grad in found.items() if grad is not None]
+        if not pairs:
+            return {}
+        outputs, grads = zip(*pairs, strict=True)
+        named = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        return {n: g for n, g in zip(leaves, named, strict=True) if g is not None}
 
 
 def load(
     system: str,
     config: Mapping[str, Any],
-    weights: str | Path,
+    weights: Weights,
     overrides: Sequence[str] = (),
 ) -> Imported:
     """Read somebody's checkpoint.
@@ -141,16 +176,16 @@ def load(
             `gated_delta_layer` for a single layer.
         config: the source's own hyper-parameters, perhaps under `hyperparameters`; the spelling of
             its environment variables, in capitals, works too. A layer with adapters takes their
-            factor as `lora_scale`.
-        weights: a state dict with the source's names, `.safetensors` or `.pt`; code in it is not
-            run.
+            factor as `lora_scale`, or `lora_alpha` over their rank; 1 without.
+        weights: a state dict with the source's names, or its file, `.safetensors` or `.pt`; code
+            in it is not run.
         overrides: of the Run, behind what the settings say; none for a layer.
 
     Raises:
         ConfigError: an unknown system, a setting that cannot be, a tensor that is missing, of
             another shape or of no use. The message names it.
     """
-    readers: dict[str, Callable[[Mapping[str, Any], str | Path], Imported]] = {
+    readers: dict[str, Callable[[Mapping[str, Any], Weights], Imported]] = {
         name: lambda config, weights, found=found: _load_system(found, config, weights, overrides)
         for name, found in SYSTEMS.items()
     }
@@ -177,7 +212,7 @@ def run_of(system: System, settings: Mapping[str, Any], overrides: Sequence[str]
 
 
 def _load_system(
-    system: System, config: Mapping[str, Any], weights: str | Path, overrides: Sequence[str]
+    system: System, config: Mapping[str, Any], weights: Weights, overrides: Sequence[str]
 ) -> Imported:
     settings = read_settings(system, config)
     run = run_of(system, settings, overrides)
@@ -188,15 +223,8 @@ def _load_system(
     return Imported(run, ImportedModel(run, transformer), places)
 
 
-def _load_layer(config: Mapping[str, Any], weights: str | Path) -> Imported:
-    tensors = read_weights(weights)
-    ours, state = gated_delta_layer.layer_state_from(config, tensors)
-    settings = config.get("hyperparameters", config)
-    layer = ours.build(int(settings["hidden_size"]))
-    base = {name: tensor for name, tensor in state.items() if not name.startswith("lora.")}
-    layer.load_state_dict(base)
-    factors = {name: tensor for name, tensor in state.items() if name.startswith("lora.")}
-    return Imported(None, ImportedLayer(layer, factors, float(settings.get("lora_scale", 1.0))))
+def _load_layer(config: Mapping[str, Any], weights: Weights) -> Imported:
+    return Imported(None, ImportedLayer(config, read_weights(weights)))
 
 
 def written(value: Any) -> str:

@@ -18,14 +18,15 @@ from torch import Tensor
 from recurgolf.config import ConfigError
 from recurgolf.model.mixers.gated_deltanet import PROJECTIONS, GatedDeltaNetConfig
 
-_SIZES = {
-    "num_key_heads": "linear_num_key_heads",
-    "num_value_heads": "linear_num_value_heads",
-    "key_head_dim": "linear_key_head_dim",
-    "value_head_dim": "linear_value_head_dim",
-    "conv_size": "linear_conv_kernel_dim",
-    "norm_eps": "rms_norm_eps",
+_SIZES: dict[str, tuple[str, Any]] = {
+    "num_key_heads": ("linear_num_key_heads", None),
+    "num_value_heads": ("linear_num_value_heads", None),
+    "key_head_dim": ("linear_key_head_dim", None),
+    "value_head_dim": ("linear_value_head_dim", None),
+    "conv_size": ("linear_conv_kernel_dim", 4),
+    "norm_eps": ("rms_norm_eps", 1e-6),
 }
+"""Our field -> the source's key, and what the published models have; None: it must be given."""
 
 _FUSED = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 
@@ -50,7 +51,7 @@ def layer_state_from(
         ConfigError: a missing or another key, a tensor that is missing, of another shape, or of no
             use here, half a pair of factors. The message names it.
     """
-    config = config.get("hyperparameters", config)
+    config = settings_of(config)
     ours = _config_from(config)
     shapes = _source_shapes(ours, int(config["hidden_size"]), weights)
     state: dict[str, Tensor] = {}
@@ -68,14 +69,22 @@ def layer_state_from(
     return ours, state
 
 
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, perhaps under `hyperparameters`; capitals and small letters are the same."""
+    return {key.lower(): value for key, value in config.get("hyperparameters", config).items()}
+
+
 def _config_from(config: Mapping[str, Any]) -> GatedDeltaNetConfig:
-    for key in ("hidden_size", *_SIZES.values()):
+    needed = [key for key, usual in _SIZES.values() if usual is None]
+    for key in ("hidden_size", *needed):
         if key not in config:
             raise ConfigError(f"gated delta layer: the configuration lacks {key!r}")
     activation = config.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):
         raise ConfigError(f"gated delta layer: hidden_act={activation!r}; only 'silu' is known")
-    return GatedDeltaNetConfig(**{field: config[key] for field, key in _SIZES.items()})
+    return GatedDeltaNetConfig(
+        **{field: config.get(key, usual) for field, (key, usual) in _SIZES.items()}
+    )
 
 
 def _source_shapes(

@@ -66,16 +66,21 @@ class System:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in float32 from `.safetensors`, or from `.pt` without running code in it.
+
+    Args:
+        weights: the file, or the state dict itself.
 
     Raises:
         ConfigError: another kind of file, or one that holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
+    path: Any = "given" if isinstance(weights, Mapping) else Path(weights)
+    if isinstance(weights, Mapping):
+        tensors: Any = weights
+    elif not path.is_file():
         raise ConfigError(f"weights {path}: no such file")
-    if path.suffix == ".safetensors":
+    elif path.suffix == ".safetensors":
         tensors = safetensors.torch.load_file(path)
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:

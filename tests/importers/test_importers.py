@@ -158,23 +158,63 @@ def test_the_run_carries_the_sources_training_and_survives_its_file(tmp_path):
     assert Run.read(tmp_path) == run
 
 
-@pytest.mark.parametrize("layout", ["fused_projections", "split_projections"])
-def test_a_single_gated_delta_layer_equals_its_recording(layout):
-    folder = GOLDEN / "gated_delta" / "layer" / layout
+LAYER = GOLDEN / "gated_delta" / "layer"
+LAYOUTS = ["fused_projections", "split_projections"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["io_T20", "io_T70", "io_masked", "io_lora"])
+@pytest.mark.parametrize("form", ["file", "state dict", "capitals"])
+def test_a_gated_delta_layer_and_its_gradients_equal_the_recording(layout, case, form, saved):
+    folder = LAYER / layout
     config = json.loads((folder / "config.json").read_text())
-    found = importers.load("gated_delta_layer", config, folder / "weights.safetensors")
-    recorded = load_file(folder / "io_T20.safetensors")
-    output = found.model(recorded["hidden_states"])
+    recorded = load_file(folder / f"{case}.safetensors")
+    weights = load_file(folder / "weights.safetensors")
+    weights |= {name: t for name, t in recorded.items() if name.startswith("lora.")}
+    if case == "io_lora":
+        config["hyperparameters"]["lora_scale"] = config["cases"][case]["scale"]
+    if form == "capitals":
+        config = {key.upper(): value for key, value in config["hyperparameters"].items()}
+    source = saved(weights) if form == "file" else weights
+    found = importers.load("gated_delta_layer", config, source)
+    x = recorded["hidden_states"].requires_grad_()
+    masks = (recorded["attention_mask"],) if "attention_mask" in recorded else ()
+    output = found.model(x, *masks)
     torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)
+    if masks:
+        return
+    output.backward(recorded["grad_output"])
+    own = found.source_gradients() | {"input": x.grad}
+    wanted = {n[5:]: t for n, t in recorded.items() if n.startswith(("grad.", "grad_input"))}
+    # With adapters the recording has the factors' gradients alone.
+    assert len(wanted) >= 7 and wanted.keys() <= own.keys()
+    assert case == "io_lora" or wanted.keys() == own.keys()
+    for name, grad in wanted.items():
+        atol = 1e-5 + 1e-4 * grad.abs().max().item()
+        torch.testing.assert_close(own[name], grad, atol=atol, rtol=0)
 
 
-def test_a_gated_delta_layer_with_adapters_equals_its_recording(saved):
-    folder = GOLDEN / "gated_delta" / "layer" / "fused_projections"
-    config = json.loads((folder / "config.json").read_text())
+def test_a_layers_factors_are_scaled_by_alpha_over_their_rank():
+    folder = LAYER / "split_projections"
+    config = json.loads((folder / "config.json").read_text())["hyperparameters"]
     recorded = load_file(folder / "io_lora.safetensors")
-    factors = {name: t for name, t in recorded.items() if name.startswith("lora.")}
-    settings = config["hyperparameters"] | {"lora_scale": config["cases"]["io_lora"]["scale"]}
-    weights = load_file(folder / "weights.safetensors") | factors
-    found = importers.load("gated_delta_layer", settings, saved(weights))
-    output = found.model(recorded["hidden_states"])
+    weights = load_file(folder / "weights.safetensors")
+    weights |= {name: t for name, t in recorded.items() if name.startswith("lora.")}
+    found = importers.load("gated_delta_layer", config | {"lora_alpha": 6}, weights)
+    output = found.model(recorded["hidden_states"])  # rank 3, recorded at scale 2
     torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)
+
+
+def test_a_layer_needs_its_sizes_and_its_tensors():
+    folder = LAYER / "split_projections"
+    config = json.loads((folder / "config.json").read_text())["hyperparameters"]
+    weights = load_file(folder / "weights.safetensors")
+    less = {key: value for key, value in config.items() if key != "linear_num_value_heads"}
+    with pytest.raises(ConfigError, match="lacks 'linear_num_value_heads'"):
+        importers.load("gated_delta_layer", less, weights)
+    with pytest.raises(ConfigError, match="hidden_act='gelu'; only 'silu'"):
+        importers.load("gated_delta_layer", config | {"hidden_act": "gelu"}, weights)
+    with pytest.raises(ConfigError, match=r"no use for the tensor 'conv1d.bias'"):
+        importers.load("gated_delta_layer", config, weights | {"conv1d.bias": torch.ones(60)})
+    with pytest.raises(ConfigError, match="weights given: 'A_log' is a list, no tensor"):
+        importers.load("gated_delta_layer", config, weights | {"A_log": [1.0]})
