@@ -15,6 +15,7 @@ tokenizer, run), where peft does not look and which travels with the weights.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,8 +33,8 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLAIN, ITERATED = "LORA", "LORA_PER_ITERATION"
 PREFIX = "base_model.model."
 _KEY = re.compile(
-    r"base_model\.model\.blocks\.(?P<block>\d+)\.(?P<module>[\w.]+?)"
-    r"(?:\.iteration_(?P<iteration>\d+))?\.lora_(?P<half>[AB])\.weight"
+    r"base_model\.model\.blocks\.(?P<block>0|[1-9]\d*)\.(?P<module>(?!iteration_)\w+(?:\.(?!iteration_)\w+)*?)"
+    r"(?:\.iteration_(?P<iteration>0|[1-9]\d{0,5}))?\.lora_(?P<half>[AB])\.weight"
 )
 _REFUSED = (
     "use_dora",
@@ -42,8 +43,13 @@ _REFUSED = (
     "use_qalora",
     "use_bdlora",
     "modules_to_save",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
 )
 """Settings of peft that mean more than two factors and a scale."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Starts (init_lora_weights) that take something out of the base's weights."""
 
 
 def write(folder: str | Path, adapter: Adapter, modules: Iterable[str] = ()) -> None:
@@ -163,16 +169,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: peft_type is {config.get('peft_type')!r}; expected {PLAIN} or {ITERATED}"
         )
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
-            raise ConfigError(f"{path}: {name} is {value!r}; expected a number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        value = config.get(name) or {}
-        if not isinstance(value, dict) or not all(
-            isinstance(v, (int, float)) for v in value.values()
-        ):
-            raise ConfigError(f"{path}: {name} is {value!r}; expected names and their numbers")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        if not _is_number(config.get(name)):
+            raise ConfigError(
+                f"{path}: {name} is {config.get(name)!r}; expected a number other than 0"
+            )
+        named = config.get(pattern) or {}
+        if not isinstance(named, dict) or not all(map(_is_number, named.values())):
+            raise ConfigError(
+                f"{path}: {pattern} is {named!r}; expected names and their numbers, none of them 0"
+            )
+        for key in named:
+            _check_pattern(key, f"{path}: {pattern}")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_CHANGES_BASE):
+        raise ConfigError(
+            f"{path}: init_lora_weights={start!r} changes the weights of the base as well; convert "
+            "the adapter to plain LoRA first"
+        )
     for name in _REFUSED:
         if config.get(name):
             raise ConfigError(
@@ -180,6 +194,18 @@ def _read_config(path: Path) -> dict[str, Any]:
                 "that is read here"
             )
     return config
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < abs(value) < math.inf
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is no regular expression: {error}") from None
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -192,6 +218,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # `keys` here is the file's own list; safe_open is no mapping.
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             about = json.loads((file.metadata() or {}).get("recurgolf", "{}"))
+        if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+            raise ValueError(f"its header says recurgolf={about!r}; expected names of its base")
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():

@@ -180,6 +180,36 @@ def test_a_gap_in_the_iterations_is_refused(tmp_path):
         adapters.read(tmp_path)
 
 
+def test_iterations_far_apart_are_refused_at_once_and_odd_numbers_are_no_names(tmp_path):
+    _, _, adapter = adapted(composed(*LOOPED))
+    adapters.write(tmp_path, adapter)
+
+    def rename(number):
+        def change(tensors):
+            for name in [n for n in tensors if "q_proj.iteration_2." in n]:
+                tensors[name.replace("iteration_2", f"iteration_{number}")] = tensors.pop(name)
+
+        return change
+
+    whole = (tmp_path / TENSORS).read_bytes()
+    for number, message in (
+        ("999999", r"q_proj has iterations \[0, 1, 999999\]"),
+        ("9999999999999", "no use for the tensor .*iteration_9999999999999"),
+        ("02", r"no use for the tensor .*iteration_02\."),
+    ):
+        (tmp_path / TENSORS).write_bytes(whole)
+        rewrite(tmp_path, rename(number))
+        with pytest.raises(ConfigError, match=message):
+            adapters.read(tmp_path)
+
+
+@pytest.mark.parametrize("about", ["[1]", '"x"', '{"fingerprint": 3}', "{"])
+def test_a_header_that_says_nothing_about_a_base_is_refused(folder, about):
+    save_file(load_file(folder / TENSORS), folder / TENSORS, {"recurgolf": about})
+    with pytest.raises(ConfigError, match="is damaged"):
+        adapters.read(folder)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -189,6 +219,12 @@ def test_a_gap_in_the_iterations_is_refused(tmp_path):
         ({"r": None}, "r is None; expected a number"),
         ({"lora_alpha": "2"}, "lora_alpha is '2'; expected a number"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern is .*nan.*none of them 0"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; expected a number other than 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf; expected a number other than 0"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] means more than"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the weights of the base"),
     ],
 )
 def test_settings_that_mean_something_else_are_refused(folder, setting, message):
