@@ -33,7 +33,8 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLAIN, ITERATED = "LORA", "LORA_PER_ITERATION"
 PREFIX = "base_model.model."
 _KEY = re.compile(
-    r"base_model\.model\.blocks\.(?P<block>0|[1-9]\d*)\.(?P<module>(?!iteration_)\w+(?:\.(?!iteration_)\w+)*?)"
+    r"base_model\.model\.blocks\.(?P<block>0|[1-9]\d*)"
+    r"\.(?P<module>(?!iteration_)\w+(?:\.(?!iteration_)\w+)*?)"
     r"(?:\.iteration_(?P<iteration>0|[1-9]\d{0,5}))?\.lora_(?P<half>[AB])\.weight"
 )
 _REFUSED = (
