@@ -90,6 +90,7 @@ class LoRA:
                 f"no visit qualifies in the plan {largest_plan.describe()}; loop some blocks, or "
                 "set lora.blocks=all lora.visits=all, or lora.rank=0"
             )
+        widest: dict[tuple[str, int], int] = {}
         for target in self.targets:
             having = [block for block in slots if target in projections(block)]
             if not having:
@@ -98,13 +99,14 @@ class LoRA:
                     f"lora.targets: the adapted blocks {sorted(slots)} have no projection "
                     f"{target!r}; theirs are {', '.join(known)}"
                 )
-            for block in having:
-                limit = min(projections(block)[target])
-                if self.rank > limit:
-                    raise ConfigError(
-                        f"lora.rank={self.rank} exceeds the smaller side {limit} of {target} in "
-                        f"block {block}; from 0 (no adapters) to {limit}"
-                    )
+            widest.update({(target, b): min(projections(b)[target]) for b in having})
+        # One rank serves all targets: it may exceed narrow ones (keys, a row per head), not all.
+        (target, block), limit = max(widest.items(), key=lambda item: item[1])
+        if self.rank > limit:
+            raise ConfigError(
+                f"lora.rank={self.rank} exceeds the smaller side {limit} of {target} in block "
+                f"{block}, the widest of lora.targets; from 0 (no adapters) to {limit}"
+            )
 
     def build(
         self, projections: Callable[[int], Mapping[str, tuple[int, int]]], largest_plan: LoopPlan

@@ -51,7 +51,10 @@ LINES = [
     ("looping=none lora=rank1", ["lora.rank=1", "no visit qualifies in the plan 0 1 2"]),
     (
         "looping=cycle lora=rank1 lora.rank=200 model.dim=128",
-        ["lora.rank=200 exceeds the smaller side 128 of q_proj in block 0; from 0", "to 128"],
+        [
+            "lora.rank=200 exceeds the smaller side 128 of q_proj in block 0,",
+            "from 0 (no adapters) to 128",
+        ],
     ),
     # passes where nothing can change, or none
     ("looping=none eval.passes=3", ["looping=none visits every block once", "1 is all it can do"]),

@@ -26,7 +26,7 @@ from recurgolf.importers import (
     per_iteration_lora,
     universal_rank1,
 )
-from recurgolf.importers.settings import read_settings
+from recurgolf.importers.settings import read_settings, without_bearing
 from recurgolf.importers.source import Place, System, lay, read_weights, to_source
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import LowRank
@@ -44,7 +44,9 @@ SYSTEMS: dict[str, System] = {
 Weights = str | Path | Mapping[str, Tensor]
 """A state dict, or its file."""
 
-_OF_TRAINING = frozenset({"optimizer", "optimizer.schedule", "averaging", "eval"})
+_OF_TRAINING = frozenset(
+    {"optimizer", "optimizer.schedule", "averaging", "eval", "quant", "quant.qat", "artifact.codec"}
+)
 """Groups whose option may be exchanged without changing what the weights mean."""
 _OF_ALL_OPTIONS = frozenset({"eval.seq_len"})
 """Settings in them that every option has."""
@@ -58,11 +60,13 @@ class Imported:
         run: the experiment that the source's settings describe; None for a single layer.
         model: the module with the source's weights, see `ImportedModel` and `ImportedLayer`.
         places: where every tensor of the source lies in `model.transformer`.
+        passed_over: names in the source's settings that have no bearing on model or run.
     """
 
     run: Run | None
     model: nn.Module
     places: list[Place] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
     def to_source(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Tensors named like parameters of our Transformer, under the source's names and shapes.
@@ -202,12 +206,13 @@ def run_of(system: System, settings: Mapping[str, Any], overrides: Sequence[str]
     with it.
     """
     exchanged = {override.partition("=")[0].replace("/", ".") for override in overrides}
-    gone = tuple(f"{group}." for group in exchanged if group in _OF_TRAINING)
-    said = [
-        f"{key}={written(value)}"
-        for key, value in system.overrides(settings).items()
-        if not key.startswith(gone) or key in _OF_ALL_OPTIONS
-    ]
+    exchanged &= _OF_TRAINING
+    said = []
+    for key, value in system.overrides(settings).items():
+        name = key.replace("/", ".")
+        goes = name in exchanged or name.startswith(tuple(f"{group}." for group in exchanged))
+        if not goes or name in _OF_ALL_OPTIONS:
+            said.append(f"{key}={written(value)}")
     return recurgolf.compose([f"experiment={system.experiment}", *said, *overrides])
 
 
@@ -215,12 +220,16 @@ def _load_system(
     system: System, config: Mapping[str, Any], weights: Weights, overrides: Sequence[str]
 ) -> Imported:
     settings = read_settings(system, config)
+    tensors = read_weights(weights)
+    if "mtp_num_heads" in settings and not any(n.startswith("mtp_heads.") for n in tensors):
+        # The extra heads exist in training only; finished checkpoints are saved without them.
+        settings["mtp_num_heads"] = 0
     run = run_of(system, settings, overrides)
     transformer = run.build_model()
-    tensors = read_weights(weights)
     places = system.places(transformer, settings, tensors)
     lay(transformer, places, tensors)
-    return Imported(run, ImportedModel(run, transformer), places)
+    passed_over = without_bearing(system, config)
+    return Imported(run, ImportedModel(run, transformer), places, passed_over)
 
 
 def _load_layer(config: Mapping[str, Any], weights: Weights) -> Imported:

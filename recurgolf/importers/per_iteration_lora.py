@@ -61,6 +61,10 @@ DEFAULTS = {
     "grad_clip_norm": 0.3,
     "ema_decay": 0.9965,
     "gptq_reserve_seconds": 12.0,
+    "matrix_bits": 6,
+    "embed_bits": 8,
+    "matrix_clip_sigmas": 12.85,
+    "embed_clip_sigmas": 20.0,
 }
 
 _FACTORS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
@@ -106,6 +110,10 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         "looping.end": settings["loop_end"] if looped else 0,
         "looping.passes": 1 + settings["num_loops"],
         "looping.start_fraction": settings["enable_looping_at"],
+        "quant.rules.0.bits": settings["embed_bits"],
+        "quant.rules.0.clip.k": settings["embed_clip_sigmas"],
+        "quant.rules.1.bits": settings["matrix_bits"],
+        "quant.rules.1.clip.k": settings["matrix_clip_sigmas"],
     }
 
 

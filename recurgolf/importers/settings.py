@@ -35,15 +35,36 @@ def read_settings(system: System, config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a value that is not of the setting's type.
     """
     settings = dict(system.defaults)
-    for key, value in config.get("hyperparameters", config).items():
-        name = system.aliases.get(key.lower(), key.lower())
+    for key, value in _given(config).items():
+        name = _name(system, key)
         if name in settings:
             settings[name] = _typed(key, value, settings[name])
     return settings
 
 
+def without_bearing(system: System, config: Mapping[str, Any]) -> list[str]:
+    """The settings of `config` that `read_settings` passes over, as they are spelled there."""
+    return [key for key in _given(config) if _name(system, key) not in system.defaults]
+
+
+def _given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = config.get("hyperparameters", config) if isinstance(config, Mapping) else config
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"config: a {type(given).__name__}; expected a mapping from the source's setting names "
+            "to their values"
+        )
+    return given
+
+
+def _name(system: System, key: str) -> str:
+    return system.aliases.get(key.lower(), key.lower())
+
+
 def _typed(key: str, value: Any, default: Any) -> Any:
     kind = type(default)
+    if kind is str and isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
     try:
         if kind is bool:
             words = {"0": False, "1": True, "false": False, "true": True, "": False}
@@ -101,4 +122,4 @@ def _whole_batches(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-__all__ = ["TRAINING_DEFAULTS", "read_settings", "shared_overrides"]
+__all__ = ["TRAINING_DEFAULTS", "read_settings", "shared_overrides", "without_bearing"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recurgolf.config import ConfigError
 from recurgolf.importers.settings import TRAINING_DEFAULTS, shared_overrides
 from recurgolf.importers.source import Place, System, whole_places
 from recurgolf.model.transformer import Transformer
@@ -43,6 +44,7 @@ DEFAULTS = {
     "ve_layers": "9,10",
     "mtp_num_heads": 0,
     "mtp_loss_weight": 0.2,
+    "noisy_qat": True,
     "train_seq_len": 2048,
     "eval_seq_len": 2048,
     "train_batch_tokens": 524_288,
@@ -79,7 +81,7 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     # The last visits' blocks are always the last blocks, the core repeating as one.
     xsa = settings["xsa_last_n"]
     xsa_blocks = len(set(order[-xsa:])) if xsa > 0 else 0
-    visits = [int(word) for word in settings["ve_layers"].split(",") if word.strip()]
+    visits = _numbers("ve_layers", settings["ve_layers"])
     ends = [*range(prelude), *range(prelude + shared, blocks)]
     return {
         **shared_overrides(settings),
@@ -115,7 +117,15 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer.grad_clip": settings["grad_clip_norm"],
         "optimizer.schedule.warmdown_steps": settings["warmdown_iters"],
         "eval.seq_len": settings["eval_seq_len"],
+        "quant/qat": "noise" if settings["noisy_qat"] else "none",
     }
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.strip("[] ").split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: expected whole numbers with commas between") from None
 
 
 def places(

@@ -119,7 +119,7 @@ class MultiTokenHeads(nn.Module):
         return softcap(self.heads[head](used), cap)
 
     def loss(self, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        """Mean over heads of the mean loss.
+        """Mean over the heads that have a position of their mean loss; 0 where none has.
 
         Args:
             hidden: states [b, t, d].
@@ -132,4 +132,4 @@ class MultiTokenHeads(nn.Module):
                 assert isinstance(head, Linear)
                 ahead = targets[:, k + 1 : k + 1 + used]
                 losses.append(readout_loss(hidden[:, :used], head.weight, ahead, cap))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else hidden.new_zeros(())

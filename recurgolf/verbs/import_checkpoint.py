@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     }
     write_folder(asked.folder, found, dataset, source, log)
     log.line(f"tokenizer: {dataset.tokenizer.path} ({dataset.tokenizer.sha256[:12]}…), of the data")
+    if found.passed_over:
+        log.line(f"settings without bearing here: {', '.join(found.passed_over)}")
     log.line(f"folder: {asked.folder}")
     return 0
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recurgolf import importers
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, kind_of
 from recurgolf.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
@@ -218,3 +218,42 @@ def test_a_layer_needs_its_sizes_and_its_tensors():
         importers.load("gated_delta_layer", config, weights | {"conv1d.bias": torch.ones(60)})
     with pytest.raises(ConfigError, match="weights given: 'A_log' is a list, no tensor"):
         importers.load("gated_delta_layer", config, weights | {"A_log": [1.0]})
+
+
+def test_a_finished_checkpoint_needs_no_heads_of_training(saved):
+    folder = GOLDEN / "per_iteration_lora" / "models" / "lora2_mtp_untied"
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "weights.safetensors")
+    recorded = load_file(folder / "io_loop_on_eval.safetensors")
+    bare = {name: t for name, t in weights.items() if not name.startswith("mtp_heads.")}
+    found = importers.load("per_iteration_lora", config, saved(bare))
+    assert found.run.model.mtp_heads == 0
+    logits = found.model.eval()(recorded["input_ids"].long())
+    torch.testing.assert_close(logits, recorded["logits"], atol=1e-4, rtol=1e-5)
+    one = bare | {"mtp_heads.1.weight": weights["mtp_heads.1.weight"]}
+    with pytest.raises(ConfigError, match=r"'mtp_heads\.0\.weight'.* is missing"):
+        importers.load("per_iteration_lora", config, saved(one))
+
+
+def test_settings_without_bearing_are_told_and_the_rest_reach_the_run():
+    config, _, path = source("universal_rank1")
+    told = {"ve_layers": [1, 4, 7], "NOISY_QAT": "0", "SWA_EVERY": "50", "model_dims": 3}
+    found = importers.load("universal_rank1", config["hyperparameters"] | told, path)
+    assert found.passed_over == ["num_layers", "SWA_EVERY", "model_dims"]
+    assert found.run.model.value_embed.visits == [1, 4, 7]
+    assert kind_of(found.run.quant.qat) == "none"
+    noisy = importers.load("universal_rank1", config["hyperparameters"] | {"noisy_qat": 1}, path)
+    assert kind_of(noisy.run.quant.qat) == "noise"
+    with pytest.raises(ConfigError, match="ve_layers='1;4': expected whole numbers"):
+        importers.load("universal_rank1", {"ve_layers": "1;4"}, path)
+    with pytest.raises(ConfigError, match="a list; expected a mapping"):
+        importers.load("universal_rank1", [1], path)
+
+
+def test_the_sources_grid_reaches_the_run_unless_another_quantiser_is_asked_for():
+    config, _, path = source("per_iteration_lora")
+    settings = config["hyperparameters"] | {"MATRIX_BITS": "5", "embed_clip_sigmas": 15}
+    rules = importers.load("per_iteration_lora", settings, path).run.quant.rules
+    assert [(rule.bits, rule.clip["k"]) for rule in rules] == [(8, 15.0), (5, 12.85)]
+    other = importers.load("per_iteration_lora", settings, path, ["quant=int8"]).run.quant.rules
+    assert {rule.bits for rule in other} == {8}

@@ -10,6 +10,7 @@ from recurgolf.looping import CycleLooping, NoLooping, PreludeCoreCoda, SegmentL
 from recurgolf.lora import LoRA
 from recurgolf.model.block import INPUT_MIXES, SequentialConfig
 from recurgolf.model.embedding import BigramConfig, ValueEmbedConfig
+from recurgolf.model.heads import MultiTokenHeads
 from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mixers.gated_deltanet import PROJECTIONS, GatedDeltaNetConfig
 from recurgolf.model.mlp import MLPS
@@ -333,3 +334,8 @@ def test_extra_heads_count_in_training_only():
     )
     torch.testing.assert_close(scored, plain)
     torch.testing.assert_close(trained, plain + 0.2 * extra)
+
+
+def test_extra_heads_without_a_position_add_nothing():
+    heads = MultiTokenHeads(2, 4, 7)
+    assert heads.loss(torch.randn(2, 1, 4), torch.zeros(2, 1, dtype=torch.long), 30.0) == 0
