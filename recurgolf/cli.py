@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -210,6 +210,8 @@ def _train_under_torchrun(overrides: list[str], folder: Path | None) -> int:
     from recurgolf.training.distributed import environment_rank
     from recurgolf.training.launch import launch
 
+    if not any(override.startswith("trainer.devices=") for override in overrides):
+        overrides = [*overrides, f"trainer.devices={os.environ['WORLD_SIZE']}"]
     run = compose(overrides, folder)
     with _hydra_initialized(folder):
         # `name` and `seed` are part of the folder's name, hence the whole configuration again.
@@ -241,10 +243,15 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     folder = Path(config_dir).resolve() if config_dir else None
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"config_dir {str(config_dir)!r} is not a folder")
+    return _composed(overrides, folder, _run_of)
+
+
+def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any], Any]) -> Any:
+    """What `made` makes of the composed config, errors in the words of overrides."""
     _prepared(overrides, folder)
     try:
         with _hydra_initialized(folder):
-            return _run_of(hydra.compose("config", overrides=list(overrides)))
+            return made(hydra.compose("config", overrides=list(overrides)))
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
@@ -265,8 +272,13 @@ def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
         if not any(change.startswith(f"{group}=") for change in changes):
             own += [f"{group}={kind_of(getattr(run, group))}"]
             own += as_overrides(group, to_dict(getattr(run, group)))
-    composed = compose([*own, *overrides])
-    return dataclasses.replace(run, **{group: getattr(composed, group) for group in changed})
+    # The parts alone: together with the default run's model they might be refused.
+    parts = _composed(
+        [*own, *overrides],
+        None,
+        lambda config: {group: _built(config[group], f"{group}.") for group in changed},
+    )
+    return dataclasses.replace(run, **parts)
 
 
 def _check_sweep(overrides: Sequence[str], folder: Path | None) -> None:
@@ -318,11 +330,15 @@ def _hydra_initialized(folder: Path | None = None) -> Iterator[None]:
 
 
 def _run_of(config: Any) -> Run:
-    run = to_object(config)
+    return _built(config)
+
+
+def _built(config: Any, path: str = "") -> Any:
+    found = to_object(config)
     # `+key=value` adds a key to any node, and nothing would ever read it.
-    for key in added_keys(run):
+    for key in added_keys(found, path):
         raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")
-    return run
+    return found
 
 
 def register() -> None:

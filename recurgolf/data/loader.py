@@ -75,6 +75,13 @@ class Loader:
         """
         raise NotImplementedError
 
+    def splits(self, world_size: int, grad_accum: int) -> str:
+        """What the order of the tokens depends on besides data and seed, in words; empty: nothing.
+
+        A run may be continued on another number of ranks or micro-steps when the words stay.
+        """
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain numbers for JSON."""
         raise NotImplementedError
@@ -198,7 +205,8 @@ class SequentialLoader(Loader):
     """Spans of the stream, one after the other, around its end and forever.
 
     A micro-step takes from the stream, for each rank in turn, its tokens and one more, the last
-    target; the transition from one span to the next is never trained.
+    target; the transition from one span to the next is never trained. So the order is the same for
+    the same number of spans in a step: ranks x micro-steps.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, rank: int, world_size: int) -> None:
@@ -213,6 +221,9 @@ class SequentialLoader(Loader):
                 f"fewer training tokens than one batch: there are {self._stream.num_tokens}, a "
                 f"batch of {global_tokens} takes {needed} (one more per rank and micro-step)"
             )
+
+    def splits(self, world_size: int, grad_accum: int) -> str:
+        return f"trainer.devices x trainer.grad_accum = {world_size * grad_accum}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self._position}
@@ -254,6 +265,9 @@ class RankShardsLoader(Loader):
                 f"{self.rank} give {windows} windows of {self.seq_len}, its share of a batch of "
                 f"{global_tokens} tokens needs {share // self.seq_len}"
             )
+
+    def splits(self, world_size: int, grad_accum: int) -> str:
+        return f"trainer.devices = {world_size}"
 
     def state_dict(self) -> dict[str, Any]:
         return {

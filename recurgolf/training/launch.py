@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
 from recurgolf.training.summary import Summary
 from recurgolf.training.supervise import run_ranks
 from recurgolf.training.trainer import Trainer
+
+SHARED_SECONDS = 5.0
+"""A network file system may show a new file so late on other nodes."""
 
 
 def launch(run: Run, folder: Path) -> Summary:
@@ -55,9 +60,15 @@ def _launched(run: Run, folder: Path) -> Summary:
     backend = "nccl" if run.trainer.device == "cuda" else "gloo"
     if started_by_torchrun():
         with torchrun_ranks(backend, run.trainer.rank_timeout_seconds) as ranks:
+            if ranks.world_size != run.trainer.devices:
+                raise ConfigError(
+                    f"trainer.devices={run.trainer.devices}, but torchrun has started "
+                    f"{ranks.world_size} ranks (nnodes x nproc_per_node)"
+                )
             # Ranks composed at different moments; the first one's folder is everybody's.
             folder = Path(ranks.decided(str(folder)))
             folder.mkdir(parents=True, exist_ok=True)
+            check_shared(folder, ranks)
             summary = ranks.decided(_finished(run, folder))
             return summary or work(run, folder, ranks)
     summary = _finished(run, folder)
@@ -72,12 +83,36 @@ def _launched(run: Run, folder: Path) -> Summary:
     return Summary.read(folder)
 
 
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Refuse nodes that do not see the same run folder: all read checkpoints and the file there.
+
+    Raises:
+        ConfigError: on every rank, with the hosts that do not see what rank 0 wrote.
+    """
+    mark = folder / f".seen_by_all_{ranks.decided(os.getpid())}"
+    if ranks.is_first:
+        mark.touch()
+    ranks.wait()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [host for host in ranks.gathered("" if mark.exists() else socket.gethostname()) if host]
+    if ranks.is_first:
+        mark.unlink()
+    if blind:
+        raise ConfigError(
+            f"{folder} is another folder on {', '.join(sorted(set(blind)))}: all nodes read "
+            "checkpoints and the packed file there; set hydra.run.dir to a folder that they share"
+        )
+
+
 def _finished(run: Run, folder: Path) -> Summary | None:
     """The result of a run that needs no resuming; what an attempt before it failed of goes."""
     summary = resume.finished(run, folder)
     if summary is not None and environment_rank() == 0:
         print(f"{folder}: this run is finished already (trainer.resume=auto)")
-    (folder / "failure.txt").unlink(missing_ok=True)
+    if environment_rank() == 0:
+        (folder / "failure.txt").unlink(missing_ok=True)
     return summary
 
 

@@ -31,6 +31,8 @@ LOCK_SECONDS = 30.0
 ROUNDING = ("devices", "threads", "grad_accum", "activation_checkpointing", "compile")
 """Trainer fields that change the order of sums at most: equal within 1e-5, not bit for bit."""
 
+PRE_SYNC = "pre_sync"
+
 FREE = (*WATCHING, *ROUNDING, "compile_backend", "non_finite", "max_skipped")
 """Trainer fields that may differ between a run and its continuation."""
 
@@ -89,8 +91,8 @@ def find(run: Run, folder: Path, say: Say) -> Found | None:
     else:
         # Without hydra.run.dir every command makes a folder of its own, and there never is one.
         say(
-            f"trainer.resume=auto: no checkpoint in {folder}, starting anew (an earlier run goes on "
-            "with: recurgolf resume FOLDER)"
+            f"trainer.resume=auto: no checkpoint in {folder}, starting anew (an earlier run goes "
+            "on with: recurgolf resume FOLDER)"
         )
     return None
 
@@ -125,6 +127,11 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
     ]
     if not rounding:
         return ""
+    if "trainer.devices" in changes and getattr(run.optimizer, "compat_clip_stage", "") == PRE_SYNC:
+        return (
+            f"continued with {', '.join(rounding)}: another result, since under "
+            f"optimizer.compat_clip_stage={PRE_SYNC} every rank clips its own gradients"
+        )
     return (
         f"continued with {', '.join(rounding)}: equal to the undisturbed run within rounding "
         "(1e-5), not bit for bit"

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurgolf.config import ConfigError
-from recurgolf.data.loader import RankShardsLoader
+from recurgolf.config import ConfigError, kind_of
 from recurgolf.training import shard_stamps
 
 if TYPE_CHECKING:
@@ -66,11 +65,13 @@ def restore(trainer: Trainer, parts: Parts, state: dict[str, Any]) -> None:
     ranks = trainer.ranks
     shard_stamps.check_contents(state["data"], trainer.dataset)
     same_ranks = state["world_size"] == ranks.world_size
-    if not same_ranks and isinstance(trainer.loader, RankShardsLoader):
+    grad_accum = state["run"]["trainer"]["grad_accum"]
+    began = trainer.loader.splits(state["world_size"], grad_accum)
+    now = trainer.loader.splits(ranks.world_size, trainer.config.grad_accum)
+    if began != now:
         raise ConfigError(
-            f"this run began on {state['world_size']} rank(s): with "
-            "data.loader=rank_shards_shuffled every rank has an order of its own, so it can only "
-            f"be continued on as many, not on {ranks.world_size}"
+            f"this run began with {began}, and the order of data/loader="
+            f"{kind_of(trainer.run.data.loader)} depends on that: it cannot be continued with {now}"
         )
     trainer.model.load_state_dict(parts["model"])
     trainer.optimizers.load_state_dict(parts.get("optimizer", {}))

@@ -67,10 +67,10 @@ def test_stream_takes_are_the_recorded_ones(recorded, train_shards):
         position += count
 
 
-def starts_of_step(shards, world_size, grad_accum, steps, seed=7):
+def starts_of_step(shards, world_size, grad_accum, steps, seed=7, config=None):
     """First tokens of the rows that all ranks see in each step."""
     loaders = [
-        build(ShuffledConfig(), shards, rank=rank, world_size=world_size, seed=seed)
+        build(config or ShuffledConfig(), shards, rank=rank, world_size=world_size, seed=seed)
         for rank in range(world_size)
     ]
     seen = []
@@ -91,6 +91,19 @@ def test_shuffled_steps_hold_the_same_rows_for_any_split(numbered, world_size, g
     # 40 steps of 24 rows go through three epochs of 311 windows.
     expected = starts_of_step(numbered, 1, 1, 40)
     assert starts_of_step(numbered, world_size, grad_accum, 40) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_says_on_what_its_order_depends(numbered, kind):
+    """Splits with the same words give the same rows in every step, others do not."""
+    config = REGISTRY["data/loader"][kind]()
+    rows: dict[str, list] = {}
+    for world_size, grad_accum in [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]:
+        words = build(config, numbered).splits(world_size, grad_accum)
+        found = starts_of_step(numbered, world_size, grad_accum, 4, config=config)
+        found = [sorted(step) for step in found]
+        assert rows.setdefault(words, found) == found, (world_size, grad_accum)
+    assert len({str(found) for found in rows.values()}) == len(rows)
 
 
 def test_shuffled_epoch_meets_every_window_once_and_the_next_one_others(numbered):

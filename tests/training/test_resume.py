@@ -229,6 +229,24 @@ def test_a_folder_without_checkpoints_is_refused_when_it_was_named(tmp_path):
             recurgolf.train(run, tmp_path / "run")
 
 
+def test_an_order_that_the_ranks_make_is_not_continued_on_others(tmp_path):
+    asked = small("data/loader=sequential", "trainer.steps=3")
+    recurgolf.train(recurgolf.compose(asked), tmp_path / "run")
+    before = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    more = recurgolf.compose([*asked, "trainer.grad_accum=2", f"trainer.resume='{before}'"])
+    with pytest.raises(ConfigError, match=r"grad_accum = 1, .* cannot be continued .* = 2"):
+        recurgolf.train(more, tmp_path / "branch")
+
+
+def test_a_result_that_the_ranks_make_is_not_called_equal():
+    asked = small("optimizer.compat_clip_stage=pre_sync")
+    state = {"run": recurgolf.compose(asked).to_dict()}
+    two = recurgolf.compose([*asked, "trainer.devices=2"])
+    assert "another result" in resume.compare(two, state, Path("step_000001"))
+    micro = recurgolf.compose([*asked, "trainer.grad_accum=2"])
+    assert "within rounding" in resume.compare(micro, state, Path("step_000001"))
+
+
 def test_changed_data_is_refused(stopped, tmp_path):
     folder = copied(stopped, tmp_path)
     for path in checkpoint.steps(folder / "checkpoints"):
