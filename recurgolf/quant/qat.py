@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.quant.clip import MaxClip
 from recurgolf.quant.grid import GridSpec
 from recurgolf.quant.rtn import exported, step_sizes
 
@@ -133,6 +134,9 @@ class _Disturbing(Qat):
     """Fraction of training from which on the layers see disturbed weights."""
     blocks: str = "all"
     """`all` weights that have a grid, embeddings too, or those of `looped` blocks alone."""
+    compat_own_steps: bool = False
+    """True (compat, systems K and V): steps of every row's largest entry, without the clip and the
+    floor of the export, so that training meets other steps than the file holds."""
 
     def check(self) -> None:
         super().check()
@@ -155,6 +159,7 @@ class _Disturbing(Qat):
         ahead: bool = False,
     ) -> QuantAware:
         weights = _with_grid(model, grids)
+        steps = {name: self._own(spec) for name, (_, spec) in weights.items()}
         layers = {
             f"{name}.weight": module
             for name, module in model.named_modules()
@@ -167,8 +172,11 @@ class _Disturbing(Qat):
             raise ConfigError(
                 f"quant.qat is on, but the rules of quant code no {what}: it would change nothing"
             )
-        seen = {n: (m, self.disturbance(*weights[n])) for n, m in layers.items()}
+        seen = {n: (m, self.disturbance(weights[n][0], steps[n])) for n, m in layers.items()}
         return QuantAware(self.snap, weights, seen, self.start_fraction, ahead)
+
+    def _own(self, spec: GridSpec) -> GridSpec:
+        return replace(spec, clip=MaxClip(), scale_floor=None) if self.compat_own_steps else spec
 
 
 @option("quant/qat", "straight_through")

@@ -7,6 +7,7 @@ import torch
 from smoke_runs import composed
 
 from recurgolf.config import ConfigError
+from recurgolf.model.linear import Linear
 from recurgolf.quant import (
     GridSpec,
     MaxClip,
@@ -224,3 +225,23 @@ def test_what_would_change_nothing_is_refused():
 def test_fields_outside_their_ranges_are_refused(made, words):
     with pytest.raises(ConfigError, match=words):
         made.check()
+
+
+@pytest.mark.parametrize("kind", [Noise, StraightThrough])
+def test_own_steps_are_those_of_the_largest_entry_whatever_the_export_does(kind):
+    weight = torch.nn.Parameter(
+        0.1 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    )
+    layer = Linear(64, 3)
+    layer.weight = weight
+    spec = GridSpec(6, PercentileSearchClip(), scale_floor="inv_qmax")
+    step = weight.detach().abs().amax(1, keepdim=True) / 31
+
+    def change(qat):
+        holder = torch.nn.ModuleDict({"up": layer})
+        qat.build(holder, {"up.weight": spec}, ["up.weight"]).update(0.5)
+        return (layer.train().seen_weight - weight).detach().abs()
+
+    assert (change(kind(blocks="all")) > step / 2 + 1e-4).any()  # a floor of 1 / 31, far wider
+    own = change(kind(blocks="all", compat_own_steps=True))
+    assert (own <= step / 2 + 1e-4).all() and (own > step / 8).any()
