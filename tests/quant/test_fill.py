@@ -42,7 +42,7 @@ def test_the_file_fits_and_no_uniform_step_that_fits_has_less_error(target):
     state, rules, size = trained()
     found = fill(state, rules, target, size)
     assert 0.995 * target <= size(found.rules) == found.bytes <= target
-    uniform = [at_step(rules, 0.06 * 1.1**i) for i in range(30)]
+    uniform = [at_step(rules, 0.06 * 1.1**i) for i in range(36)]
     fitting = [error(state, one) for one in uniform if size(one) <= target]
     assert len(fitting) > 3
     assert error(state, found.rules) <= min(fitting)
