@@ -54,6 +54,11 @@ class LoRA:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"lora.{name}={value!r}{suggestion(value, allowed)}")
+        if self.alpha is not None and not 0 < abs(self.alpha) < math.inf:
+            raise ConfigError(
+                f"lora.alpha={self.alpha}: the scale is alpha / rank; a number other than 0, with "
+                "which adapters would do nothing, or null for a scale of 1"
+            )
         if self.rank and not self.targets:
             raise ConfigError(f"lora.rank={self.rank}, but lora.targets is empty")
 

@@ -91,9 +91,7 @@ def check_base(run: Run) -> None:
             "as in lora=attention lora.rank=4"
         )
     base = Run.read(Path(folder))
-    # How weights start does not matter to weights that are there.
-    ours, theirs = ({**to_dict(r.model), "init": None} for r in (run, base))
-    _refuse_differences(folder, "model", theirs, ours)
+    _refuse_differences(folder, "model", _network(base), _network(run))
     if base.lora.rank:
         lora = (to_dict(base.lora), to_dict(run.lora))
         _refuse_differences(f"{folder} has adapters of its own, and", "lora", *lora)
@@ -141,6 +139,13 @@ def start_from_base(run: Run, model: Transformer, tokenizer: str) -> str:
     return f"training {trained:,} adapter parameters on {base.source}"
 
 
+def _network(run: Run) -> dict[str, Any]:
+    """What a model's weights depend on: not how they start, nor in which way a hybrid is named."""
+    model = run.model
+    hybrid = {"mixer_pattern": [], "second_mixer_every": None}
+    return {**to_dict(model), **hybrid, "second_mixer_at": model.second_mixer_blocks, "init": None}
+
+
 def _from_checkpoint(run: Run, path: Path) -> dict[str, Tensor]:
     """The weights that the run's averaging makes of a checkpoint."""
     parts, _ = checkpoint.load(path)
@@ -176,7 +181,8 @@ def _refuse_differences(
 def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
     """`key is x there, y here`; of options of another kind only that."""
     if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
-        return [] if theirs == ours else [f"{key} is {theirs!r} there, {ours!r} here"]
+        there, here = (v.get("kind", v) if isinstance(v, Mapping) else v for v in (theirs, ours))
+        return [] if theirs == ours else [f"{key} is {there!r} there, {here!r} here"]
     if theirs.get("kind") != ours.get("kind"):
         return _differences(f"{key}.kind", theirs.get("kind"), ours.get("kind"))
     odd = [_differences(f"{key}.{name}", theirs.get(name), ours.get(name)) for name in ours]

@@ -126,7 +126,7 @@ pip install -r requirements.txt
 python train_gpt.py --evaluate     # scores artifact.bin: one JSON object
 ```
 
-`--seed N` (or `SEED`) trains another seed, `--help` says the rest. {_data(run)}
+`--seed N` (or `SEED`) trains another seed, `--help` says the rest. {_data(run)}{_base(run)}
 
 ## Bytes
 
@@ -146,6 +146,16 @@ The run itself was held to {run.budget.artifact_bytes:,} bytes with `{codes.coun
 reading, and is not counted. {logs}: the logs. `run.json`: every setting. `summary.json`: the
 figures of the run that made `artifact.bin`. `submission.json`: the result.
 """
+
+
+def _base(run: Run) -> str:
+    """What a run of adapters alone needs besides its data."""
+    if run.trainer.base is None:
+        return ""
+    return (
+        " Training here is of adapters alone, on the weights of a finished run, which are not in "
+        f"this folder: it needs that run at `{run.trainer.base}`."
+    )
 
 
 def _data(run: Run) -> str:

@@ -97,6 +97,10 @@ REFUSALS = {
         "lora.visits": "repeats",
         "looping.start_fraction": 0.5,
     },
+    "model.second_mixer is None there, 'attention' here; model.second_mixer_at is": {
+        "model.second_mixer": {"kind": "attention", "num_heads": 1},
+        "model.second_mixer_at": [1],
+    },
     "trainable='adapters': all or lora": {"trainer.trainable": "adapters"},
     "trainable=all, trainer.base=": {"trainer.trainable": "all"},
     "trainable=lora, trainer.base=None": {"trainer.base": None},
@@ -116,6 +120,24 @@ def test_another_base_or_nothing_to_train_is_refused_before_training(message, ow
         node[name] = value
     with pytest.raises(ConfigError, match=message):
         check_base(Run.from_dict(data))
+
+
+def test_a_hybrid_is_the_same_base_however_its_blocks_are_named(tmp_path):
+    hybrid = ("experiment=smoke", "model/mixer=gated_deltanet")
+    base = composed(
+        *(*hybrid, "model/mixer@model.second_mixer=attention", "model.second_mixer_every=2"),
+        "lora=none",
+    )
+    base.write(tmp_path)
+    own = ("trainer.trainable=lora", f"trainer.base='{tmp_path}'", "lora=gated_delta")
+    check_base(composed(*hybrid, "model.mixer_pattern=[gated_deltanet,attention]", *own))
+    with pytest.raises(ConfigError, match=r"second_mixer_at is \[1\] there, \[0\] here"):
+        check_base(
+            composed(
+                *(*hybrid, "model/mixer@model.second_mixer=attention", *own),
+                "model.second_mixer_at=[0]",
+            )
+        )
 
 
 def test_the_command_refuses_without_training(tmp_path):

@@ -162,6 +162,10 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
             "key_head_dim=-8: at least 0",
         ),
         (
+            ["lora=rank1", "looping=cycle", "lora.alpha=0"],
+            "lora.alpha=0.0: the scale is alpha / rank",
+        ),
+        (
             ["model/mixer=gated_deltanet", "lora=attention"],
             "no projection 'q_proj'; theirs are .*in_proj_qkv",
         ),
