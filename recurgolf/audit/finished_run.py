@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from recurgolf.audit.check import FAIL, NOT_APPLICABLE, PASS, Audit, Check, not_
 from recurgolf.audit.prediction import causality, normalised, score_before_update, single_pass
 from recurgolf.audit.separation import shared_documents
 from recurgolf.audit.stretch import trial
-from recurgolf.config import ConfigError, kind_of
+from recurgolf.config import ConfigError, from_dict, kind_of
 from recurgolf.data import Dataset
 from recurgolf.data.shards import Tokens
 from recurgolf.eval import Eval, Subject, Text
 from recurgolf.run import Run
 from recurgolf.training.calibration import RunText
+from recurgolf.training.scoring import FOLDER as SCORES
+from recurgolf.training.scoring import kept_settings, named_protocols
 
 FILE = "audit.json"
 CALIBRATION_ROWS = 64
@@ -58,7 +60,7 @@ def audit_run(folder: Path, say: Say = lambda line: None) -> Audit:
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{path}: {error}") from None
     summary = _read(folder / "summary.json")
-    protocols = [run.eval.alone, *(item.alone for item in run.eval.also)]
+    protocols = protocols_of(run, folder)
     checks = prediction_checks(protocols, subject, text_of(dataset), say)
     checks += [
         byte_check(validation_text(dataset), summary.get("evals", {})),
@@ -68,30 +70,48 @@ def audit_run(folder: Path, say: Say = lambda line: None) -> Audit:
     facts = {
         "fingerprint": run.fingerprint,
         "text": dataset.fingerprint,
-        "protocols": [kind_of(protocol) for protocol in protocols],
+        "protocols": list(protocols),
         "seconds": round(time.perf_counter() - began, 3),
     }
     return Audit(checks, facts)
 
 
+def protocols_of(run: Run, folder: Path) -> dict[str, Eval]:
+    """All that a run has been scored by, at its end and by `recurgolf evaluate` since.
+
+    Numbers of passes are left out: they change the model's depth, not what a protocol may know.
+    """
+    asked = [run.eval.alone, *(item.alone for item in run.eval.also)]
+    for path in sorted((folder / SCORES).glob("*.npz")):
+        asked.append(from_dict(Eval, {**kept_settings(path)[0], "passes": None}))
+    return named_protocols(asked, run.trainer.seq_len)
+
+
 def prediction_checks(
-    protocols: Sequence[Eval],
+    protocols: Sequence[Eval] | Mapping[str, Eval],
     subject: Subject,
     text: Text,
     say: Say = lambda line: None,
     seed: int = 0,
 ) -> list[Check]:
-    """Checks 1 to 4 over every protocol; of each check the worst finding, with its protocol."""
+    """Checks 1 to 4 over every protocol; of each check the worst finding, with its protocol.
+
+    Args:
+        protocols: by name, or called by their kinds.
+    """
+    if isinstance(protocols, Mapping):
+        names, protocols = list(protocols), list(protocols.values())
+    else:
+        names = [kind_of(protocol) for protocol in protocols]
     found: list[list[Check]] = []
     was_training = subject.model.training
     subject.model.eval()
     try:
-        for protocol in protocols:
-            say(f"audit: {kind_of(protocol)} on changed text ...")
+        for name, protocol in zip(names, protocols, strict=True):
+            say(f"audit: {name} on changed text ...")
             found.append(_prediction_checks(protocol, subject, text, seed))
     finally:
         subject.model.train(was_training)
-    names = [kind_of(protocol) for protocol in protocols]
     return [_worst(checks, names) for checks in zip(*found, strict=True)]
 
 

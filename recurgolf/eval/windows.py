@@ -47,9 +47,13 @@ class Overlapping(Eval):
                 "targets between windows would never be scored"
             )
 
+    def step(self, seq_len: int) -> int:
+        """Targets scored per window of `seq_len` behind the first."""
+        return self.stride or max(1, seq_len // 2)
+
     def overlapping(self, start: int, end: int, seq_len: int) -> Iterator[Window]:
         """Windows that score the targets `start` to `end - 1` once, reading nothing outside."""
-        stride = self.stride or max(1, seq_len // 2)
+        stride = self.step(seq_len)
         yield Window(start, start, min(start + seq_len, end))
         for first in range(start + seq_len, end, stride):
             yield Window(first - seq_len + stride, first, min(first + stride, end))
@@ -85,7 +89,7 @@ class SlidingEval(Overlapping):
         end = text.num_targets
         if self.whole_windows:
             end -= end % seq_len
-        stride = self.stride or max(1, seq_len // 2)
+        stride = self.step(seq_len)
         if self.compat_skip_head:
             for start in range(0, end - seq_len, stride):
                 yield Window(start, start + seq_len - stride, start + seq_len)

@@ -50,7 +50,7 @@ def finish(trainer: Trainer) -> Summary:
     with clock.phase("evaluation"):
         scorable = rebuild(load(trainer.folder / ARTIFACT))
         subject = subject_of(trainer, scorable.model.to(trainer.device))
-        protocols = named_protocols([run.eval])
+        protocols = named_protocols([run.eval], run.trainer.seq_len)
         scores = score_all(protocols, subject, trainer.text, trainer)
     result = next(iter(scores.values()))
     summary = summarize(trainer, plan.effective_params, before, scores)

@@ -16,12 +16,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Log:
-    """Lines to the console and to a file. Ranks other than the first get `Log(None, False)`."""
+    """Lines to the console and to a file. Ranks other than the first get `Log(None, False)`.
 
-    def __init__(self, path: Path | None, console: bool = True):
+    Args:
+        stderr: the console is standard error, where standard output is for a program to read.
+    """
+
+    def __init__(self, path: Path | None, console: bool = True, stderr: bool = False):
         self.path = path
         self.file = path.open("a", buffering=1) if path is not None else None
-        self.console = Console(highlight=False, soft_wrap=True) if console else None
+        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr) if console else None
 
     def line(self, text: str) -> None:
         self.note(text)

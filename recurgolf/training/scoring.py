@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from recurgolf.config import kind_of, to_dict
 from recurgolf.data import Dataset
 from recurgolf.disk import writing
 from recurgolf.eval import Eval, Score, Subject, Text, score
+from recurgolf.eval.windows import Overlapping
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.progress import Log
 from recurgolf.training.telemetry import curves
@@ -125,21 +126,32 @@ def score_all(
     return found
 
 
-def named_protocols(protocols: list[Eval]) -> dict[str, Eval]:
+def named_protocols(protocols: list[Eval], seq_len: int) -> dict[str, Eval]:
     """Every evaluation that protocols ask for, the headline first: name -> protocol by itself.
 
     `eval.also` and lists of `eval.passes` are taken apart. The name is the kind, behind it what
     differs where there are several of a kind: `sliding`, `sliding/stride=64`, `sliding/passes=3`.
+
+    Args:
+        seq_len: of training; window and stride are written out, so that the same evaluation has
+            the same settings however it was asked for.
     """
     found: dict[str, Eval] = {}
     for protocol in [p for asked in protocols for p in (asked, *asked.also)]:
         counts = protocol.passes if isinstance(protocol.passes, list) else []
-        alone = protocol.alone
+        alone = _written_out(protocol.alone, seq_len)
         for each in [alone, *(replace(alone, passes=passes) for passes in counts)]:
             name = kind_of(each)
             if name in found:
                 name = "/".join([name, *difference(settings_of(found[name]), settings_of(each))])
             found.setdefault(name, each)
+    return found
+
+
+def _written_out(protocol: Eval, seq_len: int) -> Eval:
+    found = replace(protocol, seq_len=protocol.seq_len or seq_len)
+    if isinstance(found, Overlapping):
+        found = replace(found, stride=found.step(found.seq_len or seq_len))
     return found
 
 
@@ -166,8 +178,9 @@ def entry_of(result: Score, dataset: Dataset) -> dict[str, float]:
         return entry
     sidecar = dataset.val_byte_sidecar
     counted = dataset.val_bytes if sidecar is None else int(sidecar.sum())
-    ratio = dataset.val_raw_bytes / counted
-    return {**entry, "raw_bytes": result.bytes * ratio, "val_bpb_raw": result.val_bpb / ratio}
+    raw_bytes = result.bytes * dataset.val_raw_bytes / counted
+    raw_bpb = result.val_bpb * counted / dataset.val_raw_bytes
+    return {**entry, "raw_bytes": raw_bytes, "val_bpb_raw": raw_bpb}
 
 
 def by_passes(
@@ -189,17 +202,23 @@ def by_passes(
 
 
 def write_scores(
-    folder: Path, scores: Mapping[str, Score], protocols: Mapping[str, Eval], text: str
+    folder: Path,
+    scores: Mapping[str, Score],
+    protocols: Mapping[str, Eval],
+    text: str,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Write scores/<protocol>.npz below a run's folder.
 
     Args:
         text: fingerprint of the text.
+        names: under which scores are kept, where not under their own.
     """
     (folder / FOLDER).mkdir(exist_ok=True)
-    for name, result in scores.items():
+    for own, result in scores.items():
         assert result.tally is not None
-        settings = json.dumps({**_settings_behind(name, protocols), "name": name})
+        name = names[own] if names else own
+        settings = json.dumps({**settings_of(protocols[_asked_as(own, protocols)]), "name": name})
         draft = folder / FOLDER / f".{file_name(name)}"
         with writing(folder / FOLDER / file_name(name)), draft.open("wb") as file:
             np.savez_compressed(
@@ -218,25 +237,38 @@ def file_name(name: str) -> str:
     return name.replace("/", "_") + ".npz"
 
 
-def free_name(folder: Path, name: str, protocols: Mapping[str, Eval], text: str) -> str:
-    """The name under which an evaluation is kept beside those that a folder has.
+def free_names(
+    folder: Path, names: Iterable[str], protocols: Mapping[str, Eval], text: str
+) -> dict[str, str]:
+    """The names under which evaluations are kept beside those that a folder has.
 
-    It is `name`, unless other settings or another text have been scored under it; then what
-    differs is added, so that no entry is overwritten by something else.
+    They are as given, unless the folder's evaluation of the kind had other settings or another
+    text; then what differs from that one is added, so that no entry is overwritten by something
+    else, and no name says less than it means.
     """
-    path = folder / FOLDER / file_name(name)
-    if not path.exists():
-        return name
+    found = {}
+    for name in names:
+        of = _asked_as(name, protocols)
+        path = folder / FOLDER / file_name(kind_of(protocols[of]))
+        found[name] = name
+        if path.exists():
+            settings, other = kept_settings(path)
+            extra = difference(settings, settings_of(protocols[of]))
+            extra += [] if other == text else [f"text={text[:8]}"]
+            found[name] = "/".join([kind_of(protocols[of]), *extra]) + name[len(of) :]
+    return found
+
+
+def kept_settings(path: Path) -> tuple[dict[str, Any], str]:
+    """Settings of the evaluation in a file of scores/, with its `kind`; fingerprint of its text."""
     with np.load(path) as kept:
-        before, other = json.loads(str(kept["protocol"])), str(kept["text"]) != text
-    extra = difference(before, _settings_behind(name, protocols))
-    return "/".join([name, *extra, *([f"text={text[:8]}"] if other else [])])
+        settings = json.loads(str(kept["protocol"]))
+        return {k: v for k, v in settings.items() if k != "name"}, str(kept["text"])
 
 
-def _settings_behind(name: str, protocols: Mapping[str, Eval]) -> dict[str, Any]:
-    """Settings of the protocol that gave the entry `name`, which may be a variant of it."""
-    of = max((known for known in protocols if f"{name}/".startswith(f"{known}/")), key=len)
-    return settings_of(protocols[of])
+def _asked_as(name: str, protocols: Mapping[str, Eval]) -> str:
+    """The protocol that gave the entry `name`, which may be a variant of it."""
+    return max((known for known in protocols if f"{name}/".startswith(f"{known}/")), key=len)
 
 
 __all__ = [

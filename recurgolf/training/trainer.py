@@ -128,7 +128,7 @@ class Trainer:
             self.ranks.wait()
         self.val_tokens = self.dataset.validation_tokens()
         self.text = text_of(self.dataset)
-        for protocol in named_protocols([run.eval]).values():
+        for protocol in named_protocols([run.eval], run.trainer.seq_len).values():
             protocol.check(self.text.num_targets, protocol.seq_len or config.seq_len)
         self.loader = run.data.loader.build(
             self.dataset.train_shards,

@@ -18,9 +18,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="recurgolf audit", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
+    )
     asked = parser.parse_args(arguments)
-    found = audit_and_show(asked.folder, Log(None, console=not asked.json))
+    found = audit_and_show(asked.folder, Log(None, stderr=asked.json))
     if asked.json:
         print(json.dumps(found.to_dict()))
     return 0 if found.passed else 1

@@ -17,7 +17,7 @@ from recurgolf.run import Run
 from recurgolf.training.progress import Log
 from recurgolf.training.scoring import (
     entry_of,
-    free_name,
+    free_names,
     named_protocols,
     score_all,
     write_scores,
@@ -42,10 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="of eval and data, as in eval=sliding")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
+    )
     asked = parser.parse_intermixed_args(arguments)
     run, protocols = _asked(Run.read(asked.folder), asked.overrides)
-    log = Log(None, console=not asked.json)
+    log = Log(None, stderr=asked.json)
     path = asked.folder / "artifact.bin"
     if not path.exists():
         raise ConfigError(f"{asked.folder} has no artifact.bin: the run did not finish")
@@ -91,13 +93,13 @@ def _keep(
 ) -> None:
     """Add the evaluations to the run's folder, beside what is there."""
     text = dataset.fingerprint
-    names = {name: free_name(folder, name, protocols, text) for name in found}
+    names = free_names(folder, found, protocols, text)
     path = folder / (SUMMARY if (folder / SUMMARY).exists() else OTHER_EVALS)
     try:
         content = json.loads(path.read_text()) if path.exists() else {"evals": {}}
         for name, score in found.items():
             content["evals"][names[name]] = entry_of(score, dataset)
-        write_scores(folder, {names[n]: score for n, score in found.items()}, protocols, text)
+        write_scores(folder, found, protocols, text, names)
         draft = path.with_name(f".{path.name}")
         draft.write_text(json.dumps(content, indent=1) + "\n")
         draft.replace(path)
@@ -112,7 +114,7 @@ def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
     """The finished Run with the data asked for, and every protocol asked for."""
     from recurgolf.cli import compose_parts
 
-    common: list[str] = []
+    common = _same_vocabulary(run, overrides)
     each: list[list[str]] = []
     for override in overrides:
         key = override.partition("=")[0]
@@ -126,7 +128,15 @@ def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
             common.append(override)
     wanted = [[line[0], *common, *line[1:]] for line in each] or [common]
     runs = [compose_parts(run, line) if line else run for line in wanted]
-    return runs[0], named_protocols([one.eval for one in runs])
+    return runs[0], named_protocols([one.eval for one in runs], run.trainer.seq_len)
 
 
 __all__ = ["OTHER_EVALS", "main"]
+
+
+def _same_vocabulary(run: Run, overrides: Sequence[str]) -> list[str]:
+    """The artifact's vocabulary, for a data option that would bring its own size."""
+    keys = [override.partition("=")[0] for override in overrides]
+    if "data" in keys and "data.vocab_size" not in keys:
+        return [f"data.vocab_size={run.data.vocab_size}"]
+    return []

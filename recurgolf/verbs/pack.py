@@ -197,7 +197,7 @@ def scored(
 ) -> Summary:
     """The summary of a packed folder; what training took is the trained run's."""
     device = model.embed.weight.device
-    text, protocols = text_of(dataset), named_protocols([run.eval])
+    text, protocols = text_of(dataset), named_protocols([run.eval], run.trainer.seq_len)
     before = _known_before(run, trained)
     if before is None:
         with clock.phase("validation"):
