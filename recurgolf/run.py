@@ -88,6 +88,7 @@ class Run:
         self.tracker.check()
         self.looping.check(self.model.num_blocks)
         self.lora.check(self.model.projections, self.largest_plan)
+        self.quant.qat.check_plan(self.largest_plan)
         self.eval.check_model(self.model, self.looping)
 
     @property

@@ -56,6 +56,11 @@ LINES = [
             "from 0 (no adapters) to 128",
         ],
     ),
+    # noise on the looped blocks of a flat network
+    (
+        "experiment=universal_rank1_cpu looping=none lora=none",
+        ["quant.qat.blocks=looped", "0 1 2 3 loops no block", "quant.qat.blocks=all"],
+    ),
     # passes where nothing can change, or none
     ("looping=none eval.passes=3", ["looping=none visits every block once", "1 is all it can do"]),
     ("eval.passes=0", ["eval.passes=0", "from 1 on"]),

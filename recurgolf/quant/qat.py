@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.looping import LoopPlan
 from recurgolf.quant.clip import MaxClip
 from recurgolf.quant.grid import GridSpec
 from recurgolf.quant.rtn import exported, step_sizes
@@ -101,6 +102,9 @@ class Qat:
         """Refuse fractions and strengths outside their ranges."""
         self.snap.check()
 
+    def check_plan(self, plan: LoopPlan) -> None:
+        """Refuse to wait for looped blocks where this plan, the largest, has none."""
+
     def build(
         self,
         model: nn.Module,
@@ -147,6 +151,13 @@ class _Disturbing(Qat):
             )
         if self.blocks not in BLOCKS:
             raise ConfigError(f"quant.qat.blocks={self.blocks!r}{suggestion(self.blocks, BLOCKS)}")
+
+    def check_plan(self, plan: LoopPlan) -> None:
+        if self.blocks == "looped" and not plan.looped_blocks:
+            raise ConfigError(
+                f"quant.qat.blocks=looped, but the plan {plan.describe()} loops no block; loop "
+                "some, or set quant.qat.blocks=all, or quant/qat=none"
+            )
 
     def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
         raise NotImplementedError

@@ -204,13 +204,11 @@ def test_what_would_change_nothing_is_refused():
     class Data:
         train_tokens = 10**6
 
-    for overrides, words in [
-        (("quant=none", "quant/qat=noise"), "code no weight"),
-        (("looping=none", "lora=none", "quant/qat=noise"), "looped block"),
-    ]:
-        run = composed(*OVERRIDES[:1], *overrides)
-        with pytest.raises(ConfigError, match=words):
-            prepare_quantization(run, run.build_model(), Data())
+    run = composed(*OVERRIDES[:1], "quant=none", "quant/qat=noise")
+    with pytest.raises(ConfigError, match="code no weight"):
+        prepare_quantization(run, run.build_model(), Data())
+    with pytest.raises(ConfigError, match="loops no block"):
+        composed(*OVERRIDES[:1], "looping=none", "lora=none", "quant/qat=noise")
 
 
 @pytest.mark.parametrize(
