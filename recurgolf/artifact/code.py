@@ -56,10 +56,11 @@ class Packed(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def get_source(self, name):
         return CODE[name]
     def is_package(self, name):
-        return MODULES[name]
+        return MODULES[name] % 2
 sys.meta_path.insert(0, Packed())
-for name in {classes}:
-    importlib.import_module(name)
+for name in CODE:
+    if MODULES[name] > 1:
+        importlib.import_module(name)
 if __name__ == "__main__":
     importlib.import_module({entry!r}).main(*ARGUMENTS)
 '''
@@ -203,8 +204,10 @@ def pack_code(
         classes |= named
         shaker.reach(named)
     shaken = shaker.result()
-    packages_too = {name: int(is_package) for name, (is_package, _) in shaken.code.items()}
-    head = json.dumps([packages_too, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
+    # An option is known once its module has been loaded: 2 for those, 1 for packages.
+    at_once = {target.module for target in classes}
+    marks = {name: package + 2 * (name in at_once) for name, (package, _) in shaken.code.items()}
+    head = json.dumps([marks, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
     text = "\0".join([head, *(source for _, source in shaken.code.values())])
     blob = library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
     source = _STUB.format(
@@ -215,8 +218,6 @@ def pack_code(
         digits=_DIGITS,
         block=_BLOCK,
         size=len(blob),
-        # An option is known once its module has been loaded.
-        classes=repr(sorted({target.module for target in classes})),
         entry=entry.module,
     )
     used = {name for _, text in shaken.code.values() for name in libraries_of(text)}

@@ -38,8 +38,13 @@ class GridSpec:
     scale_dtype: torch.dtype = torch.float16
 
     def __post_init__(self):
-        if not 1 <= self.bits <= 8:
+        if self.bits not in range(1, 9):
             raise ConfigError(f"quant: bits={self.bits}; codes are 1 to 8 bits wide")
+        if not isinstance(self.clip, Clip):
+            raise ConfigError(
+                f"quant: clip={self.clip!r}; an object of a class of quant/clip.py, "
+                "as in SigmaClip(12.85)"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(
                 f"quant: group_size={self.group_size}; at least 1, or null for whole rows"

@@ -270,3 +270,9 @@ def test_weights_that_no_scale_can_hold_are_refused():
         rtn_quantize(torch.tensor([[1.0, float("nan")]]), bits=6, clip=MaxClip())
     with pytest.raises(ValueError, match="beyond float16"):
         rtn_quantize(torch.tensor([[1e8, 1.0]]), bits=6, clip=MaxClip())
+
+
+@pytest.mark.parametrize("clip", [12.85, SigmaClip, "max"])
+def test_a_clip_that_is_no_clip_object_is_named(clip):
+    with pytest.raises(ConfigError, match=r"clip=.*as in SigmaClip\(12.85\)"):
+        rtn_quantize(torch.ones(2, 3), bits=6, clip=clip)
