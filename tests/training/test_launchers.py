@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import recurgolf_process
+from processes import on_ranks
 from safetensors.torch import load_file
 from smoke_runs import RunFolder, small, train
 from torch.testing import assert_close
 
 from recurgolf.cli import conf_folder
-from recurgolf.training import checkpoint
+from recurgolf.config import ConfigError
+from recurgolf.training import checkpoint, launch
+from recurgolf.training.distributed import file_ranks
 
 EXACT = ("optimizer.ns_dtype=float32", "trainer.steps=8", "trainer.log_every=1")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -57,6 +60,23 @@ def test_two_nodes_that_meet_by_rendezvous_match_one_rank(tmp_path):
     for name, tensor in weights(one).items():
         assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
     assert two.summary["environment"]["ranks"] == 2
+
+
+def on_a_disk_of_its_own(rank: int, count: int, place: str) -> None:
+    launch.SHARED_SECONDS = 0.2
+    with file_ranks("gloo", f"{place}/rendezvous", rank, count, 60) as ranks:
+        shared, own = Path(place, "shared"), Path(place, f"node{rank}")
+        for folder in (shared, own):
+            folder.mkdir(exist_ok=True)
+        launch.check_shared(shared, ranks)
+        with pytest.raises(ConfigError, match=f"another folder on {socket.gethostname()}"):
+            launch.check_shared(own, ranks)
+        ranks.wait()
+        assert not [*shared.iterdir(), *own.iterdir()]
+
+
+def test_nodes_that_do_not_share_the_run_folder_are_refused(tmp_path):
+    on_ranks(2, on_a_disk_of_its_own, str(tmp_path))
 
 
 def test_the_slurm_launcher_has_the_plugin_s_own_keys():

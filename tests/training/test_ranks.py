@@ -58,7 +58,7 @@ def test_spawned_ranks_match_one():
 
 def test_ranks_under_torchrun_match_one(tmp_path):
     one = train(*EXACT, "lora.rank=2")
-    overrides = [*small(*EXACT, "lora.rank=2"), "trainer.devices=2"]
+    overrides = small(*EXACT, "lora.rank=2")  # trainer.devices is what torchrun has started
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ended = recurgolf_process(
         *["-m", "recurgolf", *overrides, "hydra.run.dir=under_torchrun"],
@@ -66,6 +66,7 @@ def test_ranks_under_torchrun_match_one(tmp_path):
         cwd=tmp_path,
     )
     two = RunFolder(tmp_path / "under_torchrun", ended.finished())
+    assert two.json("run.json")["trainer"]["devices"] == 2
     assert_same_training(one, two)
 
 
