@@ -1,6 +1,9 @@
 """The CPU variant of every system's experiment is that experiment, only smaller."""
 
+import json
+
 import pytest
+from command_line import recurgolf as run_line
 
 import recurgolf
 from recurgolf.config import to_dict
@@ -48,3 +51,16 @@ def test_the_cpu_variant_only_shrinks(system):
     assert type(full.data.loader) is type(small.data.loader)
     assert full.trainer.devices == 8 and small.trainer.device == "cpu"
     assert full.budget.artifact_bytes == 16_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_cpu_variant_runs_to_the_score_of_its_file(system, tmp_path):
+    line = (f"experiment={system}_cpu", "trainer.steps=4", "trainer.batch_tokens=1024")
+    folder = tmp_path / "run"
+    run_line(*line, "eval=plain", f"hydra.run.dir={folder}", cwd=tmp_path).finished()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 4
+    assert summary["within_budget"]
+    assert summary["bytes_model"] == (folder / "artifact.bin").stat().st_size
+    assert 0 < summary["val_bpb"] < 6
