@@ -77,7 +77,7 @@ class Model:
     mixer_pattern: list[str] = field(default_factory=list)
     """Kinds of the mixers along the depth, repeated: [gated_deltanet, gated_deltanet, attention] is
     attention in every third block. A kind that is neither `mixer` nor `second_mixer` becomes the
-    second mixer, with its defaults."""
+    second mixer, with its defaults. Given, it takes the place of second_mixer_every."""
     second_mixer_at: list[int] = field(default_factory=list)
     """Indices of the blocks with the second mixer."""
     second_mixer_every: int | None = None
@@ -170,15 +170,11 @@ class Model:
             raise ConfigError(
                 f"model.second_mixer_every={every}: from 1 to the {self.num_blocks} blocks"
             )
-        given = {
-            name: value
-            for name in ("mixer_pattern", "second_mixer_every", "second_mixer_at")
-            if (value := getattr(self, name)) not in (None, [])
-        }
-        if len(given) > 1:
+        first = "mixer_pattern" if self.mixer_pattern else "second_mixer_every"
+        if getattr(self, first) and self.second_mixer_at:
             raise ConfigError(
-                f"{' and '.join(f'model.{name}={value}' for name, value in given.items())}: give "
-                "one of them (null or [] takes one back)"
+                f"model.{first}={getattr(self, first)} and model.second_mixer_at="
+                f"{self.second_mixer_at}: give one of them"
             )
         if self.second_mixer is not None and not self.second_mixer_blocks:
             raise ConfigError(

@@ -173,8 +173,12 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
         ([*HYBRID, "model.second_mixer_at=[0]"], r"every=2 and .*second_mixer_at=\[0\]: give one"),
         (["model.second_mixer_every=2"], "second_mixer_every is given, but no model.second_mixer"),
         (
-            [*HYBRID, "model.mixer_pattern=[gated_deltanet,attention]"],
-            "mixer_pattern=.* and model.second_mixer_every=2: give one",
+            [
+                *HYBRID,
+                "model.mixer_pattern=[gated_deltanet,attention]",
+                "model.second_mixer_at=[0]",
+            ],
+            r"mixer_pattern=.* and model.second_mixer_at=\[0\]: give one",
         ),
         (["model.mixer_pattern=[attention,gated_delta]"], "did you mean 'gated_deltanet'"),
         (

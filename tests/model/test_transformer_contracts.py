@@ -314,6 +314,8 @@ def test_a_pattern_names_the_mixers_along_the_depth_and_repeats(pattern, second)
     expected = [AttentionConfig if b in second else GatedDeltaNetConfig for b in range(BLOCKS)]
     assert kinds == expected and config.second_mixer_blocks == second
     assert from_dict(Model, to_dict(config)) == config
+    again = Model(**{**vars(config), "second_mixer_every": 2})
+    assert again.second_mixer_blocks == second, "the pattern takes the place of every"
     # Of an attention first, the other kind is the one that is added.
     if second:
         other = Model(num_blocks=BLOCKS, mixer=AttentionConfig(), mixer_pattern=pattern)
