@@ -94,7 +94,8 @@ def bytes_by_component(axes: Axes, data: Mapping[str, Any]) -> bool:
     axes.invert_yaxis()
     axes.set(xlabel="bytes", title="bytes by component (the code is never planned)")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.legend(fontsize="x-small", ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    if names:  # matplotlib warns of a legend of nothing
+        axes.legend(fontsize="x-small", ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return bool(rows)
 
 
