@@ -46,24 +46,28 @@ def part(i):
     digits = TEXT[i:i + {digits}]
     return functools.reduce(lambda n, s: n * {base} + SIGNS[s], digits, 0).to_bytes({block}, "big")
 BLOB = b"".join(map(part, range(0, len(TEXT), {digits})))
-HEAD, *SOURCES = brotli.decompress(BLOB[:{size}]).decode().split("\\0")
+BOOT, HEAD, *SOURCES = brotli.decompress(BLOB[:{size}]).decode().split("\\0")
+exec(BOOT)
+'''
+_BOOT = """
 MODULES, ARGUMENTS = json.loads(HEAD)
 CODE = dict(zip(MODULES, SOURCES))
 class Packed(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    def find_spec(self, name, path=None, target=None):
-        if name in CODE:
-            return importlib.util.spec_from_loader(name, self, is_package=self.is_package(name))
-    def get_source(self, name):
-        return CODE[name]
-    def is_package(self, name):
-        return MODULES[name] % 2
+ def find_spec(self, name, path=None, target=None):
+  if name in CODE:
+   return importlib.util.spec_from_loader(name, self, is_package=self.is_package(name))
+ def get_source(self, name):
+  return CODE[name]
+ def is_package(self, name):
+  return MODULES[name] % 2
 sys.meta_path.insert(0, Packed())
 for name in CODE:
-    if MODULES[name] > 1:
-        importlib.import_module(name)
+ if MODULES[name] > 1:
+  importlib.import_module(name)
 if __name__ == "__main__":
-    importlib.import_module({entry!r}).main(*ARGUMENTS)
-'''
+ importlib.import_module({entry!r}).main(*ARGUMENTS)
+"""
+"""Compressed with the modules: it puts them where imports find them, and starts."""
 _UNUSED = (10, 13, 26, 34, 92)
 """ASCII that a text between quotes cannot hold everywhere: line ends, ^Z, quote, backslash."""
 _SIGNS = "".join(chr(n) for n in range(1, 128) if n not in _UNUSED)
@@ -208,7 +212,8 @@ def pack_code(
     at_once = {target.module for target in classes}
     marks = {name: package + 2 * (name in at_once) for name, (package, _) in shaken.code.items()}
     head = json.dumps([marks, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
-    text = "\0".join([head, *(source for _, source in shaken.code.values())])
+    boot = _BOOT.format(entry=entry.module)
+    text = "\0".join([boot, head, *(source for _, source in shaken.code.values())])
     blob = library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
     source = _STUB.format(
         doc=doc,
@@ -218,7 +223,6 @@ def pack_code(
         digits=_DIGITS,
         block=_BLOCK,
         size=len(blob),
-        entry=entry.module,
     )
     used = {name for _, text in shaken.code.values() for name in libraries_of(text)}
     libraries = sorted({"brotli", *used} - packages - set(sys.stdlib_module_names))
