@@ -13,6 +13,7 @@ from recurgolf.artifact.score import Scorable, check_data, rebuild, text_of
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
 from recurgolf.eval import Eval, Score
+from recurgolf.eval.ttt import SgdEval
 from recurgolf.run import Run
 from recurgolf.training.progress import Log
 from recurgolf.training.scoring import (
@@ -78,9 +79,14 @@ def _scored(
     scorable: Scorable, dataset: Dataset, protocols: dict[str, Eval], log: Log
 ) -> dict[str, Score]:
     text = text_of(dataset)
-    for protocol in protocols.values():
+    for name, protocol in protocols.items():
         protocol.check_model(scorable.model.config, scorable.looping)
         protocol.check(text.num_targets, protocol.seq_len or scorable.seq_len)
+        if isinstance(protocol, SgdEval) and protocol.chunk_tokens >= text.num_targets:
+            log.line(
+                f"{name}: eval.chunk_tokens={protocol.chunk_tokens} holds the whole text, so "
+                "nothing is learned; take smaller chunks"
+            )
     return score_all(protocols, scorable, text, log)
 
 

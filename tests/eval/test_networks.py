@@ -1,4 +1,4 @@
-"""Protocols on real networks: documents by themselves, positions wanted, positions beyond training."""
+"""Protocols on real networks: documents by themselves, positions wanted, and beyond training."""
 
 import math
 

@@ -1,5 +1,7 @@
 """A Tally has the sums of every document, and notices a target that is scored twice."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_sums_are_those_of_a_loop_over_targets_in_whatever_order_they_come(start
     text = Text(tokens, FixedBytes(), bos=1)
     nats = np.random.default_rng(len(starts)).random(LENGTH - 1)
     edges = [0, *sorted(c for c in cuts if c < LENGTH - 1), LENGTH - 1]
-    pieces = list(zip(edges, edges[1:], strict=False))
+    pieces = list(pairwise(edges))
     chance.shuffle(pieces)
     tally = Tally(text, per_target=True)
     for first, stop in pieces:
