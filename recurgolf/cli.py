@@ -24,6 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -55,6 +56,7 @@ from recurgolf.overrides import (
 from recurgolf.training.faults import RunFailed, is_full_disk
 
 if TYPE_CHECKING:
+    from recurgolf.compare.search import Choice, Interval
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
 
@@ -315,6 +317,41 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(f"{override.input_line}: not a list of values")
     return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice | Interval]]:
+    """Overrides of a search: those of every trial, and the space of the others.
+
+    Raises:
+        ConfigError: an interval without width, or a logarithmic one that reaches zero.
+    """
+    from recurgolf.compare.search import Choice, Interval
+
+    check_overrides(overrides, group_names())
+    with _hydra_initialized():
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
+            list(overrides)
+        )
+    fixed: list[str] = []
+    space: dict[str, Choice | Interval] = {}
+    for override in parsed:
+        key = override.get_key_element()
+        value = override.value()
+        if not override.is_sweep_override():
+            fixed.append(override.input_line or f"{key}={override.get_value_element_as_str()}")
+        elif isinstance(value, IntervalSweep):
+            low, high = float(value.start or 0), float(value.end or 0)
+            log = "log" in value.tags
+            if low >= high or (log and low <= 0):
+                raise ConfigError(
+                    f"{override.input_line}: from a smaller to a larger number"
+                    + (", both above zero where the scale is logarithmic" if log else "")
+                )
+            whole = isinstance(value.start, int) and isinstance(value.end, int)
+            space[key] = Interval(low, high, log, whole)
+        else:
+            space[key] = Choice(tuple(override.sweep_string_iterator()))
+    return fixed, space
 
 
 @contextlib.contextmanager

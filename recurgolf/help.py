@@ -16,6 +16,8 @@ VERBS = {
     "board": "an HTML page of runs and sweeps: recurgolf board FOLDER... [--out board.html]",
     "resume": "go on with a run that was stopped: recurgolf resume FOLDER",
     "sweep": "run what is missing or failed: recurgolf sweep resume FOLDER; sweep show FOLDER",
+    "search": "look for the best settings, by bits per byte and bytes (recurgolf search --help)",
+    "control": "a looped run without its loop at equal cost: recurgolf control compare.match=flops",
     "adapters": "save, load, merge or blend adapters (recurgolf adapters --help)",
 }
 

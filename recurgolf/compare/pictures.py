@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = (
     *("#3b76c4", "#d1731f", "#2e9a66", "#c24141", "#7d5bb5", "#8a6146", "#c9599b", "#6f7782"),
@@ -115,7 +116,7 @@ def passes(axes: Axes, data: Mapping[str, Any]) -> bool:
         axes.plot(x, list(points.values()), style, color=_colour(group), label=label, ms=4)
         shown += 1
     axes.set(xlabel="passes", ylabel="bits per byte", title="bits per byte by number of passes")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes, data)
     return shown > 0
 

@@ -10,11 +10,13 @@ MODULES = {
     "audit": "audit",
     "board": "board",
     "compare": "compare",
+    "control": "control",
     "evaluate": "evaluate",
     "export": "export",
     "import": "import_checkpoint",
     "pack": "pack",
     "resume": "resume",
+    "search": "search",
     "sweep": "sweep",
 }
 """Verb -> module in this package; each is imported when it is asked for."""

@@ -1,0 +1,326 @@
+"""Searching a space of settings for the best bytes and bits per byte, with Optuna.
+
+Every trial is a run of its own in a process of its own, with a folder like any run's. The study
+lies in SQLite beside them, so that a search that was stopped goes on where it was. Trials that are
+clearly beaten on the way are ended early.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from recurgolf.config import ConfigError, suggestion
+from recurgolf.plan import make_plan
+from recurgolf.run import Run
+from recurgolf.training.summary import FILE as SUMMARY
+from recurgolf.training.summary import Summary
+
+OBJECTIVES = ("val_bpb", "artifact_bytes", "train_seconds", "params")
+"""Figures of a summary that a search can make small."""
+STUDY, RESULT = "study.db", "search.json"
+_POLL_SECONDS = 0.5
+_OVER_BUDGET = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values, as they are written in an override."""
+
+    values: tuple[str, ...]
+
+    def suggest(self, trial: optuna.Trial, key: str) -> str:
+        return str(trial.suggest_categorical(key, list(self.values)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Any number between two, ends included; `log` spreads the trials over orders of magnitude."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def suggest(self, trial: optuna.Trial, key: str) -> str:
+        if self.whole:
+            return str(trial.suggest_int(key, int(self.low), int(self.high), log=self.log))
+        return repr(trial.suggest_float(key, self.low, self.high, log=self.log))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to search and how long.
+
+    Attributes:
+        fixed: overrides of every trial.
+        space: key -> the values it may take.
+        objectives: figures of the summary to make small, the first one first in tables.
+        trials: how many are wanted in all, those of earlier calls included.
+        jobs: how many run at a time.
+        patience: finished trials that must be there before one is given up; 0: never give up.
+        margin: bits per byte by which a trial must be worse than their median to be given up.
+    """
+
+    folder: Path
+    fixed: tuple[str, ...]
+    space: Mapping[str, Choice | Interval]
+    compose: Callable[[Sequence[str]], Run] = field(repr=False)
+    objectives: tuple[str, ...] = ("val_bpb", "artifact_bytes")
+    trials: int = 20
+    jobs: int = 1
+    seed: int = 0
+    patience: int = 3
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise ConfigError(
+                "a search needs something to vary: key=choice(a,b), key=range(1,9), "
+                "key=interval(0.01,0.1), or key=tag(log,interval(0.001,0.1))"
+            )
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise ConfigError(f"objective {name!r}{suggestion(name, OBJECTIVES)}")
+        for name, least in (("trials", 1), ("jobs", 1), ("patience", 0), ("margin", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name} {getattr(self, name)}: at least {least}")
+
+
+class TrialFailed(Exception):
+    """A trial without a result; the search goes on."""
+
+
+def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
+    """Run trials until there are as many as asked for; finished ones of earlier calls count.
+
+    Raises:
+        ConfigError: the folder holds a search of other settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        study_name="recurgolf",
+        storage=f"sqlite:///{asked.folder / STUDY}",
+        sampler=optuna.samplers.TPESampler(
+            seed=asked.seed,
+            multivariate=True,
+            constant_liar=asked.jobs > 1,
+        ),
+        directions=[StudyDirection.MINIMIZE] * len(asked.objectives),
+        load_if_exists=True,
+    )
+    _same_search(study, asked)
+    _take_up(study)
+    had = sum(trial.state in _DONE for trial in study.trials)
+    if had:
+        say(f"{had} of {asked.trials} trials are there")
+        # With its first seed it would draw the same trials again.
+        study.sampler.reseed_rng()
+    if had < asked.trials:
+        study.optimize(
+            lambda trial: _run_trial(study, trial, asked, say),
+            n_trials=asked.trials - had,
+            n_jobs=asked.jobs,
+            catch=(TrialFailed,),
+        )
+    _write(study, asked)
+    return study
+
+
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def _same_search(study: optuna.Study, asked: Search) -> None:
+    """Refuse to mix trials of two searches."""
+    own = {
+        "fixed": list(asked.fixed),
+        "space": {key: repr(space) for key, space in asked.space.items()},
+        "objectives": list(asked.objectives),
+    }
+    for name, value in own.items():
+        there = study.user_attrs.get(name)
+        if there is None:
+            study.set_user_attr(name, value)
+        elif there != value:
+            raise ConfigError(
+                f"{asked.folder} holds a search with {name} {there}, not {value}; choose another "
+                "--folder"
+            )
+
+
+def _take_up(study: optuna.Study) -> None:
+    """Trials that were running when the search was stopped are run again, with their values."""
+    storage = study._storage
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        storage.set_trial_user_attr(trial._trial_id, "stopped", True)
+        study.enqueue_trial(trial.params)
+
+
+def _run_trial(
+    study: optuna.Study, trial: optuna.Trial, asked: Search, say: Callable[[str], None]
+) -> list[float]:
+    """The objectives of one trial: composed, run in its folder, watched."""
+    chosen = [f"{key}={space.suggest(trial, key)}" for key, space in asked.space.items()]
+    folder = asked.folder / str(trial.number)
+    label = f"trial {trial.number} ({' '.join(chosen)})"
+    try:
+        expected = make_plan(asked.compose([*asked.fixed, *chosen])).total_bytes
+    except ConfigError as error:
+        say(f"{label}: {error}")
+        raise TrialFailed(str(error)) from None
+    trial.set_user_attr("bytes_expected", expected)
+    command = [sys.executable, "-m", "recurgolf", *asked.fixed, *chosen]
+    command += [f"hydra.run.dir='{folder}'"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "console.log").open("w") as console:
+        process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                curve = validation_curve(folder)
+                if curve:
+                    trial.set_user_attr("curve", curve)
+                why = hopeless(study.trials, curve, expected, asked)
+                if why and process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                    say(f"{label}: given up, {why}")
+                    raise optuna.TrialPruned(why)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    trial.set_user_attr("curve", validation_curve(folder))
+    if process.returncode not in (0, _OVER_BUDGET) or not (folder / SUMMARY).exists():
+        last = (folder / "console.log").read_text().strip().splitlines()[-1:]
+        say(f"{label}: failed with exit code {process.returncode}: {' '.join(last)}")
+        raise TrialFailed(label)
+    summary = Summary.read(folder)
+    trial.set_user_attr("within_budget", summary.within_budget)
+    values = [float(getattr(summary, name)) for name in asked.objectives]
+    told = ", ".join(f"{n} {_form(n, v)}" for n, v in zip(asked.objectives, values, strict=True))
+    say(f"{label}: {told}{'' if summary.within_budget else ', over the budget'}")
+    return values
+
+
+def validation_curve(folder: Path) -> dict[str, float]:
+    """Step -> val_bpb of the validations that a run has made so far (`trainer.val_every`)."""
+    path = folder / "metrics.jsonl"
+    curve = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # The last line is being written.
+        if "val/bpb" in event:
+            curve[str(event["step"])] = event["val/bpb"]
+    return curve
+
+
+def hopeless(
+    trials: Sequence[FrozenTrial], curve: Mapping[str, float], expected: int, asked: Search
+) -> str | None:
+    """Why a trial will not be among the best; None while it may.
+
+    It is compared, at its newest validation, with the finished trials that were no larger (where
+    bytes are an objective): worse than their median means that it is beaten in everything.
+    """
+    if not curve or not asked.patience or asked.objectives[0] != "val_bpb":
+        return None
+    step = max(curve, key=int)
+    rivals = [
+        trial.user_attrs["curve"][step]
+        for trial in trials
+        if trial.state == TrialState.COMPLETE
+        and step in trial.user_attrs.get("curve", {})
+        and ("artifact_bytes" not in asked.objectives or _size(trial) <= expected)
+    ]
+    if len(rivals) < asked.patience:
+        return None
+    median = statistics.median(rivals)
+    if curve[step] <= median + asked.margin:
+        return None
+    return (
+        f"val_bpb {curve[step]:.4f} at step {step} against {median:.4f}, the median of "
+        f"{len(rivals)} finished trials that are no larger"
+    )
+
+
+def _size(trial: FrozenTrial) -> int:
+    return trial.user_attrs["bytes_expected"]
+
+
+def front(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials within the budget that no other one beats in everything, best val_bpb first."""
+    fitting = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.user_attrs.get("within_budget")
+    ]
+    best = [one for one in fitting if not any(_beats(other, one) for other in fitting)]
+    return sorted(best, key=lambda trial: trial.values)
+
+
+def _beats(one: FrozenTrial, other: FrozenTrial) -> bool:
+    pairs = list(zip(one.values, other.values, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _form(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "val_bpb" else f"{value:,.0f}"
+
+
+def table(study: optuna.Study, asked: Search) -> str:
+    """The Pareto front for people, and how the other trials ended."""
+    rows = [["trial", *asked.objectives, "settings"]]
+    for trial in front(study):
+        figures = [_form(n, v) for n, v in zip(asked.objectives, trial.values, strict=True)]
+        settings = " ".join(f"{key}={value}" for key, value in trial.params.items())
+        rows.append([str(trial.number), *figures, settings])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
+    ended = {state: 0 for state in _DONE}
+    for trial in study.trials:
+        if trial.state in ended and not trial.user_attrs.get("stopped"):
+            ended[trial.state] += 1
+    lines.append(
+        f"{ended[TrialState.COMPLETE]} finished, {ended[TrialState.PRUNED]} given up, "
+        f"{ended[TrialState.FAIL]} failed; the front is above, each run in {asked.folder}/TRIAL"
+    )
+    return "\n".join(lines)
+
+
+def _write(study: optuna.Study, asked: Search) -> None:
+    """search.json: every trial, and which are on the front."""
+    best = {trial.number for trial in front(study)}
+    trials: list[dict[str, Any]] = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "settings": trial.params,
+            "objectives": dict(zip(asked.objectives, trial.values or [], strict=False)),
+            "front": trial.number in best,
+        }
+        for trial in study.trials
+    ]
+    text = json.dumps({"fixed": list(asked.fixed), "trials": trials}, indent=1)
+    (asked.folder / RESULT).write_text(text + "\n")
+
+
+__all__ = ["Choice", "Interval", "Search", "front", "hopeless", "search", "table"]

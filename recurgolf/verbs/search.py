@@ -1,0 +1,66 @@
+"""recurgolf search: look for the best settings within a space, by bits per byte and bytes.
+
+    recurgolf search experiment=demo 'optimizer.matrix_lr=tag(log,interval(0.01,0.1))' \\
+        'lora.rank=choice(0,1,2)' trainer.val_every=50 --trials 30 --folder outputs/search/demo
+
+Values are Hydra's: choice(a,b,...), a,b, range(1,9), interval(low,high), tag(log,interval(...)),
+int(interval(...)). The same command goes on with a search that was stopped; a larger --trials
+adds to one that has ended. `trainer.val_every` lets beaten trials be given up early.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from recurgolf.config import ConfigError
+from recurgolf.overrides import split_arguments
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run trials, print the Pareto front."""
+    from recurgolf.cli import compose, search_space
+
+    parser = argparse.ArgumentParser(
+        prog="recurgolf search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, help="where trials and study lie (outputs/search)")
+    parser.add_argument("--trials", type=int, default=20, help="how many in all (20)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
+    parser.add_argument(
+        "--objectives",
+        default="val_bpb,artifact_bytes",
+        help="what to make small, comma-separated (val_bpb,artifact_bytes)",
+    )
+    parser.add_argument("--patience", type=int, default=3, help="trials before any is given up")
+    parser.add_argument("--margin", type=float, default=0.0, help="bits per byte worse than median")
+    parser.add_argument("--sampler-seed", type=int, default=0)
+    asked, rest = parser.parse_known_args(list(arguments))
+    try:
+        from recurgolf.compare.search import Search, search, table
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise ConfigError(
+            "recurgolf search needs the package optuna: pip install 'recurgolf[search]'"
+        ) from None
+    overrides, config_dir = split_arguments(rest, "search")
+    fixed, space = search_space(overrides)
+    wanted = Search(
+        folder=(asked.folder or Path("outputs") / "search").resolve(),
+        fixed=tuple(fixed) + ((f"--config-dir={config_dir}",) if config_dir else ()),
+        space=space,
+        compose=lambda own: compose([o for o in own if not o.startswith("-")], config_dir),
+        objectives=tuple(asked.objectives.split(",")),
+        trials=asked.trials,
+        jobs=asked.jobs,
+        seed=asked.sampler_seed,
+        patience=asked.patience,
+        margin=asked.margin,
+    )
+    study = search(wanted, lambda text: print(text, flush=True))
+    print(table(study, wanted))
+    return 0

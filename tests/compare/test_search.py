@@ -1,0 +1,96 @@
+"""A search runs real trials, goes on where it was stopped, and tells its Pareto front."""
+
+import itertools
+import json
+
+import pytest
+from command_line import recurgolf
+
+from recurgolf.cli import search_space
+from recurgolf.config import ConfigError
+
+pytest.importorskip("optuna")
+
+from optuna.trial import TrialState, create_trial
+
+from recurgolf.compare.search import Choice, Interval, Search, hopeless
+
+TRIALS = [
+    *("search", "experiment=smoke", "tracker=none", "trainer.steps=8", "trainer.val_every=4"),
+    *("optimizer.matrix_lr=tag(log,interval(0.001,0.1))", "model.dim=choice(16,32)"),
+    *("--folder", "found", "--patience", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search of one trial, then one more."""
+    place = tmp_path_factory.mktemp("search")
+    first = recurgolf(*TRIALS, "--trials", "1", cwd=place).finished()
+    second = recurgolf(*TRIALS, "--trials", "2", cwd=place).finished()
+    return place, first, second
+
+
+def test_trials_add_up_over_calls(searched):
+    place, first, second = searched
+    assert "1 finished" in first.out and "1 of 2 trials are there" in second.out
+    found = json.loads((place / "found/search.json").read_text())["trials"]
+    assert [trial["state"] for trial in found] == ["complete"] * 2
+    assert len({trial["settings"]["optimizer.matrix_lr"] for trial in found}) == 2
+    for trial in found:
+        summary = json.loads((place / f"found/{trial['trial']}/summary.json").read_text())
+        assert trial["objectives"] == {k: summary[k] for k in ("val_bpb", "artifact_bytes")}
+        run = json.loads((place / f"found/{trial['trial']}/run.json").read_text())
+        assert run["optimizer"]["matrix_lr"] == trial["settings"]["optimizer.matrix_lr"]
+
+
+def test_the_front_is_what_nothing_beats(searched):
+    found = json.loads((searched[0] / "found/search.json").read_text())["trials"]
+    points = {t["trial"]: tuple(t["objectives"].values()) for t in found}
+    beaten = {
+        a
+        for a, b in itertools.permutations(points, 2)
+        if points[b] != points[a] and all(y <= x for x, y in zip(points[a], points[b], strict=True))
+    }
+    assert {t["trial"] for t in found if t["front"]} == set(points) - beaten
+
+
+def test_another_search_in_the_same_folder_is_refused(searched):
+    other = [one.replace("steps=8", "steps=9") for one in TRIALS]
+    why = recurgolf(*other, "--trials", "4", cwd=searched[0]).refused()
+    assert "holds a search with fixed" in why and "--folder" in why
+
+
+def test_a_space_is_written_as_hydra_writes_it():
+    fixed, space = search_space(
+        ["seed=3", "a=1,2", "b=range(1,4)", "c=interval(0.1,2)", "d=int(interval(1,8))"]
+    )
+    assert fixed == ["seed=3"]
+    assert space["a"] == Choice(("1", "2")) and space["b"] == Choice(("1", "2", "3"))
+    assert space["c"] == Interval(0.1, 2) and space["d"] == Interval(1, 8, whole=True)
+    with pytest.raises(ConfigError, match="above zero"):
+        search_space(["a=tag(log,interval(0,1))"])
+
+
+def test_nothing_to_vary_is_said(tmp_path):
+    assert "something to vary" in recurgolf("search", "seed=1", cwd=tmp_path).refused()
+
+
+def finished(val_bpb, size):
+    """A trial with one validation at step 4."""
+    return create_trial(
+        state=TrialState.COMPLETE,
+        values=[val_bpb, size],
+        user_attrs={"curve": {"4": val_bpb}, "bytes_expected": size},
+    )
+
+
+def test_only_what_is_beaten_in_everything_is_given_up(tmp_path):
+    asked = Search(tmp_path, (), {"a": Choice(("1", "2"))}, lambda _: None)  # type: ignore[arg-type]
+    small = [finished(3.0 + 0.1 * i, 1000) for i in range(3)]
+    assert hopeless(small, {"4": 3.2}, 1000, asked) is not None
+    assert hopeless(small, {"4": 3.05}, 1000, asked) is None
+    assert hopeless(small, {"4": 3.2}, 999, asked) is None, "smaller than all: may be on the front"
+    assert hopeless(small, {"5": 9.9}, 1000, asked) is None, "nobody to compare with at that step"
+    assert hopeless(small[:2], {"4": 9.9}, 1000, asked) is None, "too few to judge by"
+    assert hopeless(small, {}, 1000, asked) is None
