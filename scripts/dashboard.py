@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ class Where:
     name: str = "recurgolf"
 
 
+def library(part: str) -> Any:
+    """A part of wandb-workspaces; its types do not tell what it exports."""
+    return import_module(f"wandb_workspaces.{part}")
+
+
 def panels() -> dict[str, list[Any]]:
     """Section -> its plots; workspace and report have the same."""
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]
+    wr = library("reports.v2")
 
     result, by_group = wr.SummaryMetric, {"groupby": "Group", "groupby_rangefunc": "stddev"}
     axes = (("step", "steps"), ("tokens", "tokens"), ("train_seconds", "training seconds"))
@@ -83,7 +89,7 @@ def panels() -> dict[str, list[Any]]:
 
 def workspace(where: Where) -> Any:
     """The workspace: runs grouped by experiment, one section per kind of plot."""
-    import wandb_workspaces.workspaces as ws  # pyright: ignore[reportMissingImports]
+    ws = library("workspaces")
 
     return ws.Workspace(
         entity=where.entity,
@@ -104,7 +110,7 @@ def workspace(where: Where) -> Any:
 
 def report(where: Where) -> Any:
     """The report: the same plots with words between them, and every seed in a table."""
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]
+    wr = library("reports.v2")
 
     words = {
         "Result": "Every point is a packed file that exists: val_bpb was measured on the file "
