@@ -96,6 +96,7 @@ class Group:
 
     Attributes:
         differs: setting -> value, for what differs between the groups.
+        telling: as few of those settings as tell every group from every other.
         runs: finished, one per seed, by seed.
         unfinished: those without a summary.
         repeated: finished runs of a seed that a newer run of the same settings replaced.
@@ -109,17 +110,25 @@ class Group:
     repeated: list[FoundRun] = field(default_factory=list)
     left_out: list[FoundRun] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
+    telling: list[str] = field(default_factory=list)
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the label leaves out settings that differ."""
+        parts = [f"{key}={value}" for key, value in self.differs.items() if value != ABSENT]
+        return len(parts) > 4 or len(" ".join(parts)) > 90
 
     @property
     def label(self) -> str:
-        """What sets the group apart: `lora.rank=2`; its name where that would be a long list."""
+        """What sets the group apart: `lora.rank=2`; where that would be long, its name and as much
+        of it as tells the groups apart. No two groups share a label."""
         parts = [f"{key}={value}" for key, value in self.differs.items() if value != ABSENT]
         some = [*self.runs, *self.unfinished, *self.left_out][0].name
         if not parts:
             return some
-        if len(parts) <= 4 and len(" ".join(parts)) <= 90:
+        if not self.shortened:
             return " ".join(parts)
-        return f"{some} ({len(parts)} settings differ)"
+        return " ".join([some, *(f"{key}={self.differs[key]}" for key in self.telling)])
 
     @property
     def seeds(self) -> list[str]:
@@ -183,11 +192,25 @@ def grouped(runs: Sequence[FoundRun]) -> list[Group]:
         own = dict(zip(differing, key, strict=True))
         group = groups.setdefault(key, Group(own))
         (group.unfinished if run.summary is None else group.runs).append(run)
+    telling = telling_settings([group.differs for group in groups.values()])
     for group in groups.values():
+        group.telling = telling
         _one_run_a_seed(group)
         group.unfinished = [run for run in group.unfinished if run.seed not in group.seeds]
         group.declared = declared_seeds([*group.runs, *group.unfinished])
     return list(groups.values())
+
+
+def telling_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Few keys whose values together are different for all: the one that splits most comes first."""
+    chosen: list[str] = []
+
+    def kinds(keys: Sequence[str]) -> int:
+        return len({tuple(one[key] for key in keys) for one in settings})
+
+    while settings and kinds(chosen) < len(settings):
+        chosen.append(max(settings[0], key=lambda key: kinds([*chosen, key])))
+    return chosen
 
 
 def differing_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:

@@ -130,7 +130,7 @@ def _measured(group: Group) -> str:
 
 def _what_differs(groups: Sequence[Group]) -> list[str]:
     """Settings with their value in every group, where the labels are too short to tell."""
-    if all(" settings differ)" not in group.label for group in groups):
+    if not any(group.shortened for group in groups):
         return []
     text = ["differs   " + " | ".join(group.label for group in groups)]
     for key in groups[0].differs:

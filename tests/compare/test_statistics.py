@@ -187,6 +187,16 @@ def test_other_kinds_are_named_without_the_settings_of_those_not_chosen(tmp_path
     ]
 
 
+def test_groups_that_differ_in_much_still_have_labels_of_their_own(tmp_path):
+    many = {f"optimizer.{name}_lr": 0.5 for name in ("matrix", "embed", "head", "scalar", "mtp")}
+    for number, own in enumerate(({"lora.rank": 1}, {"lora.rank": 2}, {"lora.rank": 2, **many})):
+        overrides = [f"{key}={value}" for key, value in own.items()]
+        write_run(tmp_path / str(number), 1, 1.6, *overrides)
+    labels = [group.label for group in grouped(find_runs([tmp_path]))]
+    assert len(set(labels)) == 3
+    assert max(len(label) for label in labels) < 90
+
+
 def test_a_seed_run_twice_counts_once(tmp_path):
     write_run(tmp_path / "old", 1, 1.6)
     write_run(tmp_path / "new", 1, 1.5)
