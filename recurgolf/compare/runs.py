@@ -202,7 +202,7 @@ def grouped(runs: Sequence[FoundRun]) -> list[Group]:
 
 
 def telling_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """Few keys whose values together are different for all: the one that splits most comes first."""
+    """Few keys whose values together are different for all; what splits most comes first."""
     chosen: list[str] = []
 
     def kinds(keys: Sequence[str]) -> int:
