@@ -156,9 +156,9 @@ def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
     finest, coarsest = STEPS[0], STEPS[-1]
     for _ in range(12):
         step = math.sqrt(finest * coarsest)
-        lines = predict(shapes, at_step(rules, step), run.artifact.codec, header)
-        if sum(line.predicted for line in lines) <= left:
-            coarsest = step
+        tried = predict(shapes, at_step(rules, step), run.artifact.codec, header)
+        if round(sum(line.predicted for line in tried)) <= left:
+            coarsest, lines = step, tried
         else:
             finest = step
     return lines

@@ -112,8 +112,10 @@ def test_the_plan_names_the_code_that_counts_and_both_sizes(tmp_path):
         assert f"{size['packed']:,}" in line and f"{size['raw']:,}" in line
         assert ("counts" in line) == (name == "score.py")
     other = make_plan(composed(*small("artifact.code=train")))
-    assert other.code_bytes == plan.code.train.packed_bytes > plan.code_bytes
-    assert other.total_bytes - plan.total_bytes == other.code_bytes - plan.code_bytes
+    assert other.code_bytes == other.code.train.packed_bytes > 2 * plan.code_bytes
+    # The header holds the fingerprint, which is another one.
+    assert other.model_bytes == pytest.approx(plan.model_bytes, abs=8)
+    assert other.total_bytes == other.model_bytes + other.code_bytes
 
 
 def test_a_filled_budget_is_planned_as_full():
