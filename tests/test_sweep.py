@@ -1,6 +1,7 @@
 """A multirun: a folder and a W&B run per job, a table over seeds, and failures that stop nobody."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -76,6 +77,34 @@ def test_the_table_is_printed_at_the_end(swept):
         assert f"{bpb['mean']:.4f} ± {bpb['deviation']:.4f}" in end
         assert group["setting"] in end
     assert "sweep/sweep.json" in end
+
+
+def test_resume_runs_what_is_missing_or_failed_and_nothing_else(swept, tmp_path):
+    whole = summaries(swept[0])
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept[0], folder)
+    (folder / "1" / "summary.json").unlink()
+    shutil.rmtree(folder / "2")
+    (folder / "3" / "failure.txt").write_text("the machine went away\n")
+    kept = (folder / "0" / "artifact.bin").stat().st_mtime_ns
+    ended = recurgolf("sweep", "resume", str(folder), cwd=tmp_path).finished()
+    assert "1 of 4 jobs are finished" in ended.out
+    assert "interrupted" in ended.out and "never started" in ended.out
+    assert "the machine went away" in ended.out
+    assert (folder / "0" / "artifact.bin").stat().st_mtime_ns == kept
+    for key in ("val_bpb", "artifact_bytes", "fingerprint", "seed", "status"):
+        assert [s[key] for s in summaries(folder)] == [s[key] for s in whole]
+    again = recurgolf("sweep", "resume", str(folder), cwd=tmp_path).finished()
+    assert "4 of 4 jobs are finished" in again.out
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_by_joblib_end_in_the_same_figures(swept, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    own = ["tracker=offline", "lora.rank=1,2", "seed=1,2", "hydra/launcher=joblib"]
+    sweep(tmp_path, *own, "hydra.launcher.n_jobs=2").finished()
+    found = summaries(tmp_path / "sweep")
+    assert [s["val_bpb"] for s in found] == [s["val_bpb"] for s in summaries(swept[0])]
 
 
 def test_a_failing_job_stops_nobody_and_is_listed_with_its_cause(tmp_path):
