@@ -21,7 +21,7 @@ from recurgolf.training.scoring import named_protocols, settings_of
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(train().path, tmp_path / "run")
+    return shutil.copytree(train(attempt=3).path, tmp_path / "run")
 
 
 def evaluated(folder, *asked) -> dict:
