@@ -45,12 +45,16 @@ def validate(trainer: Trainer) -> Score:
         f"step {trainer.step:5d}/{trainer.config.steps} | val_loss {result.val_loss:.4f} | "
         f"val_bpb {result.val_bpb:.4f}"
     )
-    trainer.validated[trainer.step] = result.val_bpb
+    values = {"val/loss": result.val_loss, "val/bpb": result.val_bpb}
     if trainer.ranks.is_first:
-        values = {"val/loss": result.val_loss, "val/bpb": result.val_bpb}
         plan = trainer.run.looping.eval_plan(trainer.run.model.num_blocks)
         values |= curves(trainer, plan, "validation")
-        trainer.tracker.log({**values, **trainer.progress()}, step=trainer.step)
+    # It counts as made when it is recorded; no signal comes between.
+    with trainer.signals.deferred():
+        if trainer.ranks.is_first:
+            trainer.tracker.log({**values, **trainer.progress()}, step=trainer.step)
+        trainer.validated[trainer.step] = result.val_bpb
+    trainer.signals.stop_if_heard()
     return result
 
 

@@ -88,11 +88,11 @@ class Signals:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a signal is noted and nothing more; `stop_if_heard` acts on it."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -216,16 +216,23 @@ class Trainer:
         with self.clock.phase("training"), self.signals.deferred():
             try:
                 with self.log.bar("training", config.steps) as bar:
+                    # One that a signal ended is made up for when the run goes on.
+                    self.validate_if_due()
                     while self.step < config.steps and self.advance(bar):
-                        if config.val_every and self.step % config.val_every == 0:
-                            with self.signals.at_once(), uncompiled():
-                                validate(self)
+                        self.validate_if_due()
                         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                             self.save()
             except Interruption:
                 self.save()
                 raise
         self.signals.stop_if_heard()
+
+    def validate_if_due(self) -> None:
+        """Score every `val_every` steps, each of them once."""
+        every = self.config.val_every
+        if every and self.step and self.step % every == 0 and self.step not in self.validated:
+            with self.signals.at_once(), uncompiled():
+                validate(self)
 
     def advance(self, bar: Bar) -> bool:
         """One step with everything around it; False when the clock forbids another."""

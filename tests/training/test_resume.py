@@ -11,12 +11,14 @@ import pytest
 import torch
 from processes import Running
 from safetensors.torch import load_file
-from smoke_runs import RunFolder, small, train
+from smoke_runs import RunFolder, composed, small, train
 
 import recurgolf
 from recurgolf.config import ConfigError
 from recurgolf.run import Run
 from recurgolf.training import checkpoint, resume
+from recurgolf.training.launch import launch
+from recurgolf.training.signals import Interruption
 from recurgolf.verbs.resume import reconfigured
 
 ADVERSE = (
@@ -90,6 +92,19 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     folder = tmp_path / "killed" / "run"
     assert killed_at_random(folder, small(*ADVERSE, *EVERY_STEP), 2, random.Random(1)) >= 1
     assert_the_same_run(RunFolder(folder, None), train(*ADVERSE))
+
+
+def test_a_validation_that_a_signal_ended_is_made_up_for(tmp_path, monkeypatch):
+    def interrupted(trainer):
+        raise Interruption(signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr("recurgolf.training.trainer.validate", interrupted)
+        launch(composed(*small(*ADVERSE)), folder)
+    assert ended.value.code == 143
+    assert_the_same_run(resumed(folder), train(*ADVERSE))
 
 
 @pytest.mark.slow
