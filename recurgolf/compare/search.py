@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ class Search:
 
     Attributes:
         fixed: overrides of every trial.
+        flags: of the command line of every trial, such as --config-dir.
         space: key -> the values it may take.
         objectives: figures of the summary to make small, the first one first in tables.
         trials: how many are wanted in all, those of earlier calls included.
@@ -77,6 +79,7 @@ class Search:
     fixed: tuple[str, ...]
     space: Mapping[str, Choice | Interval]
     compose: Callable[[Sequence[str]], Run] = field(repr=False)
+    flags: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("val_bpb", "artifact_bytes")
     trials: int = 20
     jobs: int = 1
@@ -123,7 +126,7 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
     )
     _same_search(study, asked)
     _take_up(study)
-    had = sum(trial.state in _DONE for trial in study.trials)
+    had = sum(_ended(trial) for trial in study.trials)
     if had:
         say(f"{had} of {asked.trials} trials are there")
         # With its first seed it would draw the same trials again.
@@ -139,7 +142,9 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
     return study
 
 
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+def _ended(trial: FrozenTrial) -> bool:
+    """Whether a trial came to an end of its own: a result, given up, or failed."""
+    return trial.user_attrs.get("ended", False)
 
 
 def _same_search(study: optuna.Study, asked: Search) -> None:
@@ -161,18 +166,35 @@ def _same_search(study: optuna.Study, asked: Search) -> None:
 
 
 def _take_up(study: optuna.Study) -> None:
-    """Trials that were running when the search was stopped are run again, with their values."""
-    storage = study._storage
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        storage.set_trial_user_attr(trial._trial_id, "stopped", True)
+    """Put trials that a stop of the search has ended in front, with their values."""
+    taken = list(study.user_attrs.get("taken_up", []))
+    for trial in study.get_trials(deepcopy=False):
+        if _ended(trial) or trial.state == TrialState.WAITING or trial.number in taken:
+            continue
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
+        taken.append(trial.number)
+    study.set_user_attr("taken_up", taken)
 
 
 def _run_trial(
     study: optuna.Study, trial: optuna.Trial, asked: Search, say: Callable[[str], None]
 ) -> list[float]:
-    """The objectives of one trial: composed, run in its folder, watched."""
+    """The objectives of one trial, and a note that it ended by itself."""
+    try:
+        values = _objectives(study, trial, asked, say)
+    except (TrialFailed, optuna.TrialPruned):
+        trial.set_user_attr("ended", True)
+        raise
+    trial.set_user_attr("ended", True)
+    return values
+
+
+def _objectives(
+    study: optuna.Study, trial: optuna.Trial, asked: Search, say: Callable[[str], None]
+) -> list[float]:
+    """One trial: composed, run in its folder, watched."""
     chosen = [f"{key}={space.suggest(trial, key)}" for key, space in asked.space.items()]
     folder = asked.folder / str(trial.number)
     label = f"trial {trial.number} ({' '.join(chosen)})"
@@ -182,7 +204,7 @@ def _run_trial(
         say(f"{label}: {error}")
         raise TrialFailed(str(error)) from None
     trial.set_user_attr("bytes_expected", expected)
-    command = [sys.executable, "-m", "recurgolf", *asked.fixed, *chosen]
+    command = [sys.executable, "-m", "recurgolf", *asked.flags, *asked.fixed, *chosen]
     command += [f"hydra.run.dir='{folder}'"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.log").open("w") as console:
@@ -295,10 +317,7 @@ def table(study: optuna.Study, asked: Search) -> str:
         "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
         for row in rows
     ]
-    ended = {state: 0 for state in _DONE}
-    for trial in study.trials:
-        if trial.state in ended and not trial.user_attrs.get("stopped"):
-            ended[trial.state] += 1
+    ended = Counter(trial.state for trial in study.trials if _ended(trial))
     lines.append(
         f"{ended[TrialState.COMPLETE]} finished, {ended[TrialState.PRUNED]} given up, "
         f"{ended[TrialState.FAIL]} failed; the front is above, each run in {asked.folder}/TRIAL"

@@ -51,9 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     fixed, space = search_space(overrides)
     wanted = Search(
         folder=(asked.folder or Path("outputs") / "search").resolve(),
-        fixed=tuple(fixed) + ((f"--config-dir={config_dir}",) if config_dir else ()),
+        fixed=tuple(fixed),
         space=space,
-        compose=lambda own: compose([o for o in own if not o.startswith("-")], config_dir),
+        compose=lambda own: compose(own, config_dir),
+        flags=(f"--config-dir={config_dir}",) if config_dir else (),
         objectives=tuple(asked.objectives.split(",")),
         trials=asked.trials,
         jobs=asked.jobs,

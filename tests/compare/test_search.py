@@ -3,17 +3,14 @@
 import itertools
 import json
 
+import optuna
 import pytest
 from command_line import recurgolf
-
-from recurgolf.cli import search_space
-from recurgolf.config import ConfigError
-
-pytest.importorskip("optuna")
-
 from optuna.trial import TrialState, create_trial
 
+from recurgolf.cli import search_space
 from recurgolf.compare.search import Choice, Interval, Search, hopeless
+from recurgolf.config import ConfigError
 
 TRIALS = [
     *("search", "experiment=smoke", "tracker=none", "trainer.steps=8", "trainer.val_every=4"),
@@ -24,29 +21,40 @@ TRIALS = [
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A search of one trial, then one more."""
+    """A search of one trial, stopped in its second one, then as long as it takes for two."""
     place = tmp_path_factory.mktemp("search")
     first = recurgolf(*TRIALS, "--trials", "1", cwd=place).finished()
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{place / 'found/study.db'}")
+    stopped = study.ask()
+    stopped.suggest_float("optimizer.matrix_lr", 0.001, 0.1, log=True)
+    stopped.suggest_categorical("model.dim", ["16", "32"])
     second = recurgolf(*TRIALS, "--trials", "2", cwd=place).finished()
-    return place, first, second
+    return place, first, second, stopped.params
 
 
 def test_trials_add_up_over_calls(searched):
-    place, first, second = searched
+    place, first, second, _ = searched
     assert "1 finished" in first.out and "1 of 2 trials are there" in second.out
     found = json.loads((place / "found/search.json").read_text())["trials"]
-    assert [trial["state"] for trial in found] == ["complete"] * 2
-    assert len({trial["settings"]["optimizer.matrix_lr"] for trial in found}) == 2
-    for trial in found:
+    assert [trial["state"] for trial in found] == ["complete", "fail", "complete"]
+    for trial in (found[0], found[2]):
         summary = json.loads((place / f"found/{trial['trial']}/summary.json").read_text())
         assert trial["objectives"] == {k: summary[k] for k in ("val_bpb", "artifact_bytes")}
         run = json.loads((place / f"found/{trial['trial']}/run.json").read_text())
         assert run["optimizer"]["matrix_lr"] == trial["settings"]["optimizer.matrix_lr"]
 
 
+def test_a_trial_that_a_stop_ended_is_run_again_with_its_values(searched):
+    place, _, second, params = searched
+    found = json.loads((place / "found/search.json").read_text())["trials"]
+    assert found[2]["settings"] == found[1]["settings"] == params
+    assert found[0]["settings"] != params
+    assert "2 finished, 0 given up, 0 failed" in second.out
+
+
 def test_the_front_is_what_nothing_beats(searched):
     found = json.loads((searched[0] / "found/search.json").read_text())["trials"]
-    points = {t["trial"]: tuple(t["objectives"].values()) for t in found}
+    points = {t["trial"]: tuple(t["objectives"].values()) for t in found if t["objectives"]}
     beaten = {
         a
         for a, b in itertools.permutations(points, 2)
