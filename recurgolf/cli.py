@@ -50,6 +50,7 @@ from recurgolf.overrides import (
     as_overrides,
     check_overrides,
     config_dir,
+    group_of,
     is_seed,
     split_arguments,
 )
@@ -142,7 +143,7 @@ def _planned(arguments: list[str]) -> Run:
 
     run, overrides = Run.read(Path(arguments[0])), split_arguments(arguments[1:], "plan")[0]
     for override in overrides:
-        if re.split(r"[=./]", override, maxsplit=1)[0] not in ("quant", "looping", "eval"):
+        if group_of(override) not in ("quant", "looping", "eval"):
             raise ConfigError(f"plan FOLDER takes quant, looping and eval, not {override!r}")
     return compose_parts(run, overrides) if overrides else run
 
@@ -268,7 +269,7 @@ def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
     """
     changed: dict[str, list[str]] = {}
     for override in overrides:
-        changed.setdefault(re.split(r"[=./]", override, maxsplit=1)[0], []).append(override)
+        changed.setdefault(group_of(override), []).append(override)
     own: list[str] = []
     for group, changes in changed.items():
         if not any(change.startswith(f"{group}=") for change in changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def config_dir(arguments: Sequence[str]) -> Path | None:
                 raise ConfigError(f"--config-dir {value!r} is not a folder")
             return Path(value).resolve()
     return None
+
+
+def group_of(override: str) -> str:
+    """The first name of an override's key: `quant` of `quant.qat.blocks=all` and `quant/qat=none`."""
+    return re.split(r"[=./]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def is_seed(override: str) -> bool:

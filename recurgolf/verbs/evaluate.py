@@ -137,12 +137,12 @@ def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
     return runs[0], named_protocols([one.eval for one in runs], run.trainer.seq_len)
 
 
-__all__ = ["OTHER_EVALS", "main"]
-
-
 def _same_vocabulary(run: Run, overrides: Sequence[str]) -> list[str]:
     """The artifact's vocabulary, for a data option that would bring its own size."""
     keys = [override.partition("=")[0] for override in overrides]
     if "data" in keys and "data.vocab_size" not in keys:
         return [f"data.vocab_size={run.data.vocab_size}"]
     return []
+
+
+__all__ = ["OTHER_EVALS", "main"]

@@ -85,21 +85,14 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """The source's hyper-parameters.
 
     Raises:
-        ConfigError: no such file, no JSON, or no mapping.
+        ConfigError: no such file, or no JSON.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config {path}: no such file") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"config {path}: no JSON ({error})") from None
-    inner = settings.get("hyperparameters", settings) if isinstance(settings, dict) else settings
-    if not isinstance(inner, dict):
-        raise ConfigError(
-            f"config {path}: holds a {type(inner).__name__}; expected a mapping from the source's "
-            "setting names to their values"
-        )
-    return settings
 
 
 def prepared(run: Run, log: Log) -> Dataset:
