@@ -29,7 +29,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     Raises:
         recurgolf.config.ConfigError: what cannot be composed, with the nearest right name.
     """
-    from recurgolf.cli import compose as composed
+    from recurgolf.composing import compose as composed
 
     return composed(overrides, config_dir)
 

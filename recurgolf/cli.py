@@ -1,63 +1,41 @@
-"""The command line: composes Runs with Hydra, and works on the folders of finished runs.
+"""The command line: verbs that compose a Run, and the way to those that need none.
 
-This is the only module that imports Hydra.
+This module and `composing.py` are the only importers of Hydra.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import hydra
-import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.hydra import Hydra
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from hydra.experimental.callback import Callback
 
-from recurgolf.config import (
-    CONFIG_LIBRARY_ERRORS,
-    REGISTRY,
-    ConfigError,
-    key_names,
-    kind_of,
-    load_plugins,
-    suggestion,
-    to_dict,
-    to_object,
+from recurgolf.composing import (
+    COMPOSE_ERRORS,
+    built,
+    check_sweep,
+    compose,
+    compose_parts,
+    conf_folder,
+    explain,
+    hydra_initialized,
+    is_bug,
+    prepared,
 )
+from recurgolf.config import ConfigError, suggestion
 from recurgolf.help import VERBS, help_text
-from recurgolf.overrides import (
-    added_keys,
-    as_overrides,
-    check_overrides,
-    config_dir,
-    group_of,
-    is_seed,
-    split_arguments,
-)
+from recurgolf.overrides import config_dir, group_of, split_arguments
 from recurgolf.training.faults import RunFailed, is_full_disk
 
 if TYPE_CHECKING:
-    from recurgolf.compare.search import Choice, Interval
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
 
@@ -65,15 +43,6 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_OVER_BUDGET = 3
 EXIT_INTERRUPTED = 130
-
-COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
-
-
-def conf_folder() -> Path:
-    """The YAML: beside the modules in an installed package, beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    inside = here / "conf"
-    return inside if inside.is_dir() else here.parent / "conf"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,7 +135,7 @@ def _train_command(arguments: list[str]) -> int:
 
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            summary = launch(_run_of(config), folder)
+            summary = launch(built(config), folder)
         except Exception as error:
             # Kept for later: Hydra would print its own account of it, and end a sweep here.
             if multirun:
@@ -176,9 +145,9 @@ def _train_command(arguments: list[str]) -> int:
         outcomes.append(summary)
         return summary.val_bpb
 
-    folder = _prepared(arguments, config_dir(arguments))
+    folder = prepared(arguments, config_dir(arguments))
     if multirun:
-        _check_sweep([a for a in arguments if "=" in a and not a.startswith("-")], folder)
+        check_sweep([a for a in arguments if "=" in a and not a.startswith("-")], folder)
     SweepTable.exit_code = EXIT_FAILED
     with _hydra_environment(arguments):
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
@@ -216,273 +185,13 @@ def _train_under_torchrun(overrides: list[str], folder: Path | None) -> int:
     if not any(override.startswith("trainer.devices=") for override in overrides):
         overrides = [*overrides, f"trainer.devices={os.environ['WORLD_SIZE']}"]
     run = compose(overrides, folder)
-    with _hydra_initialized(folder):
+    with hydra_initialized(folder):
         # `name` and `seed` are part of the folder's name, hence the whole configuration again.
         config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
         output = Path(config.hydra.run.dir)
     summary = launch(run, output)
     over = not summary.within_budget and environment_rank() == 0
     return EXIT_OVER_BUDGET if over else 0
-
-
-def _prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
-    """Checked overrides, imported plugins and registered schemas: what composing needs."""
-    check_overrides(overrides, group_names())
-    load_plugins(plugin_modules(folder) if folder else ())
-    register()
-    return folder
-
-
-def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
-    """The Run that the command line would make of these overrides.
-
-    Args:
-        overrides: as on the command line: `["lora.rank=1", "experiment=smoke"]`.
-        config_dir: a folder with YAML of your own, searched before the package's.
-
-    Raises:
-        ConfigError: what cannot be composed, with the nearest right name.
-    """
-    folder = Path(config_dir).resolve() if config_dir else None
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"config_dir {str(config_dir)!r} is not a folder")
-    return _composed(overrides, folder, _run_of)
-
-
-def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any], Any]) -> Any:
-    """What `made` makes of the composed config, errors in the words of overrides."""
-    _prepared(overrides, folder)
-    try:
-        with _hydra_initialized(folder):
-            return made(hydra.compose("config", overrides=list(overrides)))
-    except COMPOSE_ERRORS as error:
-        if is_bug(error):
-            raise
-        raise ConfigError(explain(error, overrides)) from None
-
-
-def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
-    """A Run with some of its parts changed by overrides, the rest as it was.
-
-    A key alone (`eval.stride=32`) changes the run's own option; a group (`eval=sliding`) starts
-    from that option's YAML.
-    """
-    changed: dict[str, list[str]] = {}
-    for override in overrides:
-        changed.setdefault(group_of(override), []).append(override)
-    own: list[str] = []
-    for group, changes in changed.items():
-        if not any(change.startswith(f"{group}=") for change in changes):
-            own += [f"{group}={kind_of(getattr(run, group))}"]
-            own += as_overrides(group, to_dict(getattr(run, group)))
-    # The parts alone: together with the default run's model they might be refused.
-    parts = _composed(
-        [*own, *overrides],
-        None,
-        lambda config: {group: _built(config[group], f"{group}.") for group in changed},
-    )
-    return dataclasses.replace(run, **parts)
-
-
-def _check_sweep(overrides: Sequence[str], folder: Path | None) -> None:
-    """Compose every value of a sweep once: a typo in the last one is told before the first trains.
-
-    Seeds cannot be wrong; ranges of a sweeper that searches are left to it.
-    """
-    with _hydra_initialized(folder):
-        loader = GlobalHydra.instance().config_loader()
-        lines: list[list[str]] = []
-        for override in OverridesParser.create(loader).parse_overrides(list(overrides)):
-            key = override.get_key_element()
-            if not override.is_sweep_override():
-                lines.append([f"{key}={override.get_value_element_as_str()}"])
-            elif override.is_discrete_sweep() and not is_seed(key):
-                lines.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        first = [line[0] for line in lines]
-        for position, line in enumerate(lines):
-            for choice in line if len(line) > 1 else []:
-                hydra.compose("config", [*first[:position], choice, *first[position + 1 :]])
-
-
-def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a sweep, in the order in which Hydra's own sweeper runs them.
-
-    Raises:
-        ConfigError: ranges that only a searching sweeper can read.
-    """
-    with _hydra_initialized():
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
-            list(overrides)
-        )
-    for override in parsed:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise ConfigError(f"{override.input_line}: not a list of values")
-    return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
-
-
-def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice | Interval]]:
-    """Overrides of a search: those of every trial, and the space of the others.
-
-    Raises:
-        ConfigError: an interval without width, or a logarithmic one that reaches zero.
-    """
-    from recurgolf.compare.search import Choice, Interval
-
-    check_overrides(overrides, group_names())
-    with _hydra_initialized():
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
-            list(overrides)
-        )
-    fixed: list[str] = []
-    space: dict[str, Choice | Interval] = {}
-    for override in parsed:
-        key = override.get_key_element()
-        value = override.value()
-        if not override.is_sweep_override():
-            fixed.append(override.input_line or f"{key}={override.get_value_element_as_str()}")
-        elif isinstance(value, IntervalSweep):
-            low, high = float(value.start or 0), float(value.end or 0)
-            log = "log" in value.tags
-            if low >= high or (log and low <= 0):
-                raise ConfigError(
-                    f"{override.input_line}: from a smaller to a larger number"
-                    + (", both above zero where the scale is logarithmic" if log else "")
-                )
-            whole = isinstance(value.start, int) and isinstance(value.end, int)
-            space[key] = Interval(low, high, log, whole)
-        else:
-            space[key] = Choice(tuple(override.sweep_string_iterator()))
-    return fixed, space
-
-
-@contextlib.contextmanager
-def _hydra_initialized(folder: Path | None = None) -> Iterator[None]:
-    """Hydra for composing, with a user's folder before the package's as --config-dir puts it."""
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="recurgolf"):
-        if folder is not None:
-            path = GlobalHydra.instance().config_loader().get_search_path()
-            path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
-            GlobalHydra.instance().clear()
-            Hydra.create_main_hydra2("recurgolf", path)
-        yield
-
-
-def _run_of(config: Any) -> Run:
-    return _built(config)
-
-
-def _built(config: Any, path: str = "") -> Any:
-    found = to_object(config)
-    # `+key=value` adds a key to any node, and nothing would ever read it.
-    for key in added_keys(found, path):
-        raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")
-    return found
-
-
-def register() -> None:
-    """Hand every registered dataclass to Hydra, as schema/<group>/<kind>."""
-    from recurgolf.run import Run
-
-    store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=Run)
-    for group, kinds in REGISTRY.items():
-        for kind, cls in kinds.items():
-            if dataclasses.is_dataclass(cls):
-                store.store(group=f"schema/{group}", name=kind, node=cls)
-
-
-def group_names() -> list[str]:
-    """The config groups of the package, `model/mixer` where nested."""
-    conf = conf_folder()
-    return sorted(str(p.relative_to(conf)) for p in conf.rglob("*") if p.is_dir())
-
-
-def plugin_modules(folder: Path) -> list[str]:
-    """Modules named under `plugins:` in the YAML of the user's folder, importable from there.
-
-    They must be imported before composing, since they register the schemas that YAML refers to.
-    """
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    modules: list[str] = []
-    for path in sorted(folder.rglob("*.yaml")):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if isinstance(content, dict):
-            modules += [m for m in content.get("plugins") or [] if m not in modules]
-    return modules
-
-
-def is_bug(error: BaseException) -> bool:
-    """Whether a component's own code broke: so OmegaConf words a TypeError in `__post_init__`."""
-    return "Could not create instance" in str(error)
-
-
-def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """What Hydra or OmegaConf refused, in one or two lines, with the nearest right name.
-
-    Args:
-        overrides: of the command line; the groups they choose say which keys there are.
-    """
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    if any(isinstance(e, ConfigError) for e in chain):
-        return str(next(e for e in chain if isinstance(e, ConfigError)))
-    texts = [str(e) for e in chain]
-    whole = "\n".join(texts)
-    if isinstance(error, MissingConfigException):
-        return _unknown_option(whole)
-    several = re.search(r"Ambiguous value for argument '([^']+)'", whole)
-    if several:
-        key, _, values = several.group(1).partition("=")
-        return f"{key}={values} is several values: -m runs each of them, [{values}] is one list"
-    if isinstance(error, OverrideParseException):
-        return f"cannot read an override: {texts[0].splitlines()[0]}"
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", whole)
-    key = re.search(r"full_key: (\S+)", whole)
-    override = re.search(r"[Cc]ould not override '([^']+)'", whole)
-    if override and (unknown or isinstance(error, ConfigCompositionException)):
-        return _unknown_key(override.group(1), overrides)
-    if unknown and key:
-        return _unknown_key(key.group(1), overrides)
-    if key:
-        return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    return " ".join(lines[:2])
-
-
-def _unknown_option(text: str) -> str:
-    match = re.search(r"[Cc]ould not find '([^']+)'", text)
-    if match is None:
-        return text.splitlines()[0]
-    group, _, name = match.group(1).rpartition("/")
-    known = [p.stem for p in (conf_folder() / group).glob("*.yaml")]
-    return f"{group}={name}: no such option{suggestion(name, known)}"
-
-
-def _unknown_key(key: str, overrides: Sequence[str]) -> str:
-    groups = group_names()
-    chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
-    parent, _, name = key.rpartition(".")
-    with _hydra_initialized():
-        try:
-            config = hydra.compose("config", overrides=chosen)
-        except COMPOSE_ERRORS:
-            config = hydra.compose("config")
-    # The first part that is not there is the wrong one: `modle.dim` has no key at all.
-    while "." in parent and not key_names(config, parent):
-        parent, _, name = parent.rpartition(".")
-    top = key_names(config, "")
-    if "/" in key or not parent or (parent not in top and "." not in parent):
-        wrong = key if "/" in key or not parent else parent
-        return f"there is no key or group {wrong!r}{suggestion(wrong, [*top, *groups])}"
-    known = key_names(config, parent)
-    if not known:
-        return f"{parent} has no key {name!r}: the chosen option of {parent} has none"
-    return f"{parent} has no key {name!r}{suggestion(name, known)}"
 
 
 def note_failure(folder: Path, error: Exception) -> None:

@@ -1,8 +1,8 @@
 """Typed options: the registry of every component, and the way to and from run.json.
 
 An option is a dataclass registered with `@option(group, kind)`. Hydra composes YAML against these
-classes (cli.py hands them over), `to_run_tree` turns the composed config into plain objects, and
-`to_dict`/`from_dict` write and read them again without Hydra, each registered node carrying its
+classes (composing.py hands them over), `to_object` turns the composed config into plain objects,
+and `to_dict`/`from_dict` write and read them again without Hydra, each registered node carrying its
 `kind`. This is the only module that imports omegaconf.
 """
 
@@ -27,7 +27,7 @@ REGISTRY: dict[str, dict[str, type]] = {}
 
 
 CONFIG_LIBRARY_ERRORS = (OmegaConfBaseException,)
-"""What OmegaConf raises on a wrong key or type; cli.py rewords it."""
+"""What OmegaConf raises on a wrong key or type; composing.py rewords it."""
 
 
 class ConfigError(ValueError):

@@ -71,7 +71,7 @@ def config_dir(arguments: Sequence[str]) -> Path | None:
 
 
 def group_of(override: str) -> str:
-    """The first name of an override's key: `quant` of `quant.qat.blocks=all` and `quant/qat=none`."""
+    """The first name in an override: `quant` of `quant.bits=4` and of `quant/qat=none`."""
     return re.split(r"[=./]", override.lstrip("+~"), maxsplit=1)[0]
 
 

@@ -11,7 +11,7 @@ import yaml
 from smoke_runs import composed
 
 from recurgolf import compose
-from recurgolf.cli import conf_folder, register
+from recurgolf.composing import conf_folder, register
 from recurgolf.config import REGISTRY, ConfigError
 from recurgolf.eval import PlainEval
 from recurgolf.looping import NoLooping

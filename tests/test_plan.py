@@ -8,7 +8,7 @@ from command_line import recurgolf, recurgolf_process
 from smoke_runs import composed, small, train
 
 from recurgolf.artifact import load, pack
-from recurgolf.cli import conf_folder
+from recurgolf.composing import conf_folder
 from recurgolf.config import REGISTRY
 from recurgolf.plan import make_plan, plan_table, shapes_of
 from recurgolf.quant import (

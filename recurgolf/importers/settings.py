@@ -51,8 +51,8 @@ def _given(config: Mapping[str, Any]) -> Mapping[str, Any]:
     given = config.get("hyperparameters", config) if isinstance(config, Mapping) else config
     if not isinstance(given, Mapping):
         raise ConfigError(
-            f"config: holds a {type(given).__name__}; expected a mapping from the source's setting names "
-            "to their values"
+            f"config: holds a {type(given).__name__}; expected a mapping from the source's setting "
+            "names to their values"
         )
     return given
 

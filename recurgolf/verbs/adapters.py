@@ -125,7 +125,7 @@ def _blend(asked: argparse.Namespace) -> int:
 
 def _write_run(asked: argparse.Namespace, found: FinishedRun, run: Run, model: Transformer) -> None:
     """A run folder of a model that no training has made; it appears when it is whole."""
-    from recurgolf.cli import compose_parts
+    from recurgolf.composing import compose_parts
 
     for override in asked.overrides:
         if override.partition("=")[0].split(".")[0].split("/")[0] not in OVERRIDABLE:

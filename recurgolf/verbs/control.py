@@ -19,7 +19,7 @@ The last line is those overrides alone:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the flat control of what the overrides compose."""
-    from recurgolf.cli import compose
+    from recurgolf.composing import compose
 
     if {"-h", "--help"} & set(arguments):
         print(USAGE)

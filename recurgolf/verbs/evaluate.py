@@ -118,7 +118,7 @@ def _keep(
 
 def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
     """The finished Run with the data asked for, and every protocol asked for."""
-    from recurgolf.cli import compose_parts
+    from recurgolf.composing import compose_parts
 
     common = _same_vocabulary(run, overrides)
     each: list[list[str]] = []

@@ -85,7 +85,7 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
     A key alone changes the run's own option; a group (`quant=int8`, `quant/calibration=train`)
     starts from that option's YAML.
     """
-    from recurgolf.cli import compose, conf_folder
+    from recurgolf.composing import compose, conf_folder
 
     keys = [override.partition("=")[0] for override in overrides]
     parts = {key.split(".")[0].split("/")[0]: key for key in keys}

@@ -43,7 +43,7 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
         key, sign, value = override.partition("=")
         name = key.removeprefix("trainer.")
         if key == "tracker" and sign:
-            from recurgolf.cli import compose
+            from recurgolf.composing import compose
 
             tracker = compose([override]).tracker
         elif sign and key.startswith("trainer.") and name in FREE:

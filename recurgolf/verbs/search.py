@@ -20,7 +20,7 @@ from recurgolf.overrides import split_arguments
 
 def main(arguments: Sequence[str]) -> int:
     """Run trials, print the Pareto front."""
-    from recurgolf.cli import compose, search_space
+    from recurgolf.composing import compose, search_space
 
     parser = argparse.ArgumentParser(
         prog="recurgolf search",

@@ -84,7 +84,7 @@ def jobs_of(folder: Path, config_dir: Path | None = None) -> list[Job]:
     Raises:
         ConfigError: not a sweep's folder, or overrides that no longer compose.
     """
-    from recurgolf.cli import compose, sweep_jobs
+    from recurgolf.composing import compose, sweep_jobs
 
     path = folder / JOBS_FILE
     if not path.is_file():

@@ -8,8 +8,8 @@ import pytest
 from command_line import recurgolf
 from optuna.trial import TrialState, create_trial
 
-from recurgolf.cli import search_space
 from recurgolf.compare.search import Choice, Interval, Search, hopeless
+from recurgolf.composing import search_space
 from recurgolf.config import ConfigError
 
 TRIALS = [

@@ -12,7 +12,7 @@ from smoke_runs import train
 from subjects import stream, toy
 
 from recurgolf import compose
-from recurgolf.cli import compose_parts
+from recurgolf.composing import compose_parts
 from recurgolf.eval import PlainEval, SlidingEval, Text, score
 from recurgolf.looping import CycleLooping
 from recurgolf.run import Run

@@ -13,7 +13,7 @@ from command_line import recurgolf
 from smoke_runs import composed, train
 
 from recurgolf.artifact.code import code_of
-from recurgolf.cli import conf_folder
+from recurgolf.composing import conf_folder
 from recurgolf.config import to_dict
 from recurgolf.solo import console
 from recurgolf.verbs.export_check import run_alone
