@@ -1,6 +1,6 @@
 """Plain lines where the program has no library for a pretty terminal: the names of `rich` it uses.
 
-The exported program imports this module in rich's place. There is no bar: `is_terminal` is False.
+The exported program imports this module in rich's place. There is no bar: `is_interactive` is False.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 class Console:
     """Prints texts and tables, without markup, to a file or to stdout."""
 
-    is_terminal = False
+    is_interactive = False
 
     def __init__(self, file: Any = None, **style: Any):
         self.file = file

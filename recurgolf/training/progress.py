@@ -83,7 +83,7 @@ class Bar:
         self.task = TaskID(0)
         self.text = ""
         self.last_line = time.monotonic()
-        if log.console is not None and log.console.is_terminal:
+        if log.console is not None and log.console.is_interactive:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -48,7 +48,20 @@ def test_a_line_of_training_tells_loss_bpb_visits_speed_and_time_left():
     assert "\x1b" not in run.ended.out, "a bar was drawn into a file"
 
 
-def test_the_bar_of_a_terminal_keeps_its_text_between_the_lines(tmp_path):
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    seen = io.StringIO()
+    log = Log(tmp_path / "train.log")
+    log.console = Console(file=seen, force_terminal=True, width=120, highlight=False)
+    with log.bar("training", 10) as bar:
+        bar.at(1, "loss 3.2 | 0:09 left", line=True)
+        assert bar.live is None
+    log.close()
+    assert seen.getvalue() == "loss 3.2 | 0:09 left\n"
+
+
+def test_the_bar_of_a_terminal_keeps_its_text_between_the_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
     seen = io.StringIO()
     log = Log(tmp_path / "train.log")
     log.console = Console(file=seen, force_terminal=True, width=120, highlight=False)
