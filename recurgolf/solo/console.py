@@ -1,6 +1,7 @@
 """Plain lines where the program has no library for a pretty terminal: the names of `rich` it uses.
 
-The exported program imports this module in rich's place. There is no bar: `is_interactive` is False.
+The exported program imports this module in rich's place. It draws no bar: `is_interactive` is
+False.
 """
 
 from __future__ import annotations
