@@ -10,7 +10,7 @@ VERBS = {
     "import": "somebody's checkpoint as a run folder: recurgolf import SYSTEM WEIGHTS CONFIG DEST",
     "evaluate": "score a finished run's file again: recurgolf evaluate FOLDER [eval=sliding]",
     "export": "a finished run as a folder that runs alone: recurgolf export RUN [RUN2 ...] DEST",
-    "pack": "another quantiser on trained weights: recurgolf pack FOLDER DEST quant=gptq_int6",
+    "pack": "another quantizer on trained weights: recurgolf pack FOLDER DEST quant=gptq_int6",
     "audit": "is a finished run's score allowed and counted right? recurgolf audit FOLDER",
     "compare": "settings over seeds: recurgolf compare FOLDER... [--baseline lora.rank=0]",
     "board": "an HTML page of runs and sweeps: recurgolf board FOLDER... [--out board.html]",

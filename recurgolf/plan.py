@@ -119,7 +119,7 @@ def make_plan(run: Run) -> Plan:
     """Everything `recurgolf plan` prints.
 
     Raises:
-        ConfigError: a quantiser's rules that do not fit the model's parameters.
+        ConfigError: a quantizer's rules that do not fit the model's parameters.
     """
     shapes = shapes_of(run)
     kept = packed_shapes(shapes)
@@ -168,7 +168,7 @@ def check_ending(run: Run) -> None:
     """Refuse what would fail only after the training.
 
     Raises:
-        ConfigError: a quantiser's rules that do not fit the model's parameters; a budget that the
+        ConfigError: a quantizer's rules that do not fit the model's parameters; a budget that the
             code alone exceeds.
     """
     run.quant.assign(packed_shapes(shapes_of(run)))

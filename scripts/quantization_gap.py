@@ -1,9 +1,9 @@
-"""The quantisation gap of a looped network: five ways to the same few bits, on equal seeds.
+"""The quantization gap of a looped network: five ways to the same few bits, on equal seeds.
 
     python scripts/quantization_gap.py FOLDER [--bits 4] [--seeds 1 2 3]
 
-Three post-training quantisers share one trained network per seed (`recurgolf pack`), the two kinds
-of quantisation-aware training have one each. Ends with a table; FOLDER keeps every run.
+Three post-training quantizers share one trained network per seed (`recurgolf pack`), the two kinds
+of quantization-aware training have one each. Ends with a table; FOLDER keeps every run.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_every_registered_option_has_a_file_that_uses_it():
         for path in FILES
         for match in re.finditer(r"/schema/(.+?)/([^/@]+)@_here_", path.read_text())
     }
-    # Kinds within a list (rules of a quantiser) are chosen by their `kind`, not by a file.
+    # Kinds within a list (rules of a quantizer) are chosen by their `kind`, not by a file.
     for group, kinds in REGISTRY.items():
         if (CONF / group).is_dir():
             assert {(group, kind) for kind in kinds} <= used

@@ -21,7 +21,7 @@ from smoke_runs import EXACT, RunFolder, small, train
 from recurgolf import compose
 from recurgolf.artifact import load
 from recurgolf.data.shards import count_tokens, find_shards, write_shard
-from recurgolf.quant.codes import dequantize_state
+from recurgolf.quant.quantized_tensor import dequantize_state
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
 from recurgolf.training.summary import Summary

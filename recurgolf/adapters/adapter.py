@@ -136,7 +136,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """Hash of a model's weights, adapters and training-only heads left out; 16 hex digits.
 
     The same weights give it whether they come from training, a checkpoint or an imported file;
-    weights that were quantised in between are other weights.
+    weights that were quantized in between are other weights.
     """
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -3,7 +3,7 @@
 `score.py` loads and scores an artifact; `train_gpt.py` also trains, packs and writes one. Each
 carries the modules it needs, stripped and compressed, as digits of base 122 in an ASCII source: as
 many bytes in a file as in any encoding that a counter may read it with. What goes in follows from
-the entry point and from the classes that the Run uses (see `shake.py`).
+the entry point and from the classes that the Run uses (see `tree_shaking.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from recurgolf.artifact.decode import library
 from recurgolf.artifact.minify import stripped
 from recurgolf.artifact.programs import LIBRARIES, replaced
-from recurgolf.artifact.shake import Shaker, Target, module_source, named_options
+from recurgolf.artifact.tree_shaking import Shaker, Target, module_source, named_options
 from recurgolf.config import REGISTRY, kind_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ COUNTED = {"score": PACKED_NAME, "train": TRAIN_NAME}
 """`artifact.code` -> the program whose bytes count."""
 
 SCORE = Target("recurgolf.artifact.score", "main")
-TRAIN = Target("recurgolf.solo.main", "main")
+TRAIN = Target("recurgolf.standalone.main", "main")
 DECODERS = Target("recurgolf.artifact.decode", "DECODERS")
 HEADER = ("brotli", "zlib", "none")
 """How the header of an artifact may be stored, whatever its codec."""

@@ -33,8 +33,8 @@ from recurgolf.artifact.reader import (
     sections_of,
 )
 from recurgolf.disk import writing
-from recurgolf.quant.codes import QuantizedTensor, Stored
 from recurgolf.quant.entropy import code_entropy
+from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -107,7 +107,7 @@ def pack(
 
     Args:
         metadata: anything that JSON holds; floats must be finite.
-        tensors: plain or quantised tensors by name.
+        tensors: plain or quantized tensors by name.
         codec: how payloads are compressed; brotli where not given.
 
     Raises:

@@ -13,7 +13,7 @@ from recurgolf.artifact.decode import library
 from recurgolf.artifact.reader import DIGEST_BYTES, PREFIX
 from recurgolf.config import to_dict
 from recurgolf.quant import TensorRule, predicted_bits
-from recurgolf.quant.codes import scale_shape
+from recurgolf.quant.quantized_tensor import scale_shape
 
 if TYPE_CHECKING:
     from recurgolf.artifact.container import PackTable

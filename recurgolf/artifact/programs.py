@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recurgolf.artifact.shake import Target
+from recurgolf.artifact.tree_shaking import Target
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
 
-LIBRARIES = {"rich": "recurgolf.solo.console"}
+LIBRARIES = {"rich": "recurgolf.standalone.console"}
 """What only makes a terminal pretty has a small double in the program."""
 
 
@@ -23,49 +23,50 @@ def replaced(run: Run) -> dict[Target, Target]:
     pairs = {
         "artifact.code:codes_of": "code:codes_of",
         "artifact.code:code_of": "code:code_of",
-        "audit:audit_and_show": "lean:nothing",
+        "audit:audit_and_show": "stubs:nothing",
         "artifact.ledger:predict": "code:predict",
-        "config:suggestion": "lean:no_words",
-        "plan:make_plan": "lean:make_plan",
-        "plan:check_ending": "lean:nothing",
-        "record:JsonlTracker": "lean:JsonlTracker",
-        "training.clock:CapWatch": "lean:CapWatch",
-        "training.clock:cap_lines": "lean:no_figures",
-        "training.clock:caps_used": "lean:no_figures",
-        "training.non_finite:_explained": "lean:not_finite",
-        "training.report:show": "lean:show",
-        "training.resume:finished": "lean:nothing",
-        "training.resume:only_one": "lean:anyway",
-        "training.scoring:write_scores": "lean:nothing",
-        "training.shard_stamps:check_unchanged": "lean:nothing",
-        "training.shard_stamps:stamps": "lean:nothing",
-        "training.signals:Signals": "lean:Signals",
-        "training.supervise:run_ranks": "lean:nothing",
-        "training.telemetry:curves": "lean:no_figures",
-        "training.trainer:Trainer.begin": "lean:begin",
-        "training.trainer:Trainer.explained": "lean:itself",
-        "training.trainer:Trainer.foresee": "lean:nothing",
-        "training.trainer:Trainer.save": "lean:nothing",
-        "training.trainer:Trainer.take_up": "lean:nothing",
-        "training.trajectory:trajectory": "lean:no_figures",
-        "training.trajectory:trajectory_lines": "lean:no_figures",
-        "training.trajectory:validation_windows": "lean:nothing",
+        "config:suggestion": "stubs:no_words",
+        "plan:make_plan": "stubs:make_plan",
+        "plan:check_ending": "stubs:nothing",
+        "record:JsonlTracker": "stubs:JsonlTracker",
+        "training.clock:CapWatch": "stubs:CapWatch",
+        "training.clock:cap_lines": "stubs:no_figures",
+        "training.clock:caps_used": "stubs:no_figures",
+        "training.non_finite:_explained": "stubs:not_finite",
+        "training.report:show": "stubs:show",
+        "training.resume:finished": "stubs:nothing",
+        "training.resume:only_one": "stubs:anyway",
+        "training.scoring:write_scores": "stubs:nothing",
+        "training.shard_stamps:check_unchanged": "stubs:nothing",
+        "training.shard_stamps:stamps": "stubs:nothing",
+        "training.signals:Signals": "stubs:Signals",
+        "training.supervise:run_ranks": "stubs:nothing",
+        "training.telemetry:curves": "stubs:no_figures",
+        "training.trainer:Trainer.begin": "stubs:begin",
+        "training.trainer:Trainer.explained": "stubs:itself",
+        "training.trainer:Trainer.foresee": "stubs:nothing",
+        "training.trainer:Trainer.save": "stubs:nothing",
+        "training.trainer:Trainer.take_up": "stubs:nothing",
+        "training.trajectory:trajectory": "stubs:no_figures",
+        "training.trajectory:trajectory_lines": "stubs:no_figures",
+        "training.trajectory:validation_windows": "stubs:nothing",
     }
     if run.trainer.base is None:
-        pairs["training.base:check_base"] = "lean:nothing"
-        pairs["training.base:start_from_base"] = "lean:nothing"
+        pairs["training.base:check_base"] = "stubs:nothing"
+        pairs["training.base:start_from_base"] = "stubs:nothing"
     if all(rule.method != "gptq" for rule in run.quant.rules):
-        pairs["training.calibration:check_calibration"] = "lean:nothing"
-        pairs["training.calibration:collect_grams"] = "lean:no_figures"
-        pairs["training.calibration:share"] = "lean:nothing"
+        pairs["training.calibration:check_calibration"] = "stubs:nothing"
+        pairs["training.calibration:collect_grams"] = "stubs:no_figures"
+        pairs["training.calibration:share"] = "stubs:nothing"
     if all(rule.lqer_rank == 0 for rule in run.quant.rules):
-        pairs["quant.lqer:correct"] = "lean:nothing"
+        pairs["quant.lqer:correct"] = "stubs:nothing"
     if run.trainer.warmup_steps == 0:
-        pairs["training.trainer:Trainer.warm_up"] = "lean:nothing"
+        pairs["training.trainer:Trainer.warm_up"] = "stubs:nothing"
     if not run.quant.fill_budget:
-        pairs["training.filling:fill_rules"] = "lean:nothing"
+        pairs["training.filling:fill_rules"] = "stubs:nothing"
     return {
-        _target(f"recurgolf.{old}"): _target(f"recurgolf.solo.{new}") for old, new in pairs.items()
+        _target(f"recurgolf.{old}"): _target(f"recurgolf.standalone.{new}")
+        for old, new in pairs.items()
     }
 
 

@@ -34,7 +34,7 @@ from recurgolf.artifact.decode import (
     transformed_size,
     undo_transform,
 )
-from recurgolf.quant.codes import QuantizedTensor, Stored, code_range, scale_shape
+from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored, code_range, scale_shape
 
 MAGIC = b"RGLF"
 VERSION = 1
@@ -66,7 +66,7 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an artifact holds: JSON metadata, and tensors by name, quantised or plain."""
+    """What an artifact holds: JSON metadata, and tensors by name, quantized or plain."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Stored]

@@ -19,16 +19,16 @@ import torch
 from recurgolf.artifact.reader import Artifact, ArtifactError, load
 from recurgolf.config import from_dict
 from recurgolf.data.dataset import Dataset, open_dataset
-from recurgolf.eval.protocol import Eval, Subject, score
+from recurgolf.eval.protocol import Eval, ScoredModel, score
 from recurgolf.eval.text import Text
 from recurgolf.looping import Looping
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model
-from recurgolf.quant.codes import dequantize_state
+from recurgolf.quant.quantized_tensor import dequantize_state
 
 
 @dataclass(kw_only=True)
-class Scorable(Subject):
+class Scorable(ScoredModel):
     """A model from a file with what is needed to score it.
 
     Attributes:

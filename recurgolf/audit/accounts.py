@@ -107,7 +107,7 @@ def separation_check(
     """Judge what training and calibration share with validation.
 
     Args:
-        calibration: rows of tokens that the quantiser was calibrated on; empty without any.
+        calibration: rows of tokens that the quantizer was calibrated on; empty without any.
     """
     touching = sum(share >= NEAR for share in shingle_share(calibration, val_tokens, bos_id))
     found = len(shared.exact) + len(shared.near) + touching

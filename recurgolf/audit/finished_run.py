@@ -23,12 +23,12 @@ from recurgolf.audit.accounts import (
 )
 from recurgolf.audit.check import FAIL, NOT_APPLICABLE, PASS, Audit, Check, not_applicable
 from recurgolf.audit.prediction import causality, normalised, score_before_update, single_pass
+from recurgolf.audit.reduced_text import trial
 from recurgolf.audit.separation import shared_documents
-from recurgolf.audit.stretch import trial
 from recurgolf.config import ConfigError, from_dict, kind_of
 from recurgolf.data import Dataset
 from recurgolf.data.shards import Tokens
-from recurgolf.eval import Eval, Subject, Text
+from recurgolf.eval import Eval, ScoredModel, Text
 from recurgolf.run import Run
 from recurgolf.training.calibration import RunText
 from recurgolf.training.scoring import FOLDER as SCORES
@@ -54,17 +54,17 @@ def audit_run(folder: Path, say: Say = lambda line: None) -> Audit:
     if not path.exists():
         raise ConfigError(f"{folder} has no artifact.bin: the run did not finish")
     try:
-        subject = rebuild(load(path))
+        scored_model = rebuild(load(path))
         dataset = run.data.prepare(say)
-        check_data(subject.metadata, dataset)
+        check_data(scored_model.metadata, dataset)
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{path}: {error}") from None
     summary = _read(folder / "summary.json")
     protocols = protocols_of(run, folder)
-    checks = prediction_checks(protocols, subject, text_of(dataset), say)
+    checks = prediction_checks(protocols, scored_model, text_of(dataset), say)
     checks += [
         byte_check(validation_text(dataset), summary.get("evals", {})),
-        _separation(run, subject, dataset, say),
+        _separation(run, scored_model, dataset, say),
         _limits(run, folder, summary),
     ]
     facts = {
@@ -89,7 +89,7 @@ def protocols_of(run: Run, folder: Path) -> dict[str, Eval]:
 
 def prediction_checks(
     protocols: Sequence[Eval] | Mapping[str, Eval],
-    subject: Subject,
+    scored_model: ScoredModel,
     text: Text,
     say: Say = lambda line: None,
     seed: int = 0,
@@ -104,19 +104,21 @@ def prediction_checks(
     else:
         names = [kind_of(protocol) for protocol in protocols]
     found: list[list[Check]] = []
-    was_training = subject.model.training
-    subject.model.eval()
+    was_training = scored_model.model.training
+    scored_model.model.eval()
     try:
         for name, protocol in zip(names, protocols, strict=True):
             say(f"audit: {name} on changed text ...")
-            found.append(_prediction_checks(protocol, subject, text, seed))
+            found.append(_prediction_checks(protocol, scored_model, text, seed))
     finally:
-        subject.model.train(was_training)
+        scored_model.model.train(was_training)
     return [_worst(checks, names) for checks in zip(*found, strict=True)]
 
 
-def _prediction_checks(protocol: Eval, subject: Subject, text: Text, seed: int) -> list[Check]:
-    tried = trial(protocol, subject, text)
+def _prediction_checks(
+    protocol: Eval, scored_model: ScoredModel, text: Text, seed: int
+) -> list[Check]:
+    tried = trial(protocol, scored_model, text)
     passed_once = single_pass(tried)
     if passed_once.number is None:
         others = ("causality", "normalised", "score_before_update")
@@ -158,24 +160,24 @@ def validation_text(dataset: Dataset) -> ValidationText:
     )
 
 
-def _separation(run: Run, subject: Subject, dataset: Dataset, say: Say) -> Check:
+def _separation(run: Run, scored_model: ScoredModel, dataset: Dataset, say: Say) -> Check:
     if not dataset.train_shards:
         return not_applicable("separation", "the data set has no training shards to compare with")
     say(f"audit: comparing {dataset.train_tokens:,} training tokens with validation ...")
     tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
     shared = shared_documents(tokens, dataset.train_shards, bos)
-    return separation_check(shared, calibration_rows(run, subject, dataset), tokens, bos)
+    return separation_check(shared, calibration_rows(run, scored_model, dataset), tokens, bos)
 
 
-def calibration_rows(run: Run, subject: Subject, dataset: Dataset) -> list[Tokens]:
-    """Rows that the run's quantiser was calibrated on, made again; empty where it needs none."""
+def calibration_rows(run: Run, scored_model: ScoredModel, dataset: Dataset) -> list[Tokens]:
+    """Rows that the run's quantizer was calibrated on, made again; empty where it needs none."""
     calibration = run.quant.calibration
     if not calibration.reads_training_data or all(r.method != "gptq" for r in run.quant.rules):
         return []
     length = calibration.seq_len or run.trainer.seq_len
     count = min(calibration.sequences, CALIBRATION_ROWS)
     numbers = np.linspace(0, calibration.sequences - 1, count).astype(int).tolist()
-    source = RunText(run, dataset, subject.model, subject.plan())
+    source = RunText(run, dataset, scored_model.model, scored_model.plan())
     return list(calibration.rows(source, numbers, length).numpy().astype(np.uint16))
 
 

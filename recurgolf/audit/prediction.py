@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from recurgolf.audit.check import FAIL, PASS, Check, judged, not_applicable
-from recurgolf.audit.stretch import Trial
-from recurgolf.eval import Tally
+from recurgolf.audit.reduced_text import Trial
+from recurgolf.eval import ScoreAccumulator
 
 MOVED = 5e-5
 """Nats by which a score may differ for rounding alone: float32, in other batches."""
@@ -80,7 +80,7 @@ def normalised(trial: Trial, chance: np.random.Generator, positions: int = 2) ->
     protocol's probabilities are proportional to it, as those of a fixed model are, the sum is
     exact all the same.
     """
-    size = trial.subject.model.config.vocab_size
+    size = trial.scored_model.model.config.vocab_size
     scored = trial.scored(trial.text.tokens).scored > 0
     edges = trial.edges()
     # A target in the middle of a chunk, and the first one of a chunk.
@@ -108,27 +108,28 @@ def normalised(trial: Trial, chance: np.random.Generator, positions: int = 2) ->
 def single_pass(trial: Trial) -> Check:
     """Count how often every target is scored, and in which order."""
     try:
-        tally = trial.scored(trial.text.tokens)
+        accumulator = trial.scored(trial.text.tokens)
     except ValueError as error:
         return Check("single_pass", None, FAIL, f"the protocol could not be run: {error}")
-    most, left_out = int(tally.scored.max()), int((tally.scored == 0).sum())
+    most, left_out = int(accumulator.scored.max()), int((accumulator.scored == 0).sum())
     if not most:
         return not_applicable("single_pass", "the protocol scores no target of the stretch")
-    back = _out_of_order(tally)
+    back = _out_of_order(accumulator)
     verdict = PASS if most == 1 and back == 0 else FAIL
     line = (
-        f"times that a target is scored at most; {int((tally.scored > 1).sum())} more than once, "
-        f"{back} behind a later target of their document, {left_out} of {len(tally.scored)} never"
+        f"times that a target is scored at most; {int((accumulator.scored > 1).sum())} more than "
+        f"once, {back} behind a later target of their document, "
+        f"{left_out} of {len(accumulator.scored)} never"
     )
     return Check("single_pass", most, verdict, line)
 
 
-def _out_of_order(tally: Tally) -> int:
+def _out_of_order(accumulator: ScoreAccumulator) -> int:
     """Targets entered after one that follows them in the same document."""
     back = 0
-    starts = [*tally.text.starts.tolist(), tally.text.num_targets]
+    starts = [*accumulator.text.starts.tolist(), accumulator.text.num_targets]
     for start, stop in pairwise(starts):
-        turns = tally.turn[start:stop][tally.scored[start:stop] > 0]
+        turns = accumulator.turn[start:stop][accumulator.scored[start:stop] > 0]
         if len(turns):
             latest = np.minimum.accumulate(turns[::-1])[::-1]
             back += int((turns > latest).sum())
@@ -167,13 +168,13 @@ def _mass(
 @torch.no_grad()
 def _distribution(trial: Trial, place: int) -> np.ndarray:
     """The model's own prediction of a target from its window, nowhere zero; float64 [v]."""
-    subject, start = trial.subject, max(0, place + 1 - trial.length)
+    scored_model, start = trial.scored_model, max(0, place + 1 - trial.length)
     with contextlib.suppress(NotImplementedError):
         windows = trial.protocol.windows(trial.text, trial.length)
         start = next((w.start for w in windows if w.first <= place < w.stop), start)
-    ids = trial.text.ids(start, place + 1)[None].to(subject.device)
-    hidden = subject.model.hidden(ids, subject.plan(trial.protocol.passes))
-    shares = torch.softmax(subject.model.logits(hidden)[0, -1].double(), dim=-1).cpu().numpy()
+    ids = trial.text.ids(start, place + 1)[None].to(scored_model.device)
+    hidden = scored_model.model.hidden(ids, scored_model.plan(trial.protocol.passes))
+    shares = torch.softmax(scored_model.model.logits(hidden)[0, -1].double(), dim=-1).cpu().numpy()
     shares = np.maximum(shares, 1e-9)
     return shares / shares.sum()
 

@@ -1,9 +1,10 @@
 """Scoring protocols, and what they share.
 
-    result = score(SlidingEval(stride=64), Subject(model, looping, seq_len), text)
+    result = score(SlidingEval(stride=64), ScoredModel(model, looping, seq_len), text)
 
-`Subject` is a model as protocols see it, `Text` what is scored, `Tally` where the scores go,
-`Score` what comes out. A protocol is one class with `@option("eval", kind)` in a module below.
+`ScoredModel` is a model as protocols see it, `Text` what is scored, `ScoreAccumulator` where the
+scores go, `Score` what comes out. A protocol is one class with `@option("eval", kind)` in a module
+below.
 """
 
 from importlib import import_module
@@ -13,13 +14,13 @@ from recurgolf.eval.protocol import (
     AllReduce,
     Eval,
     Progress,
-    Subject,
+    ScoredModel,
     Window,
     batches,
     documents_of,
     score,
 )
-from recurgolf.eval.text import ByteTable, Score, Tally, Text
+from recurgolf.eval.text import ByteTable, Score, ScoreAccumulator, Text
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -33,9 +34,9 @@ __all__ = [
     "PlainEval",
     "Progress",
     "Score",
+    "ScoreAccumulator",
+    "ScoredModel",
     "SlidingEval",
-    "Subject",
-    "Tally",
     "Text",
     "Window",
     "batches",

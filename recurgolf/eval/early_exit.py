@@ -15,10 +15,10 @@ from recurgolf.eval.protocol import (
     ROWS_AT_ONCE,
     AllReduce,
     Progress,
-    Subject,
+    ScoredModel,
     batches,
 )
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.windows import Overlapping
 from recurgolf.looping import Looping
 
@@ -70,30 +70,32 @@ class EarlyExitEval(Overlapping):
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
         progress: Progress | None = None,
     ) -> None:
-        length, base = self.seq_len or subject.seq_len, self.base(subject)
-        depth = max_passes(subject.looping, subject.model.config.num_blocks, self.passes)
-        plans = [subject.plan(passes) for passes in range(1, depth + 1)]
+        length, base = self.seq_len or scored_model.seq_len, self.base(scored_model)
+        depth = max_passes(scored_model.looping, scored_model.model.config.num_blocks, self.passes)
+        plans = [scored_model.plan(passes) for passes in range(1, depth + 1)]
         total = sum(1 for _ in self.windows(text, length))
         share = (total * rank // world_size, total * (rank + 1) // world_size)
         done = 0
         mine = islice(self.windows(text, length), *share)
         for batch in batches(mine, max(1, self.batch_tokens // length)):
             first = batch[0].first - batch[0].start
-            ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(subject.device)
+            ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(
+                scored_model.device
+            )
             inputs, targets = ids[:, :-1], ids[:, first + 1 :].reshape(-1)
-            states = [subject.hidden(inputs, plan, None, first, base) for plan in plans]
-            nats, change = self.compared(subject.model, states, targets)
+            states = [scored_model.hidden(inputs, plan, None, first, base) for plan in plans]
+            nats, change = self.compared(scored_model.model, states, targets)
             spans = [(w.first, w.stop - w.first) for w in batch]
-            self.enter(tally, spans, nats.cpu(), change.cpu())
+            self.enter(accumulator, spans, nats.cpu(), change.cpu())
             done += len(batch)
             if progress is not None:
                 progress(done, share[1] - share[0])
@@ -120,9 +122,13 @@ class EarlyExitEval(Overlapping):
         return nats, change
 
     def enter(
-        self, tally: Tally, spans: list[tuple[int, int]], nats: Tensor, change: Tensor
+        self,
+        accumulator: ScoreAccumulator,
+        spans: list[tuple[int, int]],
+        nats: Tensor,
+        change: Tensor,
     ) -> None:
-        """Put the headline and all variants into the tally.
+        """Put the headline and all variants into the accumulator.
 
         Args:
             spans: (first target, count) of every run of targets in nats and change.
@@ -140,7 +146,7 @@ class EarlyExitEval(Overlapping):
         }
         used |= {f"passes={n + 1}": torch.full_like(used[""], n) for n in range(last + 1)}
         for name, index in used.items():
-            own = tally.variant(name) if name else tally
+            own = accumulator.variant(name) if name else accumulator
             chosen = nats.gather(0, index[None])[0]
             place = 0
             for first, count in spans:

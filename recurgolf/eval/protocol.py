@@ -1,4 +1,4 @@
-"""What a protocol is: a model seen as a Subject, a text, and a Tally that the protocol fills.
+"""What a protocol is: it runs a ScoredModel over a Text and fills a ScoreAccumulator.
 
 A protocol that only reads says which windows it reads and which targets each one scores
 (`Eval.windows`); one that learns, or measures something else, has a `run` of its own.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurgolf.config import ConfigError, from_dict
-from recurgolf.eval.text import Score, Tally, Text
+from recurgolf.eval.text import Score, ScoreAccumulator, Text
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.model.rope import rope_base
 
@@ -42,7 +42,7 @@ class Window(NamedTuple):
 
 
 @dataclass
-class Subject:
+class ScoredModel:
     """A model as protocols see it.
 
     Attributes:
@@ -170,35 +170,35 @@ class Eval:
         """The windows over a text, in order."""
         raise NotImplementedError
 
-    def base(self, subject: Subject) -> float | None:
+    def base(self, scored_model: ScoredModel) -> float | None:
         """The rotary base for this protocol's windows, the shorter ones among them included."""
-        config = subject.model.config
-        length = self.seq_len or subject.seq_len
+        config = scored_model.model.config
+        length = self.seq_len or scored_model.seq_len
         if not getattr(config, "head_dims", None):
             return None
         rope, dims = config.rope, config.rope.dims or config.head_dims[-1]
-        trained = subject.seq_len if self.rope_scale == "ntk" else rope.train_len
+        trained = scored_model.seq_len if self.rope_scale == "ntk" else rope.train_len
         return rope_base(rope.base, dims, length, trained)
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Score this rank's share of the targets into the tally.
+        """Score this rank's share of the targets into the accumulator.
 
         Args:
             all_reduce: sums a tensor over ranks, for protocols that learn; None: one rank.
             progress: called with (units done, units of this rank).
         """
-        length = self.seq_len or subject.seq_len
-        plan, base = subject.plan(self.passes), self.base(subject)
+        length = self.seq_len or scored_model.seq_len
+        plan, base = scored_model.plan(self.passes), self.base(scored_model)
         # Counted, not kept: a long text has millions of windows.
         total = sum(1 for _ in self.windows(text, length))
         share = (total * rank // world_size, total * (rank + 1) // world_size)
@@ -211,20 +211,20 @@ class Eval:
                 ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch])
                 documents = documents_of(text, batch) if self.within_documents else None
                 if documents is not None:
-                    documents = documents.to(subject.device)
-                nats = subject.nats(ids.to(subject.device), first, plan, documents, base)
+                    documents = documents.to(scored_model.device)
+                nats = scored_model.nats(ids.to(scored_model.device), first, plan, documents, base)
                 found += zip(batch, nats.cpu(), strict=True)
                 done += len(batch)
                 if progress is not None:
                     progress(done, share[1] - share[0])
             for window, row in sorted(found, key=lambda entry: entry[0].first):
-                tally.add(window.first, row)
+                accumulator.add(window.first, row)
 
 
 @torch.no_grad()
 def score(
     protocol: Eval,
-    subject: Subject,
+    scored_model: ScoredModel,
     text: Text,
     *,
     rank: int = 0,
@@ -238,31 +238,31 @@ def score(
     Args:
         all_reduce: sums a tensor over ranks; None: the score is that of this rank's share.
         progress: called with (units done, units of this rank).
-        per_target: keep what every target cost in the score's tally.
+        per_target: keep what every target cost in the score's accumulator.
 
     Raises:
         ConfigError: a text shorter than a window, a model that the protocol does not fit.
     """
     began = time.perf_counter()
-    protocol.check(text.num_targets, protocol.seq_len or subject.seq_len)
-    tally = Tally(text, per_target=per_target, repeats=protocol.repeats)
-    was_training = subject.model.training
-    subject.model.eval()
+    protocol.check(text.num_targets, protocol.seq_len or scored_model.seq_len)
+    accumulator = ScoreAccumulator(text, per_target=per_target, repeats=protocol.repeats)
+    was_training = scored_model.model.training
+    scored_model.model.eval()
     try:
         protocol.run(
-            subject,
+            scored_model,
             text,
-            tally,
+            accumulator,
             rank=rank,
             world_size=world_size,
             all_reduce=all_reduce,
             progress=progress,
         )
     finally:
-        subject.model.train(was_training)
+        scored_model.model.train(was_training)
     if all_reduce is not None:
-        tally.reduce(all_reduce)
-    return Score.of(tally, time.perf_counter() - began)
+        accumulator.reduce(all_reduce)
+    return Score.of(accumulator, time.perf_counter() - began)
 
 
 def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

@@ -1,4 +1,4 @@
-"""What is scored and what comes out: a Text, the Tally of its targets, and the Score of them.
+"""What is scored and what comes out: a Text, the ScoreAccumulator of its targets, their Score.
 
 Target i of a text is its token i + 1, predicted from tokens 0 to i. It belongs to the document of
 token i: a document is charged for its tokens behind BOS and for the BOS that ends it.
@@ -77,7 +77,7 @@ class Text:
         return self.byte_count.count(ids[1:], ids[:-1]).numpy()
 
 
-class Tally:
+class ScoreAccumulator:
     """Where a protocol puts what it has scored; the sums are per document and in float64.
 
     Its size is that of the documents, whatever the length of the text.
@@ -99,7 +99,7 @@ class Tally:
         self.tokens = np.zeros(text.num_documents, dtype=np.int64)
         self.bytes = np.zeros(text.num_documents, dtype=np.int64)
         self.means: dict[str, float] = {}
-        self.variants: dict[str, Tally] = {}
+        self.variants: dict[str, ScoreAccumulator] = {}
         size = text.num_targets if per_target else 0
         self.target_nats = np.zeros(size)
         self.scored = np.zeros(size, dtype=np.int64)
@@ -145,10 +145,10 @@ class Tally:
         """Add a quantity of targets just scored, to be reported as its mean over all targets."""
         self.means[name] = self.means.get(name, 0.0) + values.double().sum().item()
 
-    def variant(self, name: str) -> Tally:
-        """The tally of the same targets measured in another way."""
+    def variant(self, name: str) -> ScoreAccumulator:
+        """The accumulator of the same targets measured in another way."""
         if name not in self.variants:
-            again = Tally(self.text, per_target=self.per_target, repeats=self.repeats)
+            again = ScoreAccumulator(self.text, per_target=self.per_target, repeats=self.repeats)
             self.variants[name] = again
         return self.variants[name]
 
@@ -196,7 +196,7 @@ class Score:
         seconds: wall time.
         means: further figures per target, as a protocol names them (passes used, say).
         variants: what the protocol measured besides, by name.
-        tally: the sums per document.
+        accumulator: the sums per document.
     """
 
     nats: float
@@ -205,21 +205,23 @@ class Score:
     seconds: float
     means: dict[str, float] = field(default_factory=dict)
     variants: dict[str, Score] = field(default_factory=dict)
-    tally: Tally | None = None
+    accumulator: ScoreAccumulator | None = None
 
     @classmethod
-    def of(cls, tally: Tally, seconds: float) -> Score:
-        """The score of a finished tally.
+    def of(cls, accumulator: ScoreAccumulator, seconds: float) -> Score:
+        """The score of a finished accumulator.
 
         Raises:
             ConfigError: no target, or none that stands for a byte.
         """
-        tokens, num_bytes = int(tally.tokens.sum()), int(tally.bytes.sum())
+        tokens, num_bytes = int(accumulator.tokens.sum()), int(accumulator.bytes.sum())
         if not num_bytes:
             raise ConfigError(f"{tokens} targets scored, {num_bytes} bytes of text: no score")
-        means = {name: total / tokens for name, total in tally.means.items()}
-        variants = {name: cls.of(own, seconds) for name, own in tally.variants.items()}
-        return cls(math.fsum(tally.nats), tokens, num_bytes, seconds, means, variants, tally)
+        means = {name: total / tokens for name, total in accumulator.means.items()}
+        variants = {name: cls.of(own, seconds) for name, own in accumulator.variants.items()}
+        return cls(
+            math.fsum(accumulator.nats), tokens, num_bytes, seconds, means, variants, accumulator
+        )
 
     @property
     def val_loss(self) -> float:

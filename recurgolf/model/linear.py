@@ -15,7 +15,7 @@ class Linear(nn.Module):
 
     Attributes:
         zero_init: starts at zero (projections that write to the residual stream).
-        fake_quantize: applied to the weight in every training forward when quantisation-aware
+        fake_quantize: applied to the weight in every training forward when quantization-aware
             training is on; None otherwise.
     """
 
@@ -41,7 +41,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors [count, dim]; quantisation-aware training reaches it as it does `Linear`.
+    """A table of vectors [count, dim]; quantization-aware training reaches it as it does `Linear`.
 
     A tied table also reads out: both uses take `seen_weight`.
     """

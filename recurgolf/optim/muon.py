@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.optim import foreach
-from recurgolf.optim.dealing import deal, exchange, rank_and_world
 from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES, EPS, zeropower
+from recurgolf.optim.work_partition import deal, exchange, rank_and_world
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "sqrt_max1": lambda rows, cols: math.sqrt(max(1, rows / cols)),

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recurgolf.config import ConfigError, suggestion
-from recurgolf.optim.dealing import rank_and_world
 from recurgolf.optim.groups import ParameterGroup, split
 from recurgolf.optim.muon import Muon
 from recurgolf.optim.options import OptimizerConfig
+from recurgolf.optim.work_partition import rank_and_world
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Quantisation of plain tensors: grids, rounding, GPTQ, rules over parameter names."""
+"""Quantization of plain tensors: grids, rounding, GPTQ, rules over parameter names."""
 
 from recurgolf.quant.calibration import (
     Calibration,
@@ -16,12 +16,12 @@ from recurgolf.quant.clip import (
     PercentileSearchClip,
     SigmaClip,
 )
-from recurgolf.quant.codes import QuantizedTensor, Stored, dequantize, dequantize_state
 from recurgolf.quant.entropy import code_entropy, fit_tail, predicted_bits, predicted_bytes
 from recurgolf.quant.gptq import GptqResult, gptq_quantize, gptq_quantize_many
-from recurgolf.quant.grid import GridSpec
 from recurgolf.quant.lqer import LowRankCorrection
 from recurgolf.quant.qat import Noise, NoQat, Qat, QuantAware, Snap, StraightThrough
+from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored, dequantize, dequantize_state
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import fake_quantize, rtn_quantize
 from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule
 from recurgolf.quant.state import MethodReport, QuantizedState, quantize_state
@@ -31,7 +31,6 @@ __all__ = [
     "Clip",
     "GptqResult",
     "GramCollector",
-    "GridSpec",
     "HessianSigmaClip",
     "Int6",
     "Int8",
@@ -50,6 +49,7 @@ __all__ = [
     "QuantAware",
     "QuantizedState",
     "QuantizedTensor",
+    "QuantizerGrid",
     "Rule",
     "SelfGenerated",
     "SigmaClip",

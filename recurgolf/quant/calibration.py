@@ -1,6 +1,6 @@
 """Calibration: what GPTQ asks about the inputs of a layer, and where the text comes from.
 
-The quantiser weighs errors by H = XᵀX of a layer's inputs. `GramCollector` forms it with hooks on
+The quantizer weighs errors by H = XᵀX of a layer's inputs. `GramCollector` forms it with hooks on
 modules, batch by batch; it knows modules and names and no model.
 """
 
@@ -48,8 +48,8 @@ class Calibration:
     """How much the inputs at the first, second, … visit of a looped block count; the last one
     stands for all later visits. Empty: all visits alike."""
     two_phase: bool = False
-    """Quantise what is visited once first, then the looped blocks with inputs from the network
-    that is already quantised elsewhere."""
+    """Quantize what is visited once first, then the looped blocks with inputs from the network
+    that is already quantized elsewhere."""
 
     def check(self) -> None:
         """Refuse what no text can fulfil."""
@@ -186,7 +186,7 @@ class GramCollector:
         silent = [name for name, total in self.sums.items() if not total.any()]
         if silent or not self.tokens:
             raise ValueError(
-                f"calibration: no input ever reached {', '.join(silent) or 'any layer'}; quantise "
+                f"calibration: no input ever reached {', '.join(silent) or 'any layer'}; quantize "
                 "it with method rtn"
             )
         return {name: (total / self.tokens).cpu() for name, total in self.sums.items()}

@@ -38,7 +38,7 @@ class Clip:
         raise NotImplementedError
 
     def candidates(self, weight: Tensor, gram_diag: Tensor | None = None) -> list[Tensor]:
-        """Clip values to try; the quantiser keeps those with the least squared error."""
+        """Clip values to try; the quantizer keeps those with the least squared error."""
         return [self.clip_value(weight, gram_diag)]
 
     def vector_value(self, values: Tensor) -> Tensor:

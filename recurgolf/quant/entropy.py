@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurgolf.quant.codes import scale_shape
-from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.quantized_tensor import scale_shape
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 
 _FLOAT16_SCALE_BITS = 11.0
 """Coded bits of a float16 scale: the mantissa is noise, sign and exponent are nearly constant."""
@@ -34,7 +34,7 @@ def spread(tail_df: float | None = None) -> Any:
     return stats.t(tail_df, scale=np.sqrt((tail_df - 2) / tail_df))
 
 
-def predicted_bits(spec: GridSpec, cols: int, tail_df: float | None = None) -> float:
+def predicted_bits(spec: QuantizerGrid, cols: int, tail_df: float | None = None) -> float:
     """Expected entropy of one code, in bits, for rows of `cols` entries.
 
     Args:
@@ -54,7 +54,9 @@ def predicted_bits(spec: GridSpec, cols: int, tail_df: float | None = None) -> f
     return float(stats.entropy(probabilities, base=2))
 
 
-def predicted_bytes(spec: GridSpec, shape: tuple[int, int], tail_df: float | None = None) -> float:
+def predicted_bytes(
+    spec: QuantizerGrid, shape: tuple[int, int], tail_df: float | None = None
+) -> float:
     """Expected coded bytes of a matrix [rows, cols]: its codes and its scales."""
     num_scales = int(np.prod(scale_shape(shape, spec.group_size, spec.symmetric)))
     bits = predicted_bits(spec, shape[1], tail_df) * shape[0] * shape[1]
@@ -101,7 +103,7 @@ def _mean_magnitude(df: float) -> float:
 
 
 def _row_grids(
-    spec: GridSpec, ratios: np.ndarray, entries: int, law: Any
+    spec: QuantizerGrid, ratios: np.ndarray, entries: int, law: Any
 ) -> list[tuple[float, float]]:
     """Step and offset of equally likely rows; `ratios` are their clips in units of σ."""
     low, high = spec.range
@@ -115,14 +117,14 @@ def _row_grids(
     return [(step, bottom - low * step) for step, bottom in steps]
 
 
-def _code_probabilities(spec: GridSpec, step: float, offset: float, law: Any) -> np.ndarray:
+def _code_probabilities(spec: QuantizerGrid, step: float, offset: float, law: Any) -> np.ndarray:
     low, high = spec.range
     sign = spec.bits == 1 and spec.symmetric
     edges = np.zeros(1) if sign else (np.arange(low, high) + 0.5) * step + offset
     return np.diff(np.concatenate([[0.0], law.cdf(edges), [1.0]]))
 
 
-def _expected_error(spec: GridSpec, step: float, offset: float, law: Any) -> float:
+def _expected_error(spec: QuantizerGrid, step: float, offset: float, law: Any) -> float:
     """Rounding and clipping error of an entry of variance 1, by quadrature."""
     x = law.ppf((np.arange(4096) + 0.5) / 4096)
     codes = np.clip(np.round((x - offset) / step), *spec.range)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from recurgolf.config import ConfigError
 from recurgolf.quant.clip import HessianSigmaClip, SigmaClip
-from recurgolf.quant.codes import code_range, dequantize
 from recurgolf.quant.entropy import code_entropy
 from recurgolf.quant.gptq import hessian_error
-from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.quantized_tensor import code_range, dequantize
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import checked_scales, round_to_grid
 from recurgolf.quant.rules import TensorRule
 
@@ -115,11 +115,11 @@ def fill(
     steps: Sequence[float] = STEPS,
     most_packings: int = 10,
 ) -> Filled:
-    """Choose bits and clip of every group of quantised layers.
+    """Choose bits and clip of every group of quantized layers.
 
     Args:
         state: weights by name.
-        rules: what `Quant.assign` gave: which tensors are quantised, by which method, in which
+        rules: what `Quant.assign` gave: which tensors are quantized, by which method, in which
             groups of columns; their bits and clips are replaced.
         target_bytes: what the file may have.
         measure: packs with rules and counts; called up to `most_packings` times.
@@ -132,7 +132,7 @@ def fill(
     groups = tabulate(state, rules, grams or {}, steps)
     if not groups:
         raise ConfigError(
-            "quant.fill_budget=true, but no rule quantises any matrix: nothing to fill"
+            "quant.fill_budget=true, but no rule quantizes any matrix: nothing to fill"
         )
     tries: list[tuple[float, int]] = []
     seen: list[_Try] = []
@@ -171,7 +171,7 @@ def fill(
 def tabulate(
     state: Mapping[str, Tensor], rules: Rules, grams: Mapping[str, Tensor], steps: Sequence[float]
 ) -> list[Group]:
-    """Groups of quantised matrices, with bytes and error at every step.
+    """Groups of quantized matrices, with bytes and error at every step.
 
     Layers of one role (the same name but for block numbers) under one rule are a group.
     """
@@ -219,7 +219,7 @@ def ruled(rules: Rules, groups: Sequence[Group], chosen: Sequence[Choice]) -> di
 
 
 def at_step(rules: Rules, step: float) -> dict[str, TensorRule]:
-    """The rules with one step, in units of a row's σ, for every quantised tensor."""
+    """The rules with one step, in units of a row's σ, for every quantized tensor."""
     bits, clip = _reach(step)
     return {
         name: rule if rule.grid is None else replace(rule, grid=grid_of(rule.grid, bits, clip))
@@ -233,7 +233,7 @@ def _reach(step: float) -> tuple[int, float]:
     return bits, step * code_range(bits)[1]
 
 
-def grid_of(grid: GridSpec, bits: int, clip: float) -> GridSpec:
+def grid_of(grid: QuantizerGrid, bits: int, clip: float) -> QuantizerGrid:
     """A grid with other bits and a clip of so many σ; a Hessian-aware σ stays one."""
     kind = replace(grid.clip, k=clip) if isinstance(grid.clip, HessianSigmaClip) else None
     return replace(grid, bits=bits, clip=kind or SigmaClip(clip), scale_floor=None)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from recurgolf.config import ConfigError
 from recurgolf.quant.clip import Clip
-from recurgolf.quant.codes import dequantize
-from recurgolf.quant.grid import Grid, GridSpec, fit_grids
+from recurgolf.quant.quantized_tensor import dequantize
+from recurgolf.quant.quantizer_grid import Grid, QuantizerGrid, fit_grids
 from recurgolf.quant.rtn import checked_scales
 
 _MAX_RETRIES = 8
@@ -28,7 +28,7 @@ _BATCH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class GptqResult:
-    """One quantised weight and what it took.
+    """One quantized weight and what it took.
 
     Attributes:
         codes, scales: as `rtn_quantize` gives them.
@@ -60,7 +60,7 @@ def gptq_quantize(
     symmetric: bool = True,
     scale_floor: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise a weight [rows, cols] given the Gram matrix [cols, cols] of its inputs.
+    """Quantize a weight [rows, cols] given the Gram matrix [cols, cols] of its inputs.
 
     Args:
         gram: XᵀX of the inputs, any positive scale; float32 whatever the inputs were.
@@ -75,7 +75,7 @@ def gptq_quantize(
     Warns:
         RuntimeWarning: the damping had to be raised; `gptq_quantize_many` returns by how much.
     """
-    spec = GridSpec(bits, clip, group_size, symmetric, scale_floor)
+    spec = QuantizerGrid(bits, clip, group_size, symmetric, scale_floor)
     result = gptq_quantize_many(
         [weight], [gram], spec, block_size=block_size, damping=damping, act_order=act_order
     )[0]
@@ -92,7 +92,7 @@ def gptq_quantize(
 def gptq_quantize_many(
     weights: Sequence[Tensor],
     grams: Sequence[Tensor],
-    spec: GridSpec,
+    spec: QuantizerGrid,
     *,
     block_size: int = 128,
     damping: float = 0.01,
@@ -162,7 +162,9 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     return upper
 
 
-def _quantize_layers(layers: list[_Layer], spec: GridSpec, block_size: int) -> list[GptqResult]:
+def _quantize_layers(
+    layers: list[_Layer], spec: QuantizerGrid, block_size: int
+) -> list[GptqResult]:
     fitted = [fit_grids(layer.original, spec, layer.gram.diagonal()) for layer in layers]
     best: list[tuple[float, Tensor, Grid]] = []
     for grids in zip(*fitted, strict=True):

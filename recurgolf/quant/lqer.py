@@ -1,4 +1,4 @@
-"""Low-rank correction of the quantisation error (LQER, arXiv 2402.02446).
+"""Low-rank correction of the quantization error (LQER, arXiv 2402.02446).
 
 W ≈ Q(W) + Lᵀ R with L [rank, rows] and R [rank, cols] the best in the mean squared change of the
 layer's outputs: for inputs with Gram matrix H = C Cᵀ that is the truncated SVD of (W - Q) C, times
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from recurgolf.config import ConfigError
 from recurgolf.quant.clip import MaxClip
-from recurgolf.quant.codes import LQER_PARTS, QuantizedTensor, Stored
 from recurgolf.quant.entropy import predicted_bytes
-from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.quantized_tensor import LQER_PARTS, QuantizedTensor, Stored
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import rtn_quantize
 
 _DAMPING = 1e-6
@@ -48,7 +48,7 @@ class LowRankCorrection:
         """Expected coded bytes of both factors for a weight [rows, cols]."""
         if self.bits is None:
             return 2.0 * self.rank * sum(shape)
-        spec = GridSpec(self.bits, MaxClip(), None, self.symmetric)
+        spec = QuantizerGrid(self.bits, MaxClip(), None, self.symmetric)
         return sum(predicted_bytes(spec, (self.rank, side)) for side in shape)
 
     def store(self, vectors: Tensor) -> Stored:

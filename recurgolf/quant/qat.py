@@ -1,4 +1,4 @@
-"""Quantisation-aware training: the network trains with the weights that its file will hold.
+"""Quantization-aware training: the network trains with the weights that its file will hold.
 
 What a layer sees comes from the export grid of its weight (bits, clip, groups), which is fitted
 once per step, so that training for other bits than are exported cannot be configured. Snapping
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recurgolf.config import ConfigError, option, suggestion
 from recurgolf.looping import LoopPlan
 from recurgolf.quant.clip import MaxClip
-from recurgolf.quant.grid import GridSpec
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import exported, step_sizes
 
 BLOCKS = ("all", "looped")
@@ -51,7 +51,7 @@ class Snap:
         return self.strength * min(max(grown, 0.0), 1.0)
 
 
-class Disturbance:
+class FakeQuantizer:
     """A weight -> the weight that training sees: at first as it is, then as last refreshed."""
 
     def refresh(self, weight: Tensor) -> None:
@@ -63,10 +63,10 @@ class Disturbance:
         raise NotImplementedError
 
 
-class RoundingError(Disturbance):
+class RoundingError(FakeQuantizer):
     """The exported values. One rounding per step, whatever the number of visits."""
 
-    def __init__(self, weight: Tensor, spec: GridSpec):
+    def __init__(self, weight: Tensor, spec: QuantizerGrid):
         self.spec = spec
         self.change = torch.zeros_like(weight, dtype=torch.float32)
 
@@ -77,10 +77,10 @@ class RoundingError(Disturbance):
         return weight + self.change.to(weight.dtype)
 
 
-class UniformNoise(Disturbance):
+class UniformNoise(FakeQuantizer):
     """Plus uniform noise one step wide, fresh at every visit, from torch's own generator."""
 
-    def __init__(self, weight: Tensor, spec: GridSpec):
+    def __init__(self, weight: Tensor, spec: QuantizerGrid):
         self.spec = spec
         self.steps = torch.zeros_like(step_sizes(weight, spec))
 
@@ -108,7 +108,7 @@ class Qat:
     def build(
         self,
         model: nn.Module,
-        grids: Mapping[str, GridSpec],
+        grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
     ) -> QuantAware:
@@ -159,13 +159,13 @@ class _Disturbing(Qat):
                 "some, or set quant.qat.blocks=all, or quant/qat=none"
             )
 
-    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+    def disturbance(self, weight: Tensor, spec: QuantizerGrid) -> FakeQuantizer:
         raise NotImplementedError
 
     def build(
         self,
         model: nn.Module,
-        grids: Mapping[str, GridSpec],
+        grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
     ) -> QuantAware:
@@ -186,7 +186,7 @@ class _Disturbing(Qat):
         seen = {n: (m, self.disturbance(weights[n][0], steps[n])) for n, m in layers.items()}
         return QuantAware(self.snap, weights, seen, self.start_fraction, ahead)
 
-    def _own(self, spec: GridSpec) -> GridSpec:
+    def _own(self, spec: QuantizerGrid) -> QuantizerGrid:
         return replace(spec, clip=MaxClip(), scale_floor=None) if self.compat_own_steps else spec
 
 
@@ -195,7 +195,7 @@ class _Disturbing(Qat):
 class StraightThrough(_Disturbing):
     """Layers see the exported values, gradients pass as if they had not (arXiv 1308.3432)."""
 
-    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+    def disturbance(self, weight: Tensor, spec: QuantizerGrid) -> FakeQuantizer:
         return RoundingError(weight, spec)
 
 
@@ -206,12 +206,12 @@ class Noise(_Disturbing):
 
     blocks: str = "looped"
 
-    def disturbance(self, weight: Tensor, spec: GridSpec) -> Disturbance:
+    def disturbance(self, weight: Tensor, spec: QuantizerGrid) -> FakeQuantizer:
         return UniformNoise(weight, spec)
 
 
 class QuantAware:
-    """Quantisation-aware training of one model: `update` before a step, `snap` behind it.
+    """Quantization-aware training of one model: `update` before a step, `snap` behind it.
 
     Attributes:
         layers: weight name -> its module and what it sees.
@@ -221,8 +221,8 @@ class QuantAware:
     def __init__(
         self,
         snap: Snap,
-        weights: Mapping[str, tuple[Tensor, GridSpec]],
-        layers: Mapping[str, tuple[nn.Module, Disturbance]],
+        weights: Mapping[str, tuple[Tensor, QuantizerGrid]],
+        layers: Mapping[str, tuple[nn.Module, FakeQuantizer]],
         start_fraction: float,
         ahead: bool,
     ):
@@ -268,6 +268,6 @@ class QuantAware:
 
 
 def _with_grid(
-    model: nn.Module, grids: Mapping[str, GridSpec]
-) -> dict[str, tuple[Tensor, GridSpec]]:
+    model: nn.Module, grids: Mapping[str, QuantizerGrid]
+) -> dict[str, tuple[Tensor, QuantizerGrid]]:
     return {n: (p, grids[n]) for n, p in model.named_parameters() if n in grids and p.ndim == 2}

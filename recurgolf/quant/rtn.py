@@ -1,4 +1,4 @@
-"""Rounding to nearest: the plain quantiser, and its straight-through form for training."""
+"""Rounding to nearest: the plain quantizer, and its straight-through form for training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from recurgolf.quant.clip import Clip
-from recurgolf.quant.codes import dequantize, per_column, scale_shape
-from recurgolf.quant.grid import Grid, GridSpec, fit_grids, limited, vector_grid
+from recurgolf.quant.quantized_tensor import dequantize, per_column, scale_shape
+from recurgolf.quant.quantizer_grid import Grid, QuantizerGrid, fit_grids, limited, vector_grid
 
 
 def rtn_quantize(
@@ -31,7 +31,7 @@ def rtn_quantize(
             other tensor a single one.
         bits: 1 (sign), 2 (symmetric: ternary) to 8.
         clip: which magnitude the highest code stands for.
-        scale_floor, code_scale, vector_zero_scale: habits of public systems, see `GridSpec`.
+        scale_floor, code_scale, vector_zero_scale: habits of public systems, see `QuantizerGrid`.
 
     Returns:
         Codes, int8 of the weight's shape, and scales as `codes.dequantize` takes them.
@@ -40,14 +40,14 @@ def rtn_quantize(
         ConfigError: bits, groups or clip that make no grid.
         ValueError: weights that are not finite, or too large for float16 scales.
     """
-    spec = GridSpec(
+    spec = QuantizerGrid(
         bits, clip, group_size, symmetric, scale_floor, code_scale, vector_zero_scale, scale_dtype
     )
     codes, grid = round_to_grid(weight, spec)
     return codes.to(torch.int8), checked_scales(grid, weight)
 
 
-def round_to_grid(weight: Tensor, spec: GridSpec) -> tuple[Tensor, Grid]:
+def round_to_grid(weight: Tensor, spec: QuantizerGrid) -> tuple[Tensor, Grid]:
     """Float32 codes of the weight's shape and the grid they are on; nothing is checked."""
     weight = weight.detach().float()
     if weight.ndim != 2 or weight.numel() == 0:
@@ -68,8 +68,8 @@ def squared_error(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
     return (weight - restored).square().mean()
 
 
-def fake_quantize(weight: Tensor, spec: GridSpec, mode: str = "straight_through") -> Tensor:
-    """The weight as training with quantisation sees it, from the export quantiser itself.
+def fake_quantize(weight: Tensor, spec: QuantizerGrid, mode: str = "straight_through") -> Tensor:
+    """The weight as training with quantization sees it, from the export quantizer itself.
 
     Args:
         mode: `straight_through` gives the exported values, `noise` adds uniform noise of one step
@@ -78,13 +78,13 @@ def fake_quantize(weight: Tensor, spec: GridSpec, mode: str = "straight_through"
     return weight + _DISTURBANCES[mode](weight.detach().float(), spec).to(weight.dtype)
 
 
-def exported(weight: Tensor, spec: GridSpec) -> Tensor:
+def exported(weight: Tensor, spec: QuantizerGrid) -> Tensor:
     """The values that a reader will see in place of a weight, float32."""
     codes, grid = round_to_grid(weight, spec)
     return dequantize(codes, grid.scales, group_size=spec.group_size, symmetric=spec.symmetric)
 
 
-def step_sizes(weight: Tensor, spec: GridSpec) -> Tensor:
+def step_sizes(weight: Tensor, spec: QuantizerGrid) -> Tensor:
     """Distance between neighbouring codes of a matrix, float32, broadcastable over it."""
     weight = weight.detach().float()
     single = len(grids := fit_grids(weight, spec)) == 1
@@ -102,7 +102,7 @@ def checked_scales(grid: Grid, weight: Tensor) -> Tensor:
     return grid.scales
 
 
-def _round_vector(weight: Tensor, spec: GridSpec) -> tuple[Tensor, Grid]:
+def _round_vector(weight: Tensor, spec: QuantizerGrid) -> tuple[Tensor, Grid]:
     if weight.numel() == 0:
         shape = scale_shape(tuple(weight.shape), spec.group_size, spec.symmetric)
         scales = torch.zeros(shape, dtype=spec.scale_dtype)
@@ -113,15 +113,15 @@ def _round_vector(weight: Tensor, spec: GridSpec) -> tuple[Tensor, Grid]:
     return codes, Grid(spec, grid.step, grid.offset, grid.scales.squeeze(-1))
 
 
-def _per_row(spec: GridSpec) -> GridSpec:
-    return GridSpec(spec.bits, spec.clip, None, spec.symmetric)
+def _per_row(spec: QuantizerGrid) -> QuantizerGrid:
+    return QuantizerGrid(spec.bits, spec.clip, None, spec.symmetric)
 
 
-def _rounding_error(weight: Tensor, spec: GridSpec) -> Tensor:
+def _rounding_error(weight: Tensor, spec: QuantizerGrid) -> Tensor:
     return exported(weight, spec) - weight
 
 
-def _uniform_noise(weight: Tensor, spec: GridSpec) -> Tensor:
+def _uniform_noise(weight: Tensor, spec: QuantizerGrid) -> Tensor:
     return (torch.rand_like(weight) - 0.5) * step_sizes(weight, spec)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from recurgolf.config import REGISTRY, ConfigError, from_dict, kind_of, option, suggestion
 from recurgolf.quant.calibration import Calibration, TrainCalibration
 from recurgolf.quant.clip import Clip
-from recurgolf.quant.grid import GridSpec
 from recurgolf.quant.lqer import LowRankCorrection
 from recurgolf.quant.qat import NoQat, Qat
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 
 KEEP_DTYPES = ("float16", "float32", "bfloat16")
 
@@ -35,7 +35,7 @@ class TensorRule:
     """
 
     method: str
-    grid: GridSpec | None = None
+    grid: QuantizerGrid | None = None
     keep_dtype: str = "float16"
     block_size: int = 128
     damping: float = 0.01
@@ -95,7 +95,7 @@ class Rule:
             return TensorRule("none", keep_dtype=keep)
         try:
             clip = clip_from(self.clip)
-            grid = GridSpec(
+            grid = QuantizerGrid(
                 self.bits, clip, self.group_size, self.symmetric, self.scale_floor, self.code_scale
             )
             correction = None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from recurgolf.config import REGISTRY, option, to_dict
-from recurgolf.quant.codes import QuantizedTensor, Stored, dequantize_state
 from recurgolf.quant.gptq import gptq_quantize_many, hessian_error
-from recurgolf.quant.grid import GridSpec
 from recurgolf.quant.lqer import correct
+from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored, dequantize_state
+from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import checked_scales, round_to_grid
 from recurgolf.quant.rules import TensorRule
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What quantising one tensor took; see `GptqResult` for the fields."""
+    """What quantizing one tensor took; see `GptqResult` for the fields."""
 
     name: str
     method: str
@@ -37,10 +37,10 @@ class MethodReport:
 
 
 class QuantizedState(dict[str, Stored]):
-    """Tensors by name, quantised or kept, in the order of the state they come from.
+    """Tensors by name, quantized or kept, in the order of the state they come from.
 
     Attributes:
-        reports: one for every quantised tensor.
+        reports: one for every quantized tensor.
         filled: how bits and clips were chosen, where a search chose them.
     """
 
@@ -136,7 +136,7 @@ def quantize_state(
     assignment: Mapping[str, TensorRule],
     grams: Mapping[str, Tensor] | None = None,
 ) -> QuantizedState:
-    """Quantise a state dict by `Quant.assign`'s rules.
+    """Quantize a state dict by `Quant.assign`'s rules.
 
     Args:
         grams: Gram matrix [cols, cols] of the inputs, by weight name, for tensors under gptq.
@@ -175,7 +175,7 @@ def _corrected(
         if correction is not None:
             weight, stored = state[name].detach().cpu().float(), found[name]
             assert isinstance(stored, QuantizedTensor)
-            # A correction is judged as the quantiser was: by inputs where it knew them.
+            # A correction is judged as the quantizer was: by inputs where it knew them.
             gram = grams.get(name) if report.method == "gptq" else None
             factors = correct(name, weight - stored.dequantize(), correction, gram)
             left = weight - dequantize_state({name: stored, **factors})[name]
@@ -186,18 +186,18 @@ def _corrected(
     return QuantizedState({**found, **parts}, reports)
 
 
-def describe_clip(spec: GridSpec) -> str:
+def describe_clip(spec: QuantizerGrid) -> str:
     """`sigma k=12.85`: the clip rule in the artifact's header and in tables."""
     fields = dict(to_dict(spec.clip))
     kind = fields.pop("kind", type(spec.clip).__name__)
     return " ".join([kind, *(f"{key}={value}" for key, value in fields.items())])
 
 
-def _grid(rule: TensorRule) -> GridSpec:
+def _grid(rule: TensorRule) -> QuantizerGrid:
     assert rule.grid is not None, "only kept tensors have no grid"
     return rule.grid
 
 
-def _stored(codes: Tensor, scales: Tensor, method: str, spec: GridSpec) -> QuantizedTensor:
+def _stored(codes: Tensor, scales: Tensor, method: str, spec: QuantizerGrid) -> QuantizedTensor:
     clip = describe_clip(spec)
     return QuantizedTensor(codes, scales, spec.bits, spec.group_size, spec.symmetric, method, clip)

@@ -176,7 +176,7 @@ def _sum_over_ranks(collector: GramCollector, ranks: Ranks) -> None:
 def share(model: Transformer, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Put rank 0's weights into the model of every rank."""
     parameters = dict(model.named_parameters())
-    # Rank 0 comes from quantising, which may have taken longer than a collective may wait.
+    # Rank 0 comes from quantizing, which may have taken longer than a collective may wait.
     ranks.wait()
     with torch.no_grad():
         for name in sorted(weights):

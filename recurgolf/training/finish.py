@@ -19,7 +19,7 @@ from recurgolf.training.scoring import (
     entry_of,
     named_protocols,
     score_all,
-    subject_of,
+    scored_model_of,
     validate,
     write_scores,
 )
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def finish(trainer: Trainer) -> Summary:
-    """Average, checkpoint, quantise, pack, reload and score; writes everything but the training.
+    """Average, checkpoint, quantize, pack, reload and score; writes everything but the training.
 
     Every rank scores its share; rank 0 alone writes files.
     """
@@ -49,12 +49,12 @@ def finish(trainer: Trainer) -> Summary:
     ranks.wait()
     with clock.phase("evaluation"):
         scorable = rebuild(load(trainer.folder / ARTIFACT))
-        subject = subject_of(trainer, scorable.model.to(trainer.device))
+        scored_model = scored_model_of(trainer, scorable.model.to(trainer.device))
         protocols = named_protocols([run.eval], run.trainer.seq_len)
-        scores = score_all(protocols, subject, trainer.text, trainer)
+        scores = score_all(protocols, scored_model, trainer.text, trainer)
     result = next(iter(scores.values()))
     summary = summarize(trainer, plan.effective_params, before, scores)
-    summary.by_passes = by_passes(scores, protocols, subject)
+    summary.by_passes = by_passes(scores, protocols, scored_model)
     if stored is not None:
         ids = validation_windows(trainer.val_tokens, run.trainer.seq_len)
         gap = result.val_bpb - before.val_bpb

@@ -30,7 +30,7 @@ def rules_of(run: Run, model: Transformer) -> dict[str, TensorRule]:
 
 
 def prepare_quantization(run: Run, model: Transformer, dataset: Dataset) -> QuantAware:
-    """Before training: refuse what could not be quantised after it, and attach its QAT.
+    """Before training: refuse what could not be quantized after it, and attach its QAT.
 
     Raises:
         ConfigError: see `check_calibration` and `Qat.build`.
@@ -45,7 +45,7 @@ def prepare_quantization(run: Run, model: Transformer, dataset: Dataset) -> Quan
 def quantize_model(
     run: Run, model: Transformer, dataset: Dataset, ranks: Ranks, clock: Clock, log: Log
 ) -> QuantizedState | None:
-    """Quantise the model's present weights; every rank calibrates, rank 0 alone quantises.
+    """Quantize the model's present weights; every rank calibrates, rank 0 alone quantizes.
 
     The model has its own weights again afterwards.
 
@@ -136,7 +136,7 @@ def _quantized(
 
 
 def quantization_summary(stored: QuantizedState) -> dict[str, Any]:
-    """What quantising took, for summary.json.
+    """What quantizing took, for summary.json.
 
     `retried` names every weight whose damping had to be raised, with the damping in the end.
     """

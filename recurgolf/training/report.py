@@ -92,7 +92,7 @@ def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[
     gap = summary.val_bpb - summary.pre_quant_val_bpb
     text = [
         f"val_bpb         {summary.val_bpb:.4f}{raw}, {kind_of(run.eval)}, of the packed file",
-        f"before packing  {summary.pre_quant_val_bpb:.4f} (quantisation costs {gap:+.4f})",
+        f"before packing  {summary.pre_quant_val_bpb:.4f} (quantization costs {gap:+.4f})",
         f"bytes           {summary.artifact_bytes:,}: {verdict}",
         f"training        {summary.steps:,} steps, {summary.tokens:,} tokens in "
         f"{summary.train_seconds:.0f} s = {summary.tokens_per_second:,.0f} tokens/s",

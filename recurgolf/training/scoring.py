@@ -23,7 +23,7 @@ from recurgolf.artifact.score import text_of
 from recurgolf.config import kind_of, to_dict
 from recurgolf.data import Dataset
 from recurgolf.disk import writing
-from recurgolf.eval import Eval, Score, Subject, Text, score
+from recurgolf.eval import Eval, Score, ScoredModel, Text, score
 from recurgolf.eval.windows import Overlapping
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.progress import Log
@@ -40,7 +40,7 @@ _NOT_SETTINGS = ("batch_tokens", "also", "audit")
 def validate(trainer: Trainer) -> Score:
     """Score the unpacked model under the run's protocol."""
     with trainer.clock.phase("validation"):
-        result = shown(trainer.run.eval.alone, subject_of(trainer), trainer.text, trainer)
+        result = shown(trainer.run.eval.alone, scored_model_of(trainer), trainer.text, trainer)
     trainer.log.line(
         f"step {trainer.step:5d}/{trainer.config.steps} | val_loss {result.val_loss:.4f} | "
         f"val_bpb {result.val_bpb:.4f}"
@@ -58,15 +58,15 @@ def validate(trainer: Trainer) -> Score:
     return result
 
 
-def subject_of(trainer: Trainer, model: torch.nn.Module | None = None) -> Subject:
+def scored_model_of(trainer: Trainer, model: torch.nn.Module | None = None) -> ScoredModel:
     """The trainer's model, or another one of the same run, as protocols see it."""
     run = trainer.run
     model = trainer.model if model is None else model
-    return Subject(model, run.looping, run.trainer.seq_len, trainer.device)
+    return ScoredModel(model, run.looping, run.trainer.seq_len, trainer.device)
 
 
 def shown(
-    protocol: Eval, subject: Subject, text: Text, where: Trainer | Log, what: str = ""
+    protocol: Eval, scored_model: ScoredModel, text: Text, where: Trainer | Log, what: str = ""
 ) -> Score:
     """A protocol's score over all ranks, with a bar that tells the time left.
 
@@ -89,7 +89,7 @@ def shown(
 
         return score(
             protocol,
-            subject,
+            scored_model,
             text,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -108,7 +108,7 @@ def all_reduced(tensor: Tensor) -> Tensor:
 
 def score_all(
     protocols: Mapping[str, Eval],
-    subject: Subject,
+    scored_model: ScoredModel,
     text: Text,
     where: Trainer | Log,
 ) -> dict[str, Score]:
@@ -121,9 +121,9 @@ def score_all(
     known: dict[str, Score] = {}
     for name, protocol in protocols.items():
         settings = {**settings_of(protocol), "passes": None}
-        key = json.dumps([settings, subject.plan(protocol.passes).blocks])
+        key = json.dumps([settings, scored_model.plan(protocol.passes).blocks])
         if key not in known:
-            known[key] = shown(protocol, subject, text, where, name)
+            known[key] = shown(protocol, scored_model, text, where, name)
         found[name] = known[key]
         for variant, own in known[key].variants.items():
             found[f"{name}/{variant}"] = own
@@ -188,7 +188,7 @@ def entry_of(result: Score, dataset: Dataset) -> dict[str, float]:
 
 
 def by_passes(
-    scores: Mapping[str, Score], protocols: Mapping[str, Eval], subject: Subject
+    scores: Mapping[str, Score], protocols: Mapping[str, Eval], scored_model: ScoredModel
 ) -> dict[str, float]:
     """Passes -> val_bpb of the headline protocol; empty where it was scored with one number.
 
@@ -200,7 +200,7 @@ def by_passes(
     found = {}
     for name, protocol in protocols.items():
         if {**settings_of(protocol), "passes": None} == same:
-            visits = subject.plan(protocol.passes).visits
+            visits = scored_model.plan(protocol.passes).visits
             found[1 + max(visit.nth for visit in visits)] = scores[name].val_bpb
     return {str(n): found[n] for n in sorted(found)} if len(found) > 1 else {}
 
@@ -220,16 +220,16 @@ def write_scores(
     """
     (folder / FOLDER).mkdir(exist_ok=True)
     for own, result in scores.items():
-        assert result.tally is not None
+        assert result.accumulator is not None
         name = names[own] if names else own
         settings = json.dumps({**settings_of(protocols[_asked_as(own, protocols)]), "name": name})
         draft = folder / FOLDER / f".{file_name(name)}"
         with writing(folder / FOLDER / file_name(name)), draft.open("wb") as file:
             np.savez_compressed(
                 file,
-                nats=result.tally.nats,
-                tokens=result.tally.tokens,
-                bytes=result.tally.bytes,
+                nats=result.accumulator.nats,
+                tokens=result.accumulator.tokens,
+                bytes=result.accumulator.bytes,
                 text=np.array(text),
                 protocol=np.array(settings),
             )
@@ -280,8 +280,8 @@ __all__ = [
     "entry_of",
     "named_protocols",
     "score_all",
+    "scored_model_of",
     "shown",
-    "subject_of",
     "text_of",
     "validate",
     "write_scores",

@@ -64,7 +64,7 @@ class Summary:
     text: dict[str, str] = field(default_factory=dict)
     """Data set scored: name, fingerprint (of validation tokens and tokenizer), tokenizer."""
     quantization: dict[str, Any] = field(default_factory=dict)
-    """What quantising took: errors, retries of the factorisation, corrections."""
+    """What quantizing took: errors, retries of the factorisation, corrections."""
     trajectory: dict[str, Any] = field(default_factory=dict)
     """Error of the state behind every visit, of the packed network against the trained one."""
 

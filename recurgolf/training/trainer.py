@@ -175,7 +175,7 @@ class Trainer:
             f"{torch.get_num_threads()} thread(s)"
         )
         if self.qat.describe():
-            self.log.line(f"training knows its quantiser: {self.qat.describe()}")
+            self.log.line(f"training knows its quantizer: {self.qat.describe()}")
         if based:
             self.log.line(based)
         self.log.line(f"folder: {self.folder}")
@@ -399,7 +399,7 @@ class Trainer:
             self.ranks.wait()
 
     def finish(self) -> Summary:
-        """Average, checkpoint, quantise, pack, reload, score."""
+        """Average, checkpoint, quantize, pack, reload, score."""
         with uncompiled():
             return finish(self)
 

@@ -1,4 +1,4 @@
-"""How far quantisation drives a network off its path: the error of the state behind every visit.
+"""How far quantization drives a network off its path: the error of the state behind every visit.
 
 A looped block repeats its error at every visit, and the next visit starts from it; the score alone
 does not say where it grows. Measured on a few validation windows, after the score, so that nothing
@@ -37,7 +37,7 @@ def trajectory(
 
     Args:
         ids: token ids [windows, length]; one window is in memory at a time.
-        gap_bpb: what quantisation costs in the score, to stand beside.
+        gap_bpb: what quantization costs in the score, to stand beside.
 
     Returns:
         For every visit, and for the state that the head reads: `relative_error` |x_q - x| / |x|,
@@ -67,7 +67,7 @@ def trajectory(
 
 
 class Deviation:
-    """Sums of squares of a state, of its quantised twin and of their difference."""
+    """Sums of squares of a state, of its quantized twin and of their difference."""
 
     def __init__(self) -> None:
         self.exact = self.quantized = self.error = 0.0
@@ -95,7 +95,7 @@ def trajectory_lines(found: dict[str, Any]) -> list[str]:
     for position, at in enumerate(found["visits"]):
         lines.append(
             f"  visit {position:2d}: block {at['block']}, visit {at['visit']} of it | relative "
-            f"error {at['relative_error']:.2e} | rms {at['rms']:.3f}, quantised "
+            f"error {at['relative_error']:.2e} | rms {at['rms']:.3f}, quantized "
             f"{at['rms_quantized']:.3f}"
         )
     read = found["readout"]

@@ -83,7 +83,7 @@ def _seed_result(summary: Summary, code: int) -> dict[str, Any]:
 
 
 def described(run: Run) -> str:
-    """The run in a line: sizes, loop, adapters, quantiser, codec."""
+    """The run in a line: sizes, loop, adapters, quantizer, codec."""
     looped = f"looping {kind_of(run.looping)}: {run.eval_plan.describe()}"
     lora = f"rank-{run.lora.rank} adapters per visit" if run.lora.rank else "no adapters"
     return (

@@ -2,7 +2,7 @@
 
 The folder has what a finished run has, less what only training makes: no metrics, no summary, and
 a checkpoint at step 0 that holds the weights alone. `artifact.bin` is float32 unless the overrides
-choose a quantiser, so scoring it gives the source's own score.
+choose a quantizer, so scoring it gives the source's own score.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""recurgolf pack: quantise the weights of a finished or imported run again, without training it.
+"""recurgolf pack: quantize the weights of a finished or imported run again, without training it.
 
-Quantisers and codecs compare on equal weights: those of the newest checkpoint, averaged as the run
+Quantizers and codecs compare on equal weights: those of the newest checkpoint, averaged as the run
 averaged them. The new folder holds what a finished run's does, but for metrics and checkpoints.
 """
 
@@ -23,7 +23,7 @@ from recurgolf.artifact.code import PACKED_NAME
 from recurgolf.artifact.score import rebuild, text_of
 from recurgolf.config import ConfigError, kind_of, to_dict
 from recurgolf.data import Dataset
-from recurgolf.eval import Subject
+from recurgolf.eval import ScoredModel
 from recurgolf.model.transformer import Transformer
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import Plan, check_ending, make_plan
@@ -52,7 +52,7 @@ EXIT_OVER_BUDGET = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Quantise and pack a run's weights again with other options, and score the new file."""
+    """Quantize and pack a run's weights again with other options, and score the new file."""
     parser = argparse.ArgumentParser(prog="recurgolf pack", description=main.__doc__)
     parser.add_argument("source", type=Path, help="folder of a finished or imported run")
     parser.add_argument("folder", type=Path, help="to be made")
@@ -145,7 +145,7 @@ def weights_of(run: Run, path: Path) -> tuple[Transformer, dict, str]:
 
 
 def repack(run: Run, path: Path, folder: Path, score: bool, final: Path) -> bool:
-    """Quantise, pack and score a checkpoint; everything goes into `folder`.
+    """Quantize, pack and score a checkpoint; everything goes into `folder`.
 
     Args:
         final: where the folder will be in the end.
@@ -201,9 +201,9 @@ def scored(
     before = _known_before(run, trained)
     if before is None:
         with clock.phase("validation"):
-            subject = Subject(model, run.looping, run.trainer.seq_len, device)
+            scored_model = ScoredModel(model, run.looping, run.trainer.seq_len, device)
             headline = dict([next(iter(protocols.items()))])
-            before = next(iter(score_all(headline, subject, text, log).values())).val_bpb
+            before = next(iter(score_all(headline, scored_model, text, log).values())).val_bpb
     with clock.phase("evaluation"):
         scorable = rebuild(load(folder / ARTIFACT))
         scorable.model.to(device)

@@ -16,7 +16,7 @@ from benches.timing import interleaved
 
 from recurgolf import compose
 from recurgolf.data import ByteCount
-from recurgolf.eval import Eval, SlidingEval, Subject, Text, score
+from recurgolf.eval import Eval, ScoredModel, SlidingEval, Text, score
 from recurgolf.eval.ttt import ReconstructEval
 from recurgolf.run import Run
 
@@ -32,14 +32,14 @@ and the window."""
 
 
 @torch.no_grad()
-def whole_windows(subject: Subject, text: Text, protocol: Eval, batch: int) -> float:
+def whole_windows(scored_model: ScoredModel, text: Text, protocol: Eval, batch: int) -> float:
     """Nats, with nothing spared: what a scoring script does that is written without much ado."""
-    plan, nats = subject.plan(), 0.0
+    plan, nats = scored_model.plan(), 0.0
     windows = list(protocol.windows(text, LENGTH))
     for place in range(0, len(windows), batch):
         together = windows[place : place + batch]
         ids = torch.stack([text.ids(w.start, w.stop + 1) for w in together])
-        logits = subject.model(ids[:, :-1], plan)
+        logits = scored_model.model(ids[:, :-1], plan)
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         for window, row in zip(together, losses.view(len(together), -1), strict=True):
             nats += row[window.first - window.start :].double().sum().item()
@@ -47,9 +47,11 @@ def whole_windows(subject: Subject, text: Text, protocol: Eval, batch: int) -> f
 
 
 @torch.no_grad()
-def whole_forward_per_chunk(subject: Subject, text: Text, protocol: ReconstructEval) -> float:
+def whole_forward_per_chunk(
+    scored_model: ScoredModel, text: Text, protocol: ReconstructEval
+) -> float:
     """Nats of the reconstruction as its source runs it: the whole window anew for every chunk."""
-    model, plan, nats = subject.model, subject.plan(), 0.0
+    model, plan, nats = scored_model.model, scored_model.plan(), 0.0
     mlps = [block.mlp for block in model.blocks]
     kept = [mlp.down_proj.weight.clone() for mlp in mlps]
     for window in protocol.windows(text, LENGTH):
@@ -81,7 +83,7 @@ def random_text(num_tokens: int) -> Text:
     return Text(tokens, ByteCount(ones, ones == 0, ones == 0))
 
 
-def subject_of(run: Run) -> Subject:
+def scored_model_of(run: Run) -> ScoredModel:
     """A model of random weights; a projection that starts at zero would do nothing."""
     model = run.build_model().eval()
     with torch.no_grad():
@@ -89,7 +91,7 @@ def subject_of(run: Run) -> Subject:
             if parameter.ndim == 2 and not parameter.any():
                 parameter.normal_(std=0.02)
         model.readout.normal_(std=0.3)
-    return Subject(model, run.looping, LENGTH)
+    return ScoredModel(model, run.looping, LENGTH)
 
 
 def side_by_side(
@@ -111,7 +113,7 @@ def side_by_side(
     print(f"numbers equal to {apart:.1e} (at most 1e-5)\n")
 
 
-def peak_bytes(subject: Subject, num_tokens: int) -> tuple[int, int]:
+def peak_bytes(scored_model: ScoredModel, num_tokens: int) -> tuple[int, int]:
     """Most bytes alive while a text on disk is scored: of tensors, and of arrays and objects."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens"
@@ -122,7 +124,7 @@ def peak_bytes(subject: Subject, num_tokens: int) -> tuple[int, int]:
         tracemalloc.start()
         try:
             with PeakMemory() as memory:
-                score(protocol, subject, text)
+                score(protocol, scored_model, text)
             return memory.peak, tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -131,15 +133,15 @@ def peak_bytes(subject: Subject, num_tokens: int) -> tuple[int, int]:
 def main(asked: Namespace) -> None:
     overrides = [f"data.vocab_size={VOCAB}", f"model.vocab_size={VOCAB}", *asked.overrides]
     run = compose([*overrides, f"trainer.seq_len={LENGTH}"])
-    subject, rounds = subject_of(run), max(3, asked.rounds // 4)
-    print(f"{run.name}: {run.model.dim} wide, {subject.plan().num_visits} visits")
+    scored_model, rounds = scored_model_of(run), max(3, asked.rounds // 4)
+    print(f"{run.name}: {run.model.dim} wide, {scored_model.plan().num_visits} visits")
 
     text, sliding = random_text(LENGTH + (WINDOWS - 1) * STRIDE + 1), SlidingEval(stride=STRIDE)
     side_by_side(
         "sliding",
-        lambda: score(sliding, subject, text).nats,
+        lambda: score(sliding, scored_model, text).nats,
         {
-            f"whole, {n} at once": lambda n=n: whole_windows(subject, text, sliding, n)
+            f"whole, {n} at once": lambda n=n: whole_windows(scored_model, text, sliding, n)
             for n in BATCHES
         },
         rounds,
@@ -149,13 +151,13 @@ def main(asked: Namespace) -> None:
     learning = ReconstructEval(stride=STRIDE, chunk_tokens=STRIDE)
     side_by_side(
         "reconstruction",
-        lambda: score(learning, subject, few).nats,
-        {"a whole forward per chunk": lambda: whole_forward_per_chunk(subject, few, learning)},
+        lambda: score(learning, scored_model, few).nats,
+        {"a whole forward per chunk": lambda: whole_forward_per_chunk(scored_model, few, learning)},
         min(rounds, 3),
     )
 
-    peak_bytes(subject, 2 * LENGTH)  # what is made once and kept
-    peaks = {n: peak_bytes(subject, n) for n in (SHORT, TIMES * SHORT)}
+    peak_bytes(scored_model, 2 * LENGTH)  # what is made once and kept
+    peaks = {n: peak_bytes(scored_model, n) for n in (SHORT, TIMES * SHORT)}
     for tokens, (tensors, arrays) in peaks.items():
         print(
             f"  {tokens:7,} tokens: {tensors / 1e6:6.2f} MB of tensors, {arrays / 1e6:.2f} MB else"

@@ -9,7 +9,7 @@ from benches.timing import interleaved
 from torch import Tensor
 
 import recurgolf
-from recurgolf.quant import GridSpec, SigmaClip, dequantize, gptq_quantize_many
+from recurgolf.quant import QuantizerGrid, SigmaClip, dequantize, gptq_quantize_many
 from recurgolf.training.quantize import prepare_quantization
 
 ROWS, COLS, LAYERS = 512, 2048, 12
@@ -23,7 +23,7 @@ def main(asked: argparse.Namespace) -> None:
 
 
 def bench_gptq(rounds: int) -> None:
-    """Both sides quantise the same layers, in turns; codes are compared as well."""
+    """Both sides quantize the same layers, in turns; codes are compared as well."""
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.logspace(0, -1.5, COLS)
     weights, grams = [], []
@@ -32,7 +32,7 @@ def bench_gptq(rounds: int) -> None:
         x = torch.randn(2 * COLS, COLS, generator=generator) * spectrum @ mix
         weights.append(torch.randn(ROWS, COLS, generator=generator) * 0.05)
         grams.append(x.T @ x / len(x))
-    spec = GridSpec(BITS, CLIP)
+    spec = QuantizerGrid(BITS, CLIP)
     ours = gptq_quantize_many(weights, grams, spec, damping=DAMPING)
     theirs = [column_by_column(w, g) for w, g in zip(weights, grams, strict=True)]
     off = [float((a.codes != b).float().mean()) for a, (b, _) in zip(ours, theirs, strict=True)]
@@ -90,7 +90,7 @@ def weighted_error(weight: Tensor, gram: Tensor, restored: Tensor) -> float:
 
 
 def bench_qat(asked: argparse.Namespace) -> None:
-    """A step of the default's network, looped, with what training adds for its quantiser."""
+    """A step of the default's network, looped, with what training adds for its quantizer."""
     overrides = ["experiment=demo", "looping.start_fraction=0", *asked.overrides]
     kinds = {
         "no QAT": [],

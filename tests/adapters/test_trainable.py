@@ -83,7 +83,7 @@ def test_an_artifact_is_base_enough_where_no_checkpoint_was_kept(tmp_path):
     kept = read_finished(folder)
     assert found.tokenizer == kept.tokenizer
     prints = [adapters.fingerprint(run.state) for run in (found, kept)]
-    assert prints[0] != prints[1], "quantised weights are others"
+    assert prints[0] != prints[1], "quantized weights are others"
 
 
 REFUSALS = {

@@ -56,7 +56,7 @@ def test_it_needs_neither_the_command_line_nor_what_only_watches():
         "recurgolf.cli",
         "recurgolf.composing",
         "recurgolf.overrides",
-        "recurgolf.artifact.shake",
+        "recurgolf.artifact.tree_shaking",
     }
 
 

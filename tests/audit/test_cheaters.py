@@ -16,7 +16,7 @@ from recurgolf.audit.separation import shared_documents
 from recurgolf.budget import Budget
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import write_shard
-from recurgolf.eval import PlainEval, SlidingEval, Subject, Text
+from recurgolf.eval import PlainEval, ScoredModel, SlidingEval, Text
 from recurgolf.eval.ttt import SgdEval
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.looping import CycleLooping
@@ -42,8 +42,8 @@ def audited(protocol, network=None, vocab: int = VOCAB) -> dict[str, str]:
     tokens = chance.integers(4, VOCAB, 400).astype(np.uint16)
     tokens[[0, 60, 65, 200, 290]] = 1
     table = ByteCount(torch.ones(VOCAB, dtype=torch.int16), *[torch.zeros(VOCAB, dtype=bool)] * 2)
-    subject = Subject(network or model(), CycleLooping(passes=2), LENGTH)
-    checks = prediction_checks([protocol], subject, Text(tokens, table, bos=1))
+    scored_model = ScoredModel(network or model(), CycleLooping(passes=2), LENGTH)
+    checks = prediction_checks([protocol], scored_model, Text(tokens, table, bos=1))
     assert all("\n" not in check.line and check.line for check in checks)
     return {check.name: check.verdict for check in checks}
 
@@ -81,8 +81,8 @@ def test_a_model_that_sees_its_target():
     assert audited(PlainEval(), SeesAhead(1, 0.1)) == {**HONEST, "normalised": "fail"}
 
 
-class Wrapped(Subject):
-    """A subject whose scores are changed on their way out."""
+class Wrapped(ScoredModel):
+    """A scored_model whose scores are changed on their way out."""
 
     def nats(self, *args, **kwargs):
         return self.change(super().nats(*args, **kwargs))
@@ -91,10 +91,10 @@ class Wrapped(Subject):
 def changing(change):
     @dataclasses.dataclass
     class Changed(SlidingEval):
-        def run(self, subject, text, tally, **options):
-            wrapped = Wrapped(subject.model, subject.looping, subject.seq_len)
+        def run(self, scored_model, text, accumulator, **options):
+            wrapped = Wrapped(scored_model.model, scored_model.looping, scored_model.seq_len)
             wrapped.change = change
-            super().run(wrapped, text, tally, **options)
+            super().run(wrapped, text, accumulator, **options)
 
     return Changed(stride=4)
 
@@ -124,11 +124,11 @@ def test_an_honest_mixture_passes():
 class AdaptsFirst(SgdEval):
     """Trains on every chunk and scores it then."""
 
-    def run(self, subject, text, tally, **options):
-        plan, length = subject.plan(), subject.seq_len
-        names = [name for name, _ in subject.model.named_parameters()]
-        with borrowed(subject.model, names) as parameters:
-            learner = Learner(self.sgd, subject, plan, parameters)
+    def run(self, scored_model, text, accumulator, **options):
+        plan, length = scored_model.plan(), scored_model.seq_len
+        names = [name for name, _ in scored_model.model.named_parameters()]
+        with borrowed(scored_model.model, names) as parameters:
+            learner = Learner(self.sgd, scored_model, plan, parameters)
             for chunk, windows in self.chunks(text, length):
                 start = chunk * self.chunk_tokens
                 stop = min(start + self.chunk_tokens, text.num_targets)
@@ -136,8 +136,8 @@ class AdaptsFirst(SgdEval):
                 for window in windows:
                     ids = text.ids(window.start, window.stop + 1)[None]
                     with torch.no_grad():
-                        nats = subject.nats(ids, window.first - window.start, plan)
-                    tally.add(window.first, nats[0])
+                        nats = scored_model.nats(ids, window.first - window.start, plan)
+                    accumulator.add(window.first, nats[0])
 
 
 def test_adapting_before_scoring():
@@ -153,17 +153,21 @@ class BestOfTwo(PlainEval):
 
     secretly: bool = False
 
-    def run(self, subject, text, tally, **options):
+    def run(self, scored_model, text, accumulator, **options):
         if self.secretly:
-            for window in self.windows(text, subject.seq_len):
+            for window in self.windows(text, scored_model.seq_len):
                 ids = text.ids(window.start, window.stop + 1)[None]
-                both = [subject.nats(ids, 0, subject.plan(passes))[0] for passes in (1, 2)]
-                tally.add(window.first, torch.minimum(*both))
+                both = [
+                    scored_model.nats(ids, 0, scored_model.plan(passes))[0] for passes in (1, 2)
+                ]
+                accumulator.add(window.first, torch.minimum(*both))
             return
         for passes in (1, 2):
-            for window in self.windows(text, subject.seq_len):
+            for window in self.windows(text, scored_model.seq_len):
                 ids = text.ids(window.start, window.stop + 1)[None]
-                tally.add(window.first, subject.nats(ids, 0, subject.plan(passes))[0])
+                accumulator.add(
+                    window.first, scored_model.nats(ids, 0, scored_model.plan(passes))[0]
+                )
 
 
 def test_best_of_two_passes():
@@ -175,13 +179,13 @@ def test_best_of_two_passes():
 def test_a_second_reading_after_learning_from_the_first():
     @dataclasses.dataclass
     class Twice(SgdEval):
-        def run(self, subject, text, tally, **options):
-            names = [name for name, _ in subject.model.named_parameters()]
-            with borrowed(subject.model, names) as parameters:
-                learner = Learner(self.sgd, subject, subject.plan(), parameters)
-                learner.learn(text, 0, text.num_targets, subject.seq_len, self.sgd.lr)
+        def run(self, scored_model, text, accumulator, **options):
+            names = [name for name, _ in scored_model.model.named_parameters()]
+            with borrowed(scored_model.model, names) as parameters:
+                learner = Learner(self.sgd, scored_model, scored_model.plan(), parameters)
+                learner.learn(text, 0, text.num_targets, scored_model.seq_len, self.sgd.lr)
                 with torch.no_grad():
-                    SlidingEval(stride=4).run(subject, text, tally)
+                    SlidingEval(stride=4).run(scored_model, text, accumulator)
 
     found = audited(Twice(chunk_tokens=32, sgd=Descent(lr=0.1)))
     assert found["causality"] == found["score_before_update"] == "fail"
@@ -194,10 +198,10 @@ def test_a_tail_that_is_scored_twice():
 
 def test_scoring_from_right_to_left():
     class Backwards(PlainEval):
-        def run(self, subject, text, tally, **options):
-            for window in reversed(list(self.windows(text, subject.seq_len))):
+        def run(self, scored_model, text, accumulator, **options):
+            for window in reversed(list(self.windows(text, scored_model.seq_len))):
                 ids = text.ids(window.start, window.stop + 1)[None]
-                tally.add(window.first, subject.nats(ids, 0, subject.plan())[0])
+                accumulator.add(window.first, scored_model.nats(ids, 0, scored_model.plan())[0])
 
     assert audited(Backwards()) == {**HONEST, "single_pass": "fail"}
 

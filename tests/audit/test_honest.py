@@ -10,7 +10,7 @@ from smoke_runs import train
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild, text_of
 from recurgolf.audit import prediction_checks
-from recurgolf.audit.stretch import trial
+from recurgolf.audit.reduced_text import trial
 from recurgolf.config import REGISTRY
 from recurgolf.run import Run
 
@@ -22,7 +22,7 @@ KINDS = sorted(REGISTRY["eval"])
 
 
 @pytest.fixture(scope="module")
-def subject():
+def scored_model():
     return rebuild(load(train().path / "artifact.bin"))
 
 
@@ -32,17 +32,17 @@ def text():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_protocol_passes(kind, subject, text):
+def test_every_protocol_passes(kind, scored_model, text):
     protocol = REGISTRY["eval"][kind]()
-    protocol.check_model(subject.model.config, subject.looping)
-    checks = prediction_checks([protocol], subject, text)
+    protocol.check_model(scored_model.model.config, scored_model.looping)
+    checks = prediction_checks([protocol], scored_model, text)
     assert [c.verdict for c in checks] == ["pass"] * 4, checks
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("ttt_")])
-def test_the_stretch_is_long_enough_to_learn_on(kind, subject, text):
+def test_the_stretch_is_long_enough_to_learn_on(kind, scored_model, text):
     """Otherwise the audit of a learning protocol would look at one that does not learn."""
-    tried = trial(REGISTRY["eval"][kind](), subject, text)
+    tried = trial(REGISTRY["eval"][kind](), scored_model, text)
     assert len(tried.edges()) >= 4
     assert tried.text.num_documents >= 3
 

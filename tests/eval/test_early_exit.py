@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from subjects import VOCAB, network, score_on_ranks, stream
+from scored_models import VOCAB, network, score_on_ranks, stream
 
 from recurgolf.config import ConfigError
 from recurgolf.eval import SlidingEval, score
@@ -16,18 +16,18 @@ TEXT = stream(90, documents=True)
 
 
 @pytest.fixture(scope="module")
-def subject():
+def scored_model():
     config = Model(vocab_size=VOCAB, dim=16, num_blocks=2)
     return network(config, CycleLooping(passes=PASSES), seq_len=16)
 
 
-def distributions(subject, passes):
+def distributions(scored_model, passes):
     """float64 probabilities [targets, v] after so many passes, one target at a time."""
     found = np.zeros((TEXT.num_targets, VOCAB))
     for window in SlidingEval(stride=5).windows(TEXT, 16):
         ids = TEXT.ids(window.start, window.stop)[None]
         with torch.no_grad():
-            logits = subject.model(ids, subject.plan(passes))[0].double()
+            logits = scored_model.model(ids, scored_model.plan(passes))[0].double()
         found[window.first : window.stop] = logits.softmax(-1).numpy()[
             window.first - window.start :
         ]
@@ -35,8 +35,8 @@ def distributions(subject, passes):
 
 
 @pytest.fixture(scope="module")
-def by_depth(subject):
-    return np.stack([distributions(subject, n) for n in range(1, PASSES + 1)])
+def by_depth(scored_model):
+    return np.stack([distributions(scored_model, n) for n in range(1, PASSES + 1)])
 
 
 def changes(by_depth, measure):
@@ -48,13 +48,15 @@ def changes(by_depth, measure):
 
 
 @pytest.mark.parametrize("measure", ["kl", "top"])
-def test_each_position_stops_where_its_distribution_stopped_changing(subject, by_depth, measure):
+def test_each_position_stops_where_its_distribution_stopped_changing(
+    scored_model, by_depth, measure
+):
     change = changes(by_depth, measure)
     thresholds = np.quantile(change, [0.2, 0.5, 0.8]).tolist()
     protocol = EarlyExitEval(
         stride=5, measure=measure, threshold=thresholds[0], thresholds=thresholds[1:]
     )
-    result = score(protocol, subject, TEXT, per_target=True)
+    result = score(protocol, scored_model, TEXT, per_target=True)
     found = [result, *(result.variants[f"threshold={t:g}"] for t in thresholds[1:])]
     targets = TEXT.tokens[1:].astype(int)
     for threshold, got in zip(thresholds, found, strict=True):
@@ -68,29 +70,29 @@ def test_each_position_stops_where_its_distribution_stopped_changing(subject, by
             nats.append(-np.log(by_depth[depth, place, target]))
             used.append(depth + 1)
         assert got.means["mean_passes"] == pytest.approx(np.mean(used), abs=1e-12)
-        np.testing.assert_allclose(got.tally.target_nats, nats, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(got.accumulator.target_nats, nats, rtol=2e-4, atol=2e-5)
         assert got.to_dict()["mean_passes"] == got.means["mean_passes"]
     passes = [got.means["mean_passes"] for got in found]
     assert PASSES > passes[0] > passes[1] > passes[2] > 1
 
 
-def test_threshold_zero_is_the_full_depth_and_fixed_depths_are_those_of_sliding(subject):
-    result = score(EarlyExitEval(stride=5, threshold=0.0, thresholds=[]), subject, TEXT)
+def test_threshold_zero_is_the_full_depth_and_fixed_depths_are_those_of_sliding(scored_model):
+    result = score(EarlyExitEval(stride=5, threshold=0.0, thresholds=[]), scored_model, TEXT)
     assert list(result.variants) == [f"passes={n}" for n in range(1, PASSES + 1)]
     assert result.means == {"mean_passes": PASSES}
     assert result.nats == pytest.approx(result.variants[f"passes={PASSES}"].nats, rel=1e-12)
     for number in range(1, PASSES + 1):
-        plain = score(SlidingEval(stride=5, passes=number), subject, TEXT)
+        plain = score(SlidingEval(stride=5, passes=number), scored_model, TEXT)
         fixed = result.variants[f"passes={number}"]
         assert fixed.nats == pytest.approx(plain.nats, rel=1e-6)
         assert fixed.means == {"mean_passes": number}
         assert (fixed.tokens, fixed.bytes) == (plain.tokens, plain.bytes)
 
 
-def test_ranks_add_up_variants_and_means_too(subject):
+def test_ranks_add_up_variants_and_means_too(scored_model):
     protocol = EarlyExitEval(stride=5, threshold=0.5)
-    whole = score(protocol, subject, TEXT)
-    for result in score_on_ranks(protocol, subject, TEXT, 3):
+    whole = score(protocol, scored_model, TEXT)
+    for result in score_on_ranks(protocol, scored_model, TEXT, 3):
         assert result.means == pytest.approx(whole.means)
         assert result.variants.keys() == whole.variants.keys()
         for name, variant in result.variants.items():

@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from command_line import recurgolf
+from scored_models import stream, toy
 from smoke_runs import train
-from subjects import stream, toy
 
 from recurgolf import compose
 from recurgolf.composing import compose_parts

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from subjects import BOS, VOCAB, FixedBytes, network, score_on_ranks, stream
+from scored_models import BOS, VOCAB, FixedBytes, network, score_on_ranks, stream
 
 from recurgolf.config import REGISTRY, ConfigError
 from recurgolf.eval import PlainEval, SlidingEval, Text, score
@@ -37,7 +37,7 @@ def config(mixer="attention", block="sequential", **changes) -> Model:
 @pytest.mark.parametrize("length", [16, 64])
 def test_a_document_scores_the_same_whatever_its_neighbours(mixer, length):
     """Long documents slide through windows, short ones share them."""
-    subject = network(config(mixer), CycleLooping(passes=2), seq_len=length)
+    scored_model = network(config(mixer), CycleLooping(passes=2), seq_len=length)
     rng = np.random.default_rng(0)
     documents = [np.r_[BOS, rng.integers(2, VOCAB, n)] for n in (5, 0, 40, 16, 3, 15, 90, 1, 2)]
 
@@ -45,18 +45,18 @@ def test_a_document_scores_the_same_whatever_its_neighbours(mixer, length):
         return Text(np.concatenate([*parts, [BOS]]).astype(np.uint16), FixedBytes(), bos=BOS)
 
     protocol = DocumentEval(stride=4)
-    together = score(protocol, subject, text(documents)).tally
+    together = score(protocol, scored_model, text(documents)).accumulator
     # The last BOS only ends the document before it: it begins none.
     assert together.text.num_documents == len(documents)
     for number, document in enumerate(documents[::1]):
-        alone = score(protocol, subject, text([document])) if len(document) > 1 else None
+        alone = score(protocol, scored_model, text([document])) if len(document) > 1 else None
         if alone is not None:
             assert together.nats[number] == pytest.approx(alone.nats, rel=2e-5)
-    backwards = score(protocol, subject, text(documents[::-1])).tally
+    backwards = score(protocol, scored_model, text(documents[::-1])).accumulator
     np.testing.assert_allclose(backwards.nats[::-1], together.nats, rtol=2e-5)
     assert (backwards.bytes[::-1] == together.bytes).all()
     # A stream read across the documents does depend on them, so the above can fail.
-    stream_of = score(SlidingEval(stride=4), subject, text(documents)).tally
+    stream_of = score(SlidingEval(stride=4), scored_model, text(documents)).accumulator
     assert np.abs(stream_of.nats - together.nats).max() > 1e-3
 
 
@@ -68,13 +68,13 @@ def test_positions_that_are_wanted_are_what_they_are_in_the_whole(mixer, block, 
     value = {} if mixer == "gated_deltanet" else {"value_embed": ValueEmbedConfig(4, 0.1, [0, 3])}
     made = config(mixer, block, skips="unet_gated", visit_gains=True, **value)
     looping = PreludeCoreCoda(passes=2)
-    subject = network(made, looping, 16)
+    scored_model = network(made, looping, 16)
     ids = torch.from_numpy(np.random.default_rng(1).integers(2, VOCAB, (2, 11)))
     owner = torch.tensor([[0] * 4 + [1] * 5 + [2] * 2] * 2) if documents else None
-    plan = subject.plan()
-    whole = subject.model.hidden(ids, plan, owner)
+    plan = scored_model.plan()
+    whole = scored_model.model.hidden(ids, plan, owner)
     for first in (1, 7, 10):
-        part = subject.model.hidden(ids, plan, owner, read_from=first)
+        part = scored_model.model.hidden(ids, plan, owner, read_from=first)
         torch.testing.assert_close(part, whole[:, first:], atol=2e-5, rtol=1e-4)
 
 
@@ -128,16 +128,16 @@ def test_other_depths_are_refused_where_the_schedule_cannot_change():
 
 
 def test_ranks_agree_on_a_network_too():
-    subject = network(config(), CycleLooping(passes=2), 16)
+    scored_model = network(config(), CycleLooping(passes=2), 16)
     text = stream(333, documents=True)
-    whole = score(SlidingEval(stride=4), subject, text)
-    for result in score_on_ranks(SlidingEval(stride=4), subject, text, 3):
+    whole = score(SlidingEval(stride=4), scored_model, text)
+    for result in score_on_ranks(SlidingEval(stride=4), scored_model, text, 3):
         assert result.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
 def test_a_model_comes_back_in_the_mode_it_was_in():
-    subject = network(config(), NoLooping(), 16)
+    scored_model = network(config(), NoLooping(), 16)
     for training in (True, False):
-        subject.model.train(training)
-        score(PlainEval(), subject, stream(40))
-        assert subject.model.training is training
+        scored_model.model.train(training)
+        score(PlainEval(), scored_model, stream(40))
+        assert scored_model.model.training is training

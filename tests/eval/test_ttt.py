@@ -11,7 +11,7 @@ import torch
 import recurgolf
 from recurgolf.config import REGISTRY, ConfigError, kind_of
 from recurgolf.data import ByteCount
-from recurgolf.eval import Eval, Score, Subject, Text, score
+from recurgolf.eval import Eval, Score, ScoredModel, Text, score
 from recurgolf.eval.ttt import DocumentLoraEval, PhasedEval, ReconstructEval, SgdEval
 from recurgolf.eval.ttt.descent import Descent
 from recurgolf.eval.ttt.row_adapters import DocumentLora
@@ -34,7 +34,7 @@ IDS = ["sgd", "document_lora", "warm", "phased", "reconstruct"]
 each = pytest.mark.parametrize("protocol", PROTOCOLS, ids=IDS)
 
 
-def subject(mtp_heads: int = 0) -> Subject:
+def scored_model(mtp_heads: int = 0) -> ScoredModel:
     torch.manual_seed(0)
     config = Model(vocab_size=VOCAB, dim=16, num_blocks=2, mtp_heads=mtp_heads, skips="none")
     config.mixer.num_heads, config.mixer.num_kv_heads = 2, 1  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ def subject(mtp_heads: int = 0) -> Subject:
     model.adapters = LoRA(rank=1).build(config.projections, plan)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Subject(model, looping, LENGTH)
+    return ScoredModel(model, looping, LENGTH)
 
 
 def text(seed: int = 0, num_tokens: int = 150) -> Text:
@@ -60,13 +60,13 @@ def table() -> ByteCount:
     return ByteCount(torch.ones(VOCAB, dtype=torch.int16), no, no)
 
 
-def run(protocol: Eval, whom: Subject, what: Text, **options) -> Score:
+def run(protocol: Eval, whom: ScoredModel, what: Text, **options) -> Score:
     return score(protocol, whom, what, per_target=True, **options)
 
 
 def nats(result: Score) -> np.ndarray:
-    assert result.tally is not None
-    return result.tally.target_nats
+    assert result.accumulator is not None
+    return result.accumulator.target_nats
 
 
 def test_every_registered_kind_is_tested_here():
@@ -76,10 +76,10 @@ def test_every_registered_kind_is_tested_here():
 
 @each
 def test_every_target_is_scored_once_and_learning_changes_scores(protocol):
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     result = run(protocol, whom, what)
-    assert result.tally is not None
-    assert (result.tally.scored == 1).all()
+    assert result.accumulator is not None
+    assert (result.accumulator.scored == 1).all()
     if isinstance(protocol, SgdEval):
         still = dataclasses.replace(protocol, sgd=dataclasses.replace(DESCENT, lr=0.0))
     elif isinstance(protocol, ReconstructEval):
@@ -94,7 +94,7 @@ def test_every_target_is_scored_once_and_learning_changes_scores(protocol):
 @each
 @pytest.mark.parametrize("cut", [2, 15, 16, 31, 32, 59, 60, 64, 100, 147])
 def test_no_score_depends_on_a_later_token(protocol, cut):
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     changed = what.tokens.copy()
     ordinary = np.flatnonzero(changed[cut + 2 :] != 1) + cut + 2
     changed[ordinary] = (changed[ordinary] - 4 + 7) % (VOCAB - 4) + 4
@@ -109,7 +109,7 @@ def test_no_score_depends_on_a_later_token(protocol, cut):
 
 @each
 def test_the_model_is_bit_for_bit_what_it_was(protocol):
-    whom = subject()
+    whom = scored_model()
     whom.model.train()
     state = {name: value.clone() for name, value in whom.model.state_dict().items()}
     adapters, modules = whom.model.adapters, [id(m) for m in whom.model.modules()]
@@ -125,7 +125,7 @@ def test_the_model_is_bit_for_bit_what_it_was(protocol):
 
 @each
 def test_the_model_is_restored_when_scoring_fails(protocol):
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     state = {name: value.clone() for name, value in whom.model.state_dict().items()}
     broken = dataclasses.replace(what, byte_count=_Broken())
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -151,7 +151,7 @@ class _Broken:
 @each
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_ranks_score_as_one(protocol, ranks):
-    alone = run(protocol, subject(), text())
+    alone = run(protocol, scored_model(), text())
     shares = in_threads(protocol, ranks)
     for share in shares:
         assert share.tokens == alone.tokens == text().num_targets
@@ -176,7 +176,7 @@ def in_threads(protocol: Eval, ranks: int) -> list[Score]:
             protocol, subjects[rank], text(), rank=rank, world_size=ranks, all_reduce=all_reduce
         )
 
-    first = subject()
+    first = scored_model()
     subjects = [dataclasses.replace(first, model=copy.deepcopy(first.model)) for _ in range(ranks)]
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -189,7 +189,7 @@ def in_threads(protocol: Eval, ranks: int) -> list[Score]:
 @each
 def test_extra_heads_change_nothing(protocol):
     """The recorded system trains them at test time, which costs it 0.2 ln V in the loss."""
-    plain, extended = subject(), subject(mtp_heads=2)
+    plain, extended = scored_model(), scored_model(mtp_heads=2)
     shared = {n: v for n, v in extended.model.state_dict().items() if not n.startswith("mtp.")}
     plain.model.load_state_dict(shared)
     np.testing.assert_array_equal(
@@ -200,7 +200,7 @@ def test_extra_heads_change_nothing(protocol):
 @pytest.mark.parametrize("at", range(4))
 def test_a_document_by_itself_costs_what_it_costs_in_company(at):
     """Padding, the batch and neighbours are not felt."""
-    protocol, whom, what = PROTOCOLS[1], subject(), text()
+    protocol, whom, what = PROTOCOLS[1], scored_model(), text()
     together = nats(run(protocol, whom, what))
     starts = [*what.starts.tolist(), what.num_targets]
     first, stop = starts[at + 1], starts[at + 2]
@@ -210,7 +210,7 @@ def test_a_document_by_itself_costs_what_it_costs_in_company(at):
 
 def test_document_lora_takes_the_steps_of_a_plain_loop():
     """Against torch's AdamW on one document, with the deltas added to the weights themselves."""
-    whom = subject()
+    whom = scored_model()
     whom.model.adapters = None
     how = dataclasses.replace(ADAPTER, weight_decay=0.1, alpha=4.0, targets=["v_proj"])
     tokens = text().tokens[60:100]
@@ -241,7 +241,7 @@ def test_document_lora_takes_the_steps_of_a_plain_loop():
 
 
 def test_warm_adapters_begin_where_earlier_documents_ended():
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     reset, warm = (nats(run(protocol, whom, what)) for protocol in PROTOCOLS[1:3])
     scale = dataclasses.replace(PROTOCOLS[1], adapter=dataclasses.replace(ADAPTER, alpha=3.0))
     reset = nats(run(scale, whom, what))
@@ -251,7 +251,7 @@ def test_warm_adapters_begin_where_earlier_documents_ended():
 
 
 def test_phases_without_global_descent_are_documents_alone():
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     still = dataclasses.replace(PROTOCOLS[3], sgd=dataclasses.replace(DESCENT, lr=0.0))
     np.testing.assert_allclose(
         nats(run(still, whom, what)), nats(run(PROTOCOLS[1], whom, what)), atol=2e-5
@@ -259,7 +259,7 @@ def test_phases_without_global_descent_are_documents_alone():
 
 
 def test_only_chosen_parameters_learn():
-    whom, what = subject(), text()
+    whom, what = scored_model(), text()
     gains = dataclasses.replace(DESCENT, train=["blocks.*_scale"], freeze=["blocks.1.*"])
     only = SgdEval(stride=5, chunk_tokens=32, sgd=gains)
     names = [name for name, _ in whom.model.named_parameters()]
@@ -287,10 +287,14 @@ def test_what_cannot_be_is_refused_while_composing(override, message):
 
 def test_chunks_shorter_than_a_window_are_refused():
     with pytest.raises(ConfigError, match=r"eval.chunk_tokens=8 holds no training row"):
-        run(SgdEval(chunk_tokens=8), subject(), text())
+        run(SgdEval(chunk_tokens=8), scored_model(), text())
 
 
 def test_a_rate_that_diverges_is_named():
     with pytest.raises(ConfigError, match=r"lower eval\.sgd\.lr"):
         wild = Descent(lr=1e30, clip=0.0, epochs=5)
-        run(SgdEval(chunk_tokens=16, sgd=dataclasses.replace(wild, clip=1e30)), subject(), text())
+        run(
+            SgdEval(chunk_tokens=16, sgd=dataclasses.replace(wild, clip=1e30)),
+            scored_model(),
+            text(),
+        )

@@ -13,7 +13,7 @@ from recurgolf import importers
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import Subject, Text, Window, score
+from recurgolf.eval import ScoredModel, Text, Window, score
 from recurgolf.eval.ttt import ReconstructEval, SgdEval
 from recurgolf.eval.ttt.descent import Descent
 
@@ -32,10 +32,10 @@ def validation_text() -> Text:
 
 
 @cache
-def subject_of(system: str, seq_len: int = 64) -> Subject:
+def scored_model_of(system: str, seq_len: int = 64) -> ScoredModel:
     weights = GOLDEN / system / "eval" / "weights.safetensors"
     imported = importers.load(system, recorded(system)["hyperparameters"], weights)
-    return Subject(imported.model.transformer, imported.run.looping, seq_len)
+    return ScoredModel(imported.model.transformer, imported.run.looping, seq_len)
 
 
 FROZEN_BY_SYSTEM_V = ("mixer_scale", "mlp_scale", "input_mix.*", "mixer.q_gain")
@@ -77,23 +77,23 @@ def sgd_protocol(system: str, how: dict) -> SgdEval:
     ("system", "how"), SGD, ids=[f"{s}-{h['ttt_epochs']}-epochs" for s, h in SGD]
 )
 def test_sgd_over_chunks_scores_as_recorded(system, how):
-    subject, text = subject_of(system), validation_text()
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    result = score(sgd_protocol(system, how), subject, text)
+    scored_model, text = scored_model_of(system), validation_text()
+    before = {name: tensor.clone() for name, tensor in scored_model.model.state_dict().items()}
+    result = score(sgd_protocol(system, how), scored_model, text)
     assert result.val_loss == pytest.approx(how["val_loss"], rel=1e-5)
     assert result.val_bpb == pytest.approx(how["val_bpb"], rel=1e-5)
     assert (result.tokens, result.bytes) == (how["token_count"], how["byte_count"])
-    after = subject.model.state_dict()
+    after = scored_model.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_every_chunk_costs_what_was_recorded():
     (system, how) = SGD[0]
     result = score(
-        sgd_protocol(system, how), subject_of(system), validation_text(), per_target=True
+        sgd_protocol(system, how), scored_model_of(system), validation_text(), per_target=True
     )
-    assert result.tally is not None
-    sums = result.tally.target_nats.cumsum()
+    assert result.accumulator is not None
+    sums = result.accumulator.target_nats.cumsum()
     for _, nats, tokens, _ in how["per_chunk_cumulative_loss_sum_tokens_bytes"]:
         assert sums[int(tokens) - 1] == pytest.approx(nats, rel=1e-6)
 
@@ -108,13 +108,13 @@ def test_reconstruction_has_the_recorded_loss_of_every_token(name, case):
         "parallel_recurrent", config["hyperparameters"], folder / "weights.safetensors"
     )
     run = imported.run
-    subject = Subject(imported.model.transformer.eval(), run.looping, 20)
+    scored_model = ScoredModel(imported.model.transformer.eval(), run.looping, 20)
     blocks = None if how["ttt_layers"] == "all" else [int(b) for b in how["ttt_layers"].split(",")]
     protocol = ReconstructEval(chunk_tokens=how["ttt_chunk_size"], lr=how["ttt_lr"], blocks=blocks)
     ids = torch.cat((losses["input_ids"], losses["target_ids"][:, -1:]), dim=1)
     # Side by side with another text, which must not be felt.
     both = torch.cat((ids, ids.flip(1)))
-    chunks = protocol.scores(subject, both, Window(0, 0, 20), subject.plan(), None)
+    chunks = protocol.scores(scored_model, both, Window(0, 0, 20), scored_model.plan(), None)
     found = torch.cat([nats[0] for _, nats in chunks])
     torch.testing.assert_close(found, losses[f"per_token_loss.{case}"][0], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found, losses["per_token_loss.no_ttt"][0], atol=1e-3)
@@ -131,7 +131,7 @@ def test_reconstruction_scores_as_recorded():
         chunk_tokens=settings["hyperparameters"]["ttt_chunk_size"],
         lr=settings["hyperparameters"]["ttt_lr"],
     )
-    result = score(protocol, subject_of("parallel_recurrent"), validation_text())
+    result = score(protocol, scored_model_of("parallel_recurrent"), validation_text())
     assert result.val_loss == pytest.approx(how["val_loss"], rel=1e-5)
     assert result.val_bpb == pytest.approx(how["val_bpb"], rel=1e-5)
     assert (result.tokens, result.bytes) == (how["token_count"], how["byte_count"])

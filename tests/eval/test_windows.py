@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from subjects import FixedBytes, score_on_ranks, stream, toy
+from scored_models import FixedBytes, score_on_ranks, stream, toy
 
 from recurgolf.config import ConfigError
 from recurgolf.eval import PlainEval, SlidingEval, Text, score
@@ -29,9 +29,9 @@ names = [f"{type(p).__name__}-{getattr(p, 'stride', '')}" for p in PROTOCOLS]
 def test_every_target_is_scored_exactly_once_whatever_the_ranks(protocol, num_targets, world):
     text = stream(num_targets + 1, documents=True)
     for result in score_on_ranks(protocol, toy(), text, world, per_target=True):
-        assert np.bincount(result.tally.scored).tolist() == [0, num_targets]
+        assert np.bincount(result.accumulator.scored).tolist() == [0, num_targets]
         assert result.tokens == num_targets
-        assert (result.tally.target_nats > 0).all()
+        assert (result.accumulator.target_nats > 0).all()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=names)
@@ -57,13 +57,13 @@ def test_plain_drops_the_ragged_tail_as_the_challenge_does():
 @pytest.mark.parametrize("protocol", PROTOCOLS[:5], ids=names[:5])
 @pytest.mark.parametrize("batch_tokens", [1, 24, 1000])
 def test_sums_equal_those_of_one_window_at_a_time(protocol, batch_tokens):
-    text, subject = stream(42), toy()
+    text, scored_model = stream(42), toy()
     protocol.batch_tokens = batch_tokens
-    found = score(protocol, subject, text)
+    found = score(protocol, scored_model, text)
     nats, num_bytes = 0.0, 0
     for window in protocol.windows(text, 8):
         ids = torch.from_numpy(text.tokens[window.start : window.stop].astype(np.int64))[None]
-        logits = subject.model.logits(subject.model.hidden(ids, None))[0]
+        logits = scored_model.model.logits(scored_model.model.hidden(ids, None))[0]
         for place in range(window.first, window.stop):
             target = int(text.tokens[place + 1])
             row = logits[place - window.start].float()
@@ -83,8 +83,8 @@ def test_all_ranks_have_the_sums_of_one(protocol, world):
     for result in score_on_ranks(protocol, toy(), text, world):
         assert (result.tokens, result.bytes) == (whole.tokens, whole.bytes)
         assert result.nats == pytest.approx(whole.nats, rel=1e-9)
-        np.testing.assert_allclose(result.tally.nats, whole.tally.nats, rtol=1e-9)
-        assert (result.tally.bytes == whole.tally.bytes).all()
+        np.testing.assert_allclose(result.accumulator.nats, whole.accumulator.nats, rtol=1e-9)
+        assert (result.accumulator.bytes == whole.accumulator.bytes).all()
 
 
 def test_a_sidecar_of_bytes_replaces_the_table():
@@ -99,9 +99,9 @@ def test_what_is_kept_of_a_long_text_does_not_grow_with_it():
     text = stream(400)
     score(protocol, toy(), text, progress=lambda done, total: held.append((done, total)))
     assert held[-1] == (392, 392)
-    tally = score(protocol, toy(), text).tally
-    assert tally._starts == [0] and tally._stops == [399]
-    assert tally.target_nats.size == tally.scored.size == 0
+    accumulator = score(protocol, toy(), text).accumulator
+    assert accumulator._starts == [0] and accumulator._stops == [399]
+    assert accumulator.target_nats.size == accumulator.scored.size == 0
 
 
 def test_text_shorter_than_a_window_is_refused():

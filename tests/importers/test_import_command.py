@@ -128,7 +128,7 @@ def model_bytes(table):
     return int(line.split()[-1].replace(",", ""))
 
 
-def test_a_quantiser_may_be_chosen_at_once(tmp_path):
+def test_a_quantizer_may_be_chosen_at_once(tmp_path):
     exact, small = tmp_path / "exact", tmp_path / "small"
     command("baseline", exact).finished()
     command("baseline", small, "quant=int8_floored", "quant.keep_float_max_numel=0").finished()

@@ -250,7 +250,7 @@ def test_settings_without_bearing_are_told_and_the_rest_reach_the_run():
         importers.load("universal_rank1", [1], path)
 
 
-def test_the_sources_grid_reaches_the_run_unless_another_quantiser_is_asked_for():
+def test_the_sources_grid_reaches_the_run_unless_another_quantizer_is_asked_for():
     config, _, path = source("per_iteration_lora")
     settings = config["hyperparameters"] | {"MATRIX_BITS": "5", "embed_clip_sigmas": 15}
     rules = importers.load("per_iteration_lora", settings, path).run.quant.rules

@@ -293,7 +293,7 @@ def test_visit_of_a_model_is_the_layer_with_the_adapters_that_are_its_own():
     assert torch.equal(layer(x, inputs), layer(x, adapters))
 
 
-def test_weights_in_bfloat16_and_quantisation_in_training_reach_every_projection():
+def test_weights_in_bfloat16_and_quantization_in_training_reach_every_projection():
     layer = small_layer(dtype=torch.float32)
     x = torch.randn(2, 9, 5)
     assert layer(x.bfloat16()).dtype == torch.bfloat16

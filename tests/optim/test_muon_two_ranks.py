@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from test_optim_groups import toy
 
 from recurgolf.optim import MuonAdam, build
-from recurgolf.optim.dealing import deal
+from recurgolf.optim.work_partition import deal
 
 PLAIN = MuonAdam(matrix_weight_decay=0.1, row_normalize=True, lora_optimizer="muon")
 BF16 = MuonAdam(buffer_dtype="bf16", compat_shard_rows=2)

@@ -10,7 +10,7 @@ from recurgolf import importers
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import PlainEval, SlidingEval, Subject, Text, score
+from recurgolf.eval import PlainEval, ScoredModel, SlidingEval, Text, score
 
 SLIDING = {
     "per_iteration_lora": {"whole_windows": True},
@@ -57,7 +57,7 @@ def subjects():
         settings = json.loads((path.parent / "eval.json").read_text())["hyperparameters"]
         imported = importers.load(system, settings, path)
         length = imported.run.trainer.seq_len
-        made[system] = Subject(imported.model.transformer, imported.run.looping, length)
+        made[system] = ScoredModel(imported.model.transformer, imported.run.looping, length)
     return made
 
 
@@ -65,9 +65,9 @@ def subjects():
     ("system", "number", "how"), RECORDED, ids=[f"{s}-{h['fn']}-{n}" for s, n, h in RECORDED]
 )
 def test_recorded_weights_have_the_recorded_score(system, number, how, text, subjects):
-    subject, protocol = subjects[system], protocol_of(system, how)
+    scored_model, protocol = subjects[system], protocol_of(system, how)
     world = how["world_size"]
-    shares = [score(protocol, subject, text, rank=r, world_size=world) for r in range(world)]
+    shares = [score(protocol, scored_model, text, rank=r, world_size=world) for r in range(world)]
     nats, tokens, num_bytes = (
         sum(getattr(share, name) for share in shares) for name in ("nats", "tokens", "bytes")
     )
@@ -78,11 +78,11 @@ def test_recorded_weights_have_the_recorded_score(system, number, how, text, sub
 
 
 def test_a_tail_scored_twice_is_told_from_one_scored_once(text, subjects):
-    subject = subjects["universal_rank1"]
+    scored_model = subjects["universal_rank1"]
     settings = {"stride": 16, "seq_len": 64, "whole_windows": True}
     twice = SlidingEval(**settings, compat_rescore_tail=True)
-    counts = score(twice, subject, text, per_target=True).tally.scored
-    once = score(SlidingEval(**settings), subject, text, per_target=True).tally.scored
+    counts = score(twice, scored_model, text, per_target=True).accumulator.scored
+    once = score(SlidingEval(**settings), scored_model, text, per_target=True).accumulator.scored
     assert counts.sum() - once.sum() == 64 - 16
     assert set(once[: len(once) - len(once) % 64]) == {1}
     assert counts.max() > 1

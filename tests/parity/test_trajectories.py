@@ -11,7 +11,7 @@ from recurgolf import importers, optim
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import PlainEval, Subject, Text, score
+from recurgolf.eval import PlainEval, ScoredModel, Text, score
 
 ACCUMULATE = 8
 LOSS_ATOL = {"universal_rank1": 2e-2}
@@ -72,8 +72,8 @@ class Training:
         counts = ByteCount.of(read_tokenizer(GOLDEN / "data" / "tokenizer.model"))
         plan = self.run.plan(step / self.run.trainer.steps)
         passes = 1 + max(visit.nth for visit in plan.visits)
-        subject = Subject(self.model, self.run.looping, self.run.trainer.seq_len)
-        return score(PlainEval(passes=passes), subject, Text(tokens.numpy(), counts))
+        scored_model = ScoredModel(self.model, self.run.looping, self.run.trainer.seq_len)
+        return score(PlainEval(passes=passes), scored_model, Text(tokens.numpy(), counts))
 
 
 def norms_agree(training, state, recorded, rtol):

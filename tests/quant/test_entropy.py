@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from recurgolf.quant import (
-    GridSpec,
     HessianSigmaClip,
     MaxClip,
     MeanAbsClip,
     MeanSigmaClamp,
     PercentileClip,
     PercentileSearchClip,
+    QuantizerGrid,
     SigmaClip,
     code_entropy,
     fit_tail,
@@ -20,19 +20,19 @@ from recurgolf.quant import (
 )
 
 SPECS = [
-    GridSpec(6, MaxClip()),
-    GridSpec(8, MaxClip()),
-    GridSpec(6, MaxClip(), group_size=64),
-    GridSpec(5, MaxClip(), symmetric=False),
-    GridSpec(6, SigmaClip(12.85)),
-    GridSpec(6, SigmaClip(6.0)),
-    GridSpec(4, SigmaClip(2.5)),
-    GridSpec(6, PercentileClip(99.0)),
-    GridSpec(4, PercentileSearchClip([90.0, 95.0, 99.0, 100.0])),
-    GridSpec(6, MeanSigmaClamp(2.5)),
-    GridSpec(8, HessianSigmaClip(20.0)),
-    GridSpec(2, MeanAbsClip()),
-    GridSpec(1, MeanAbsClip()),
+    QuantizerGrid(6, MaxClip()),
+    QuantizerGrid(8, MaxClip()),
+    QuantizerGrid(6, MaxClip(), group_size=64),
+    QuantizerGrid(5, MaxClip(), symmetric=False),
+    QuantizerGrid(6, SigmaClip(12.85)),
+    QuantizerGrid(6, SigmaClip(6.0)),
+    QuantizerGrid(4, SigmaClip(2.5)),
+    QuantizerGrid(6, PercentileClip(99.0)),
+    QuantizerGrid(4, PercentileSearchClip([90.0, 95.0, 99.0, 100.0])),
+    QuantizerGrid(6, MeanSigmaClamp(2.5)),
+    QuantizerGrid(8, HessianSigmaClip(20.0)),
+    QuantizerGrid(2, MeanAbsClip()),
+    QuantizerGrid(1, MeanAbsClip()),
 ]
 
 
@@ -63,13 +63,13 @@ def test_prediction_is_within_one_percent(spec, tail_df):
 
 def test_sigma_clip_follows_the_textbook_entropy():
     # h(N) - log2(step) for a fine grid: 0.5 log2(2πe) = 2.0471 bits at step σ.
-    spec = GridSpec(8, SigmaClip(8.0))
+    spec = QuantizerGrid(8, SigmaClip(8.0))
     step = torch.tensor(8.0 / 127).log2().item()
     assert predicted_bits(spec, 512) == pytest.approx(2.0471 - step, abs=1e-3)
 
 
 def test_bytes_count_codes_and_scales():
-    spec = GridSpec(6, SigmaClip(6.0))
+    spec = QuantizerGrid(6, SigmaClip(6.0))
     codes_only = predicted_bits(spec, 256) * 128 * 256 / 8
     assert predicted_bytes(spec, (128, 256)) == pytest.approx(codes_only + 128 * 11 / 8)
 
@@ -83,4 +83,4 @@ def test_entropy_of_codes_is_shannons():
 
 def test_tails_without_variance_are_refused():
     with pytest.raises(ValueError, match="tail_df=2"):
-        predicted_bits(GridSpec(6), 10, 2.0)
+        predicted_bits(QuantizerGrid(6), 10, 2.0)

@@ -143,6 +143,6 @@ def test_a_run_fills_its_budget():
     assert "choosing bits and clips" in run.ended.out and "embed.weight" in run.ended.out
 
 
-def test_it_is_refused_beside_training_that_knows_its_quantiser(tmp_path):
+def test_it_is_refused_beside_training_that_knows_its_quantizer(tmp_path):
     asked = small("quant.fill_budget=true", "quant/qat=straight_through")
     assert "use one of the two" in recurgolf(*asked, cwd=tmp_path).refused()

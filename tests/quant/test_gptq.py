@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from recurgolf.quant import (
-    GridSpec,
     MaxClip,
     PercentileSearchClip,
+    QuantizerGrid,
     SigmaClip,
     dequantize,
     gptq_quantize,
@@ -150,7 +150,7 @@ def test_blocked_equals_the_column_loop(group_size, symmetric):
 
 def test_layers_together_equal_layers_alone():
     layers = [layer(16, 60, seed) for seed in range(3)] + [layer(8, 24, 9)]
-    spec = GridSpec(4, SigmaClip(3.0))
+    spec = QuantizerGrid(4, SigmaClip(3.0))
     together = gptq_quantize_many([w for w, _ in layers], [g for _, g in layers], spec)
     for (weight, gram), result in zip(layers, together, strict=True):
         codes, scales = gptq_quantize(weight, gram, bits=4, clip=SigmaClip(3.0))
@@ -175,14 +175,14 @@ def test_a_dominated_spectrum_needs_no_retry():
     basis = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
     gram = basis * torch.logspace(8, 0, 128) @ basis.T
     weight = torch.randn(16, 128, generator=generator)
-    result = gptq_quantize_many([weight], [(gram + gram.T) / 2], GridSpec(4, MaxClip()))[0]
+    result = gptq_quantize_many([weight], [(gram + gram.T) / 2], QuantizerGrid(4, MaxClip()))[0]
     assert result.retries == 0 and result.codes.abs().max() == 7
 
 
 def test_an_indefinite_gram_raises_the_damping_and_says_so():
     weight, gram = layer(8, 32, 0)
     broken = gram - 0.05 * gram.diagonal().mean() * torch.eye(32)
-    result = gptq_quantize_many([weight], [broken], GridSpec(6, MaxClip()))[0]
+    result = gptq_quantize_many([weight], [broken], QuantizerGrid(6, MaxClip()))[0]
     assert result.retries == 1 and result.damping == pytest.approx(0.1)
     with pytest.warns(RuntimeWarning, match="damping raised from 0.01 to 0.1"):
         gptq_quantize(weight, broken, bits=6, clip=MaxClip())
@@ -217,7 +217,7 @@ def test_impossible_inputs_are_named(weight, gram, kwargs, words):
 def test_twelve_wide_layers_take_a_third_of_the_column_loop():
     weight, gram = layer(512, 2048, 0, 1.0)
     start = time.perf_counter()
-    result = gptq_quantize_many([weight] * 12, [gram] * 12, GridSpec(6, SigmaClip(12.85)))[0]
+    result = gptq_quantize_many([weight] * 12, [gram] * 12, QuantizerGrid(6, SigmaClip(12.85)))[0]
     ours = time.perf_counter() - start
     start = time.perf_counter()
     steps = result.scales.float()[:, None].expand(-1, 2048)

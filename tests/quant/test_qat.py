@@ -1,4 +1,4 @@
-"""Quantisation-aware training sees what the export makes, in training alone, from its start on."""
+"""Quantization-aware training sees what the export makes, in training alone, from its start on."""
 
 import copy
 
@@ -9,11 +9,11 @@ from smoke_runs import composed
 from recurgolf.config import ConfigError
 from recurgolf.model.linear import Linear
 from recurgolf.quant import (
-    GridSpec,
     MaxClip,
     Noise,
     NoQat,
     PercentileSearchClip,
+    QuantizerGrid,
     SigmaClip,
     Snap,
     StraightThrough,
@@ -110,7 +110,7 @@ def test_noise_is_universal_rank1s_formula_fresh_at_every_visit_and_repeatable()
     layer = torch.nn.Module()
     layer.proj = Linear(40, 12)
     layer.proj.weight.data = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
-    grids = {"proj.weight": GridSpec(6, MaxClip())}
+    grids = {"proj.weight": QuantizerGrid(6, MaxClip())}
     Noise().build(layer, grids, looped=["proj.weight"]).update(0.0)
     weight, eye = layer.proj.weight, torch.eye(40)
     torch.manual_seed(7)
@@ -131,10 +131,10 @@ def test_noise_is_universal_rank1s_formula_fresh_at_every_visit_and_repeatable()
 @pytest.mark.parametrize(
     "spec",
     [
-        GridSpec(4, SigmaClip(3.0)),
-        GridSpec(3, MaxClip(), group_size=8, symmetric=False),
-        GridSpec(2, PercentileSearchClip([90.0, 100.0])),
-        GridSpec(1, MaxClip()),
+        QuantizerGrid(4, SigmaClip(3.0)),
+        QuantizerGrid(3, MaxClip(), group_size=8, symmetric=False),
+        QuantizerGrid(2, PercentileSearchClip([90.0, 100.0])),
+        QuantizerGrid(1, MaxClip()),
     ],
 )
 def test_snapping_pulls_weights_onto_the_grid_while_training_ends(spec):
@@ -172,7 +172,7 @@ def test_it_compiles_as_one_graph_and_beginning_changes_nothing_in_it(kind):
     net = Net()
     net.proj.weight.data = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
     aware = kind(blocks="all", start_fraction=0.5).build(
-        net, {"proj.weight": GridSpec(4, SigmaClip(3.0))}, [], ahead=True
+        net, {"proj.weight": QuantizerGrid(4, SigmaClip(3.0))}, [], ahead=True
     )
     graphs = []
 
@@ -232,7 +232,7 @@ def test_own_steps_are_those_of_the_largest_entry_whatever_the_export_does(kind)
     )
     layer = Linear(64, 3)
     layer.weight = weight
-    spec = GridSpec(6, PercentileSearchClip(), scale_floor="inv_qmax")
+    spec = QuantizerGrid(6, PercentileSearchClip(), scale_floor="inv_qmax")
     step = weight.detach().abs().amax(1, keepdim=True) / 31
 
     def change(qat):

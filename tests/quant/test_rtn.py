@@ -9,13 +9,13 @@ import torch
 
 from recurgolf.config import ConfigError
 from recurgolf.quant import (
-    GridSpec,
     HessianSigmaClip,
     MaxClip,
     MeanAbsClip,
     MeanSigmaClamp,
     PercentileClip,
     PercentileSearchClip,
+    QuantizerGrid,
     SigmaClip,
     dequantize,
     fake_quantize,
@@ -134,7 +134,7 @@ def test_universal_rank1_state_holds_our_codes(golden, formula_tensor):
 
 def test_straight_through_layer_equals_universal_rank1(golden):
     recorded = golden("universal_rank1/quantization/fake_quant_linear.safetensors")
-    spec = GridSpec(6, MaxClip(), scale_floor="inv_qmax", scale_dtype=torch.float32)
+    spec = QuantizerGrid(6, MaxClip(), scale_floor="inv_qmax", scale_dtype=torch.float32)
     for i in range(3):
         weight = recorded[f"{i}.weight"].clone().requires_grad_()
         x = recorded[f"{i}.x"].clone().requires_grad_()
@@ -233,7 +233,7 @@ def test_degenerate_rows_survive(clip):
 def test_noise_stays_within_half_a_step_and_is_fresh():
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(2), requires_grad=True)
     for symmetric in (True, False):
-        spec = GridSpec(4, SigmaClip(3.0), group_size=10, symmetric=symmetric)
+        spec = QuantizerGrid(4, SigmaClip(3.0), group_size=10, symmetric=symmetric)
         codes, scales = rtn_quantize(
             weight, bits=4, clip=SigmaClip(3.0), group_size=10, symmetric=symmetric
         )
@@ -244,7 +244,7 @@ def test_noise_stays_within_half_a_step_and_is_fresh():
         assert (first - weight).abs().max() > 0.3 * steps.max()
         exported = dequantize(codes, scales, group_size=10, symmetric=symmetric)
         torch.testing.assert_close(fake_quantize(weight, spec), exported, atol=1e-6, rtol=0)
-    fake_quantize(weight, GridSpec(4), "noise").sum().backward()
+    fake_quantize(weight, QuantizerGrid(4), "noise").sum().backward()
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 

@@ -6,13 +6,13 @@ from omegaconf import OmegaConf
 
 from recurgolf.config import REGISTRY, ConfigError, from_dict, to_dict
 from recurgolf.quant import (
-    GridSpec,
     Int6,
     Int8,
     MaxClip,
     NoQuant,
     Quant,
     QuantizedTensor,
+    QuantizerGrid,
     Rule,
     SigmaClip,
     dequantize_state,
@@ -56,18 +56,18 @@ def test_first_matching_rule_wins():
 def test_small_and_thin_matrices_stay_float_and_thresholds_move():
     matrices = {name for name, shape in SHAPES.items() if min(shape) > 16}
 
-    def quantised(quant):
+    def quantized(quant):
         return {name for name, rule in quant.assign(SHAPES).items() if rule.method != "none"}
 
-    assert quantised(Quant([Rule("*")])) == set()  # the public systems' 65,536 entries
-    assert quantised(Quant([Rule("*")], keep_float_max_numel=9216)) == matrices - {
+    assert quantized(Quant([Rule("*")])) == set()  # the public systems' 65,536 entries
+    assert quantized(Quant([Rule("*")], keep_float_max_numel=9216)) == matrices - {
         "blocks.0.attn.q_proj.weight"
     }
-    assert quantised(Quant([Rule("*")], 0)) == matrices
-    everything = quantised(Quant([Rule("*")], 0, keep_float_max_side=0))
+    assert quantized(Quant([Rule("*")], 0)) == matrices
+    everything = quantized(Quant([Rule("*")], 0, keep_float_max_side=0))
     assert everything == set(SHAPES) - {"blocks.0.attn.q_gain"}
-    assert quantised(Int6()) == quantised(Int8()) == matrices
-    assert quantised(NoQuant()) == set()
+    assert quantized(Int6()) == quantized(Int8()) == matrices
+    assert quantized(NoQuant()) == set()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_yaml_rules_replace_the_list_and_name_their_clip():
     text = "rules: [{pattern: '*', bits: 4, clip: {kind: sigma, k: 3}, group_size: 32}]"
     quant = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(text)))
     rule = quant.assign(SHAPES)["embed.weight"]
-    assert rule.grid == GridSpec(4, SigmaClip(3.0), 32)
+    assert rule.grid == QuantizerGrid(4, SigmaClip(3.0), 32)
 
 
 def test_every_clip_is_reachable_by_its_kind():

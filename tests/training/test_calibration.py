@@ -15,8 +15,8 @@ from recurgolf.artifact import load
 from recurgolf.config import ConfigError
 from recurgolf.quant import (
     GramCollector,
-    GridSpec,
     QuantizedTensor,
+    QuantizerGrid,
     SigmaClip,
     dequantize,
     dequantize_state,
@@ -93,7 +93,11 @@ def test_recorded_gram_matrices_codes_and_logits_come_out(recorded):
         assert float(ours.norm()) == pytest.approx(checks[source]["l2"], rel=1e-5)
     codes = load_file(GOLDEN / "mixed.quantized.safetensors")
     for source, name in names.items():
-        spec = GridSpec(8, SigmaClip(20.0)) if "emb" in source else GridSpec(6, SigmaClip(12.85))
+        spec = (
+            QuantizerGrid(8, SigmaClip(20.0))
+            if "emb" in source
+            else QuantizerGrid(6, SigmaClip(12.85))
+        )
         weight = model.get_parameter(name)
         (result,) = gptq_quantize_many([weight], [grams[name]], spec)
         assert torch.equal(result.scales, codes[f"{source}.scale"])
@@ -195,7 +199,7 @@ def test_gptq_beats_rounding_on_every_layer(trained):
         assert result.error < rounding, name
 
 
-def test_two_phases_calibrate_the_core_on_the_network_quantised_elsewhere(trained, monkeypatch):
+def test_two_phases_calibrate_the_core_on_the_network_quantized_elsewhere(trained, monkeypatch):
     run, model, dataset = trained
     run = other(run, two_phase=True)
     rules = rules_of(run, model)

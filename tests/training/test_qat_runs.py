@@ -1,4 +1,4 @@
-"""Quantisation-aware training in runs: from its fraction on, and over a break."""
+"""Quantization-aware training in runs: from its fraction on, and over a break."""
 
 import shutil
 
@@ -25,8 +25,8 @@ def test_losses_are_those_without_it_until_it_begins():
     plain, noisy = train(*SHORT), train(*NOISE)
     assert noisy.losses[4] == plain.losses[4] and noisy.losses[8] == plain.losses[8]
     assert noisy.losses[12] != plain.losses[12]
-    assert "training knows its quantiser: UniformNoise on 12 weights" in noisy.ended.out
-    assert "knows its quantiser" not in plain.ended.out
+    assert "training knows its quantizer: UniformNoise on 12 weights" in noisy.ended.out
+    assert "knows its quantizer" not in plain.ended.out
 
 
 def test_snapped_weights_lie_closer_to_their_grid():

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import start_processes
 
 import recurgolf
 from recurgolf.artifact import load
-from recurgolf.quant.codes import dequantize_state
+from recurgolf.quant.quantized_tensor import dequantize_state
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks, file_ranks
 from recurgolf.training.trainer import Trainer

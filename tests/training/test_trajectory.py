@@ -1,4 +1,4 @@
-"""The report on the path of a quantised network: errors by hand, and where it is kept."""
+"""The report on the path of a quantized network: errors by hand, and where it is kept."""
 
 import copy
 

@@ -15,7 +15,7 @@ from smoke_runs import composed, train
 from recurgolf.artifact.code import code_of
 from recurgolf.composing import conf_folder
 from recurgolf.config import to_dict
-from recurgolf.solo import console
+from recurgolf.standalone import console
 from recurgolf.verbs.export_check import run_alone
 
 

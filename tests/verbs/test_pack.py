@@ -35,7 +35,7 @@ def test_equal_options_give_the_runs_own_file_and_score(trained, tmp_path):
     assert {p.name for p in again.iterdir()} >= {"run.json", "ledger.json", "train.log"}
 
 
-def test_other_quantisers_and_codecs_start_from_the_same_weights(trained, tmp_path):
+def test_other_quantizers_and_codecs_start_from_the_same_weights(trained, tmp_path):
     overrides = ["quant=gptq_int6_tiny", "quant.calibration.sequences=4", "artifact/codec=zlib"]
     recurgolf("pack", trained.path, "other", *overrides, cwd=tmp_path).finished()
     ours = figures(tmp_path / "other")

@@ -1,7 +1,7 @@
 """Test-time training: protocols that learn from text they have already scored.
 
-All of them score first: a target's nats are in the tally before any weight sees that target. None
-trains the extra heads, and afterwards the model is bit for bit what it was.
+All of them score first: a target's nats are in the accumulator before any weight sees that
+target. None trains the extra heads, and afterwards the model is bit for bit what it was.
 """
 
 from recurgolf.eval.ttt.document_lora import DocumentLoraEval

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError
-from recurgolf.eval.protocol import AllReduce, Subject
+from recurgolf.eval.protocol import AllReduce, ScoredModel
 from recurgolf.eval.text import Text
 from recurgolf.looping import Looping, LoopPlan
 
@@ -125,14 +125,14 @@ class Learner:
 
     Args:
         parameters: those that learn, from `borrowed`.
-        base: of the rotary positions, see Subject.
+        base: of the rotary positions, see ScoredModel.
         all_reduce: sums a tensor over ranks; None: this rank is alone.
     """
 
     def __init__(
         self,
         how: Descent,
-        subject: Subject,
+        scored_model: ScoredModel,
         plan: LoopPlan,
         parameters: Sequence[nn.Parameter],
         *,
@@ -142,7 +142,7 @@ class Learner:
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
     ):
-        self.how, self.subject, self.plan, self.base = how, subject, plan, base
+        self.how, self.scored_model, self.plan, self.base = how, scored_model, plan, base
         self.parameters = list(parameters)
         self.rows_at_once = max(1, rows_at_once)
         self.rank, self.world_size, self.all_reduce = rank, world_size, all_reduce
@@ -170,9 +170,9 @@ class Learner:
         with torch.enable_grad():
             for start in range(mine.start, mine.stop, self.rows_at_once):
                 rows = slice(start, min(start + self.rows_at_once, mine.stop))
-                tokens = inputs[rows].to(self.subject.device)
-                hidden = self.subject.hidden(tokens, self.plan, base=self.base)
-                loss = self.subject.model.main_loss(hidden, targets[rows].to(hidden.device))
+                tokens = inputs[rows].to(self.scored_model.device)
+                hidden = self.scored_model.hidden(tokens, self.plan, base=self.base)
+                loss = self.scored_model.model.main_loss(hidden, targets[rows].to(hidden.device))
                 (loss * (len(tokens) / count)).backward()
         self._add_up_gradients()
         if self.how.clip > 0:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Eval, Progress, Subject
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.protocol import AllReduce, Eval, Progress, ScoredModel
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import borrowed, share_of
 from recurgolf.eval.ttt.row_adapters import DocumentLora, Readers, row_adapters
 from recurgolf.looping import Looping
@@ -51,17 +51,19 @@ class DocumentLoraEval(Eval):
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
         progress: Progress | None = None,
     ) -> None:
-        reading = Reading(self, subject, text, tally, rank, world_size, all_reduce, progress)
-        with borrowed(subject.model):
+        reading = Reading(
+            self, scored_model, text, accumulator, rank, world_size, all_reduce, progress
+        )
+        with borrowed(scored_model.model):
             reading.documents(0, text.num_documents)
 
 
@@ -71,33 +73,40 @@ class Reading:
     def __init__(
         self,
         how: DocumentLoraEval,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         rank: int,
         world_size: int,
         all_reduce: AllReduce | None,
         progress: Progress | None,
     ):
-        self.how, self.subject, self.text, self.tally = how, subject, text, tally
+        self.how, self.scored_model, self.text, self.accumulator = (
+            how,
+            scored_model,
+            text,
+            accumulator,
+        )
         self.rank, self.world_size = rank, world_size
         self.all_reduce, self.progress = all_reduce, progress
-        self.sites = how.adapter.sites(subject.model.config)
+        self.sites = how.adapter.sites(scored_model.model.config)
         self.start_a = how.adapter.first_a(self.sites)
 
     def documents(self, first: int, stop: int) -> None:
         """Score the documents `first` to `stop` - 1."""
-        how, subject = self.how, self.subject
-        length = how.seq_len or subject.seq_len
-        plan, base = subject.plan(how.passes), how.base(subject)
-        with row_adapters(subject.model, how.adapter.scale) as adapters:
+        how, scored_model = self.how, self.scored_model
+        length = how.seq_len or scored_model.seq_len
+        plan, base = scored_model.plan(how.passes), how.base(scored_model)
+        with row_adapters(scored_model.model, how.adapter.scale) as adapters:
             for batch in self.batches(first, stop):
                 spans = [self.span(document) for document in batch]
                 mine = share_of(len(spans), self.rank, self.world_size)
                 readers = Readers(
-                    how.adapter, subject, plan, base, adapters, self.start_a, self.sites
+                    how.adapter, scored_model, plan, base, adapters, self.start_a, self.sites
                 )
-                ended = readers.read(self.text, self.tally, spans[mine.start : mine.stop], length)
+                ended = readers.read(
+                    self.text, self.accumulator, spans[mine.start : mine.stop], length
+                )
                 if how.adapter.warm:
                     self.start_a = {
                         site: (self.summed(total) / len(spans)).float()

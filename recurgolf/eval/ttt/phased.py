@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, Subject
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.eval.ttt.document_lora import DocumentLoraEval, Reading
 from recurgolf.looping import Looping
@@ -39,9 +39,9 @@ class PhasedEval(DocumentLoraEval):
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -52,22 +52,24 @@ class PhasedEval(DocumentLoraEval):
             raise ConfigError(
                 f"eval.phases={self.phases}, but validation has {text.num_documents} documents"
             )
-        length = self.seq_len or subject.seq_len
+        length = self.seq_len or scored_model.seq_len
         # Named before the documents' adapters stand in: those are no weights of the model.
-        names = self.sgd.chosen(name for name, _ in subject.model.named_parameters())
-        with borrowed(subject.model, names) as parameters:
+        names = self.sgd.chosen(name for name, _ in scored_model.model.named_parameters())
+        with borrowed(scored_model.model, names) as parameters:
             learner = Learner(
                 self.sgd,
-                subject,
-                subject.plan(self.passes),
+                scored_model,
+                scored_model.plan(self.passes),
                 parameters,
-                base=self.base(subject),
+                base=self.base(scored_model),
                 rows_at_once=self.batch_tokens // length,
                 rank=rank,
                 world_size=world_size,
                 all_reduce=all_reduce,
             )
-            reading = Reading(self, subject, text, tally, rank, world_size, all_reduce, progress)
+            reading = Reading(
+                self, scored_model, text, accumulator, rank, world_size, all_reduce, progress
+            )
             for phase in range(self.phases):
                 first = text.num_documents * phase // self.phases
                 stop = text.num_documents * (phase + 1) // self.phases

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, Subject, Window, batches
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, batches
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import borrowed, share_of
 from recurgolf.eval.windows import SlidingEval
 from recurgolf.looping import Looping, LoopPlan
@@ -60,44 +60,51 @@ class ReconstructEval(SlidingEval):
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
         progress: Progress | None = None,
     ) -> None:
-        length = self.seq_len or subject.seq_len
-        plan, base = subject.plan(self.passes), self.base(subject)
+        length = self.seq_len or scored_model.seq_len
+        plan, base = scored_model.plan(self.passes), self.base(scored_model)
         total = sum(1 for _ in self.windows(text, length))
         share = share_of(total, rank, world_size)
         mine, done = islice(self.windows(text, length), share.start, share.stop), 0
         for batch in batches(mine, max(1, self.batch_tokens // length)):
-            ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(subject.device)
-            for offset, nats in self.scores(subject, ids, batch[0], plan, base):
+            ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(
+                scored_model.device
+            )
+            for offset, nats in self.scores(scored_model, ids, batch[0], plan, base):
                 for window, row in zip(batch, nats.cpu(), strict=True):
-                    tally.add(window.start + offset, row)
+                    accumulator.add(window.start + offset, row)
             done += len(batch)
             if progress is not None:
                 progress(done, len(share))
 
     @torch.no_grad()
     def scores(
-        self, subject: Subject, ids: Tensor, window: Window, plan: LoopPlan, base: float | None
+        self,
+        scored_model: ScoredModel,
+        ids: Tensor,
+        window: Window,
+        plan: LoopPlan,
+        base: float | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """(offset in the window, nats [b, k]) of every chunk that scores, in order.
 
         Args:
             ids: tokens [b, t + 1] of windows shaped like `window`.
         """
-        model, length = subject.model, window.stop - window.start
+        model, length = scored_model.model, window.stop - window.start
         learning = range(len(model.blocks)) if self.blocks is None else self.blocks
         with own_down_projections(model, learning) as rows:
             for start in range(0, length, self.chunk_tokens):
                 stop = min(start + self.chunk_tokens, length)
-                hidden = subject.hidden(ids[:, :stop], plan, first=start, base=base)
+                hidden = scored_model.hidden(ids[:, :stop], plan, first=start, base=base)
                 first = max(start, window.first - window.start)
                 if first < stop:
                     logits = model.logits(hidden[:, first - start :]).float()

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError
-from recurgolf.eval.protocol import Subject
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.protocol import ScoredModel
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.looping import LoopPlan, Visit
 
 BETAS = (0.9, 0.999)
@@ -153,21 +153,21 @@ class Readers:
     def __init__(
         self,
         how: DocumentLora,
-        subject: Subject,
+        scored_model: ScoredModel,
         plan: LoopPlan,
         base: float | None,
         adapters: RowAdapters,
         start_a: Mapping[Site, Tensor],
         sites: Mapping[Site, tuple[int, int]],
     ):
-        self.how, self.subject, self.plan, self.base = how, subject, plan, base
+        self.how, self.scored_model, self.plan, self.base = how, scored_model, plan, base
         self.adapters, self.start_a, self.sites = adapters, start_a, sites
 
     def read(
-        self, text: Text, tally: Tally, spans: list[tuple[int, int]], length: int
+        self, text: Text, accumulator: ScoreAccumulator, spans: list[tuple[int, int]], length: int
     ) -> dict[Site, Tensor]:
         """Score documents, given as ranges of targets; the sum over them of the A they end with."""
-        how, device = self.how, self.subject.device
+        how, device = self.how, self.scored_model.device
         ended = {site: torch.zeros_like(a, dtype=torch.float64) for site, a in self.start_a.items()}
         if not spans:
             return ended
@@ -190,7 +190,7 @@ class Readers:
                     loss = (means * goes_on).sum()
                 if step == 0:
                     for (first, stop), row in zip(spans, nats.detach().cpu(), strict=True):
-                        tally.add(first + begin, row[: min(stop - first, end) - begin])
+                        accumulator.add(first + begin, row[: min(stop - first, end) - begin])
                     # A document that has ended keeps its A; momentum would carry it on.
                     for site, a in zip(self.sites, weights[: len(self.sites)], strict=True):
                         ended[site] += a.detach()[~goes_on].double().sum(dim=0)
@@ -205,7 +205,7 @@ class Readers:
 
     def _fresh(self, rows: int) -> list[Tensor]:
         """A of every site, then B of every site, with a row per document."""
-        device = self.subject.device
+        device = self.scored_model.device
         a = [self.start_a[site].to(device).expand(rows, -1, -1).clone() for site in self.sites]
         b = [torch.zeros(rows, out, self.how.rank, device=device) for _, out in self.sites.values()]
         return [weight.requires_grad_(True) for weight in (*a, *b)]
@@ -216,8 +216,8 @@ class Readers:
         self.adapters.b = dict(zip(self.sites, weights[half:], strict=True))
 
     def _nats(self, ids: Tensor, first: int) -> Tensor:
-        hidden = self.subject.hidden(ids[:, :-1], self.plan, first=first, base=self.base)
-        logits = self.subject.model.logits(hidden).float()
+        hidden = self.scored_model.hidden(ids[:, :-1], self.plan, first=first, base=self.base)
+        logits = self.scored_model.model.logits(hidden).float()
         targets = ids[:, first + 1 :]
         return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 

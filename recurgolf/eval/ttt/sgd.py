@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, Subject, Window, batches
-from recurgolf.eval.text import Tally, Text
+from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, batches
+from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed, share_of
 from recurgolf.eval.windows import SlidingEval
 from recurgolf.looping import Looping
@@ -57,25 +57,25 @@ class SgdEval(SlidingEval):
 
     def run(
         self,
-        subject: Subject,
+        scored_model: ScoredModel,
         text: Text,
-        tally: Tally,
+        accumulator: ScoreAccumulator,
         *,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: AllReduce | None = None,
         progress: Progress | None = None,
     ) -> None:
-        length = self.seq_len or subject.seq_len
-        plan, base = subject.plan(self.passes), self.base(subject)
+        length = self.seq_len or scored_model.seq_len
+        plan, base = scored_model.plan(self.passes), self.base(scored_model)
         rows = max(1, self.batch_tokens // length)
         end = max(window.stop for window in self.windows(text, length))
         num_chunks = -(-end // self.chunk_tokens)
-        names = self.sgd.chosen(name for name, _ in subject.model.named_parameters())
-        with borrowed(subject.model, names) as parameters:
+        names = self.sgd.chosen(name for name, _ in scored_model.model.named_parameters())
+        with borrowed(scored_model.model, names) as parameters:
             learner = Learner(
                 self.sgd,
-                subject,
+                scored_model,
                 plan,
                 parameters,
                 base=base,
@@ -90,9 +90,11 @@ class SgdEval(SlidingEval):
                     for batch in batches(islice(windows, mine.start, mine.stop), rows):
                         ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch])
                         first = batch[0].first - batch[0].start
-                        nats = subject.nats(ids.to(subject.device), first, plan, base=base)
+                        nats = scored_model.nats(
+                            ids.to(scored_model.device), first, plan, base=base
+                        )
                         for window, row in zip(batch, nats.cpu(), strict=True):
-                            tally.add(window.first, row)
+                            accumulator.add(window.first, row)
                 if chunk < num_chunks - 1:
                     start = chunk * self.chunk_tokens
                     stop = min(start + self.chunk_tokens, end)

@@ -1,6 +1,6 @@
-"""The grid of a weight: a step (and an offset) per row or per group, shared by every quantiser.
+"""The grid of a weight: a step (and an offset) per row or per group, shared by every quantizer.
 
-Rounding, GPTQ and quantisation-aware training all take their grids from here, so that bits, clip
+Rounding, GPTQ and quantization-aware training all take their grids from here, so that bits, clip
 and groups cannot disagree between them.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from recurgolf.config import ConfigError
 from recurgolf.quant.clip import Clip, MaxClip
-from recurgolf.quant.codes import code_range, per_column
+from recurgolf.quant.quantized_tensor import code_range, per_column
 
 
 @dataclass(frozen=True)
-class GridSpec:
+class QuantizerGrid:
     """What fixes a grid.
 
     The last three exist to reproduce public systems bit for bit; the defaults are right.
@@ -70,7 +70,7 @@ class Grid:
         scales: what is stored; see `codes.dequantize`.
     """
 
-    spec: GridSpec
+    spec: QuantizerGrid
     step: Tensor
     offset: Tensor | None
     scales: Tensor
@@ -93,7 +93,7 @@ class Grid:
         return torch.clamp(torch.round(scaled), *self.spec.range)
 
 
-def fit_grids(weight: Tensor, spec: GridSpec, gram_diag: Tensor | None = None) -> list[Grid]:
+def fit_grids(weight: Tensor, spec: QuantizerGrid, gram_diag: Tensor | None = None) -> list[Grid]:
     """Grids for a weight [rows, cols] float32, one for each candidate of the clip rule."""
     size = spec.group_size or max(weight.shape[1], 1)
     parts = weight.split(size, dim=1)
@@ -105,7 +105,7 @@ def fit_grids(weight: Tensor, spec: GridSpec, gram_diag: Tensor | None = None) -
     return [_join(list(groups), spec) for groups in zip(*fitted, strict=True)]
 
 
-def vector_grid(values: Tensor, spec: GridSpec) -> Grid:
+def vector_grid(values: Tensor, spec: QuantizerGrid) -> Grid:
     """The one-row grid of a tensor [n] that is no matrix; the scale floor does not apply to it."""
     clip = spec.clip.vector_value(values)
     step, offset = _step_offset(values[None], clip[None], spec)
@@ -113,21 +113,21 @@ def vector_grid(values: Tensor, spec: GridSpec) -> Grid:
     return _stored(step, offset, spec)
 
 
-def limited(weight: Tensor, spec: GridSpec) -> Tensor:
+def limited(weight: Tensor, spec: QuantizerGrid) -> Tensor:
     """The weight as the clip rule wants it rounded, group by group."""
     size = spec.group_size or max(weight.shape[1], 1)
     parts = weight.split(size, dim=1)
     return torch.cat([spec.clip.limit(part, spec.clip.clip_value(part)) for part in parts], dim=1)
 
 
-def _fit_part(part: Tensor, clip: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def _fit_part(part: Tensor, clip: Tensor, spec: QuantizerGrid) -> tuple[Tensor, Tensor]:
     step, offset = _step_offset(part, clip, spec)
     if spec.scale_floor == "inv_qmax":
         step = step.clamp_min(1.0 / spec.range[1])
     return step, offset
 
 
-def _step_offset(part: Tensor, clip: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def _step_offset(part: Tensor, clip: Tensor, spec: QuantizerGrid) -> tuple[Tensor, Tensor]:
     low, high = spec.range
     if spec.symmetric:
         return clip / high, torch.zeros_like(clip)
@@ -137,14 +137,14 @@ def _step_offset(part: Tensor, clip: Tensor, spec: GridSpec) -> tuple[Tensor, Te
     return step, bottom - low * step
 
 
-def _join(groups: list[tuple[Tensor, Tensor]], spec: GridSpec) -> Grid:
+def _join(groups: list[tuple[Tensor, Tensor]], spec: QuantizerGrid) -> Grid:
     if spec.group_size is None:
         return _stored(*groups[0], spec)
     steps, offsets = zip(*groups, strict=True)
     return _stored(torch.stack(steps, dim=1), torch.stack(offsets, dim=1), spec)
 
 
-def _stored(step: Tensor, offset: Tensor, spec: GridSpec) -> Grid:
+def _stored(step: Tensor, offset: Tensor, spec: QuantizerGrid) -> Grid:
     parts = step if spec.symmetric else torch.stack([step, offset])
     scales = parts.to(spec.scale_dtype)
     if spec.code_scale == "stored":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recurgolf.eval import Score, Subject, Text, score
+from recurgolf.eval import Score, ScoredModel, Text, score
 from recurgolf.looping import Looping, NoLooping
 from recurgolf.model.transformer import Model
 
@@ -35,17 +35,17 @@ class ToyModel(nn.Module):
         return torch.sin(hidden + torch.arange(VOCAB)) * 2
 
 
-def toy(seq_len: int = 8) -> Subject:
-    return Subject(ToyModel(), NoLooping(), seq_len)
+def toy(seq_len: int = 8) -> ScoredModel:
+    return ScoredModel(ToyModel(), NoLooping(), seq_len)
 
 
-def network(config: Model, looping: Looping, seq_len: int, seed: int = 0) -> Subject:
+def network(config: Model, looping: Looping, seq_len: int, seed: int = 0) -> ScoredModel:
     """A network all of whose parameters are random."""
     torch.manual_seed(seed)
     model = config.build(looping.largest_plan(config.num_blocks))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
-    return Subject(model.eval(), looping, seq_len)
+    return ScoredModel(model.eval(), looping, seq_len)
 
 
 def stream(length: int, documents: bool = False) -> Text:
@@ -56,7 +56,7 @@ def stream(length: int, documents: bool = False) -> Text:
     return Text(tokens, FixedBytes(), bos=BOS if documents else None)
 
 
-def score_on_ranks(protocol, subject, text, world_size, **options) -> list[Score]:
+def score_on_ranks(protocol, scored_model, text, world_size, **options) -> list[Score]:
     """The scores that the ranks of a run have, which add up in threads instead of processes."""
     meeting = threading.Barrier(world_size)
     parts: dict[int, torch.Tensor] = {}
@@ -72,7 +72,7 @@ def score_on_ranks(protocol, subject, text, world_size, **options) -> list[Score
 
         found[rank] = score(
             protocol,
-            subject,
+            scored_model,
             text,
             rank=rank,
             world_size=world_size,

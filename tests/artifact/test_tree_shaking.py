@@ -9,7 +9,7 @@ import pytest
 
 import recurgolf
 from recurgolf.artifact.minify import dense, minified, stripped_tree
-from recurgolf.artifact.shake import Shaker, Target
+from recurgolf.artifact.tree_shaking import Shaker, Target
 
 MODULES = sorted(Path(recurgolf.__file__).parent.rglob("*.py"))
 

@@ -31,7 +31,7 @@ def main(data: dict[str, Any], code: dict[str, Any]) -> None:
 
     Args:
         data: the Run, as `Run.from_dict` takes it.
-        code: the program whose bytes the run counts, see `solo.code`.
+        code: the program whose bytes the run counts, see `standalone.code`.
     """
     here = Path(sys.argv[0]).resolve().parent
     parser = argparse.ArgumentParser(

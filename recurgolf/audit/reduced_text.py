@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from recurgolf.config import ConfigError
-from recurgolf.eval import Eval, Subject, Tally, Text
+from recurgolf.eval import Eval, ScoreAccumulator, ScoredModel, Text
 
 LENGTH = 48
 """Tokens of a window in the audit; a shorter training length is kept."""
@@ -29,29 +29,29 @@ class Trial:
 
     Attributes:
         protocol: in proportion to the stretch.
-        subject: with the windows' length as its own.
+        scored_model: with the windows' length as its own.
         text: the stretch, unchanged.
     """
 
     protocol: Eval
-    subject: Subject
+    scored_model: ScoredModel
     text: Text
 
     @torch.no_grad()
-    def scored(self, tokens: np.ndarray) -> Tally:
-        """The tally of a stretch of the same or another length, with what every target cost.
+    def scored(self, tokens: np.ndarray) -> ScoreAccumulator:
+        """The accumulator of a stretch of the same or another length, with what every target cost.
 
         A target that is scored again is counted, not refused.
         """
         text = dataclasses.replace(self.text, tokens=tokens)
-        tally = Tally(text, per_target=True, repeats=True)
-        self.protocol.run(self.subject, text, tally)
-        return tally
+        accumulator = ScoreAccumulator(text, per_target=True, repeats=True)
+        self.protocol.run(self.scored_model, text, accumulator)
+        return accumulator
 
     @property
     def length(self) -> int:
         """Tokens of a window."""
-        return self.protocol.seq_len or self.subject.seq_len
+        return self.protocol.seq_len or self.scored_model.seq_len
 
     def edges(self) -> list[int]:
         """Targets at which a window scores its first one or a chunk begins, ascending."""
@@ -67,11 +67,11 @@ class Trial:
         return sorted(edge for edge in found if edge < self.text.num_targets)
 
 
-def trial(protocol: Eval, subject: Subject, text: Text, length: int = LENGTH) -> Trial:
-    """Cut text and protocol down to windows of `length` tokens, or of the subject's if shorter."""
-    before = protocol.seq_len or subject.seq_len
+def trial(protocol: Eval, scored_model: ScoredModel, text: Text, length: int = LENGTH) -> Trial:
+    """Cut text and protocol down to windows of `length` tokens, or the model's if shorter."""
+    before = protocol.seq_len or scored_model.seq_len
     length = min(length, before)
-    small = dataclasses.replace(subject, seq_len=length)
+    small = dataclasses.replace(scored_model, seq_len=length)
     cut = Text(short(text, length), text.byte_count, bos=text.bos)
     reduced = in_proportion(protocol.alone, length / before, length)
     # Documents of the stretch are few; a protocol may want more of them than there are.

@@ -1,4 +1,4 @@
-"""A Tally has the sums of every document, and notices a target that is scored twice."""
+"""A ScoreAccumulator has the sums of every document, and notices a target that is scored twice."""
 
 from itertools import pairwise
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from subjects import FixedBytes, stream
+from scored_models import FixedBytes, stream
 
 from recurgolf.config import ConfigError
-from recurgolf.eval import Score, Tally, Text
+from recurgolf.eval import Score, ScoreAccumulator, Text
 
 LENGTH = 60
 
@@ -29,9 +29,9 @@ def test_sums_are_those_of_a_loop_over_targets_in_whatever_order_they_come(start
     edges = [0, *sorted(c for c in cuts if c < LENGTH - 1), LENGTH - 1]
     pieces = list(pairwise(edges))
     chance.shuffle(pieces)
-    tally = Tally(text, per_target=True)
+    accumulator = ScoreAccumulator(text, per_target=True)
     for first, stop in pieces:
-        tally.add(first, torch.from_numpy(nats[first:stop]))
+        accumulator.add(first, torch.from_numpy(nats[first:stop]))
 
     expected = {}
     document = -1
@@ -42,41 +42,41 @@ def test_sums_are_those_of_a_loop_over_targets_in_whatever_order_they_come(start
         entry[1] += 1
         entry[2] += int(tokens[target + 1]) % 4
     assert text.num_documents == len(expected)
-    np.testing.assert_allclose(tally.nats, [e[0] for e in expected.values()], rtol=1e-12)
-    assert tally.tokens.tolist() == [e[1] for e in expected.values()]
-    assert tally.bytes.tolist() == [e[2] for e in expected.values()]
-    assert (tally.scored == 1).all() and (tally.target_nats == nats).all()
-    assert Score.of(tally, 0.0).nats == pytest.approx(nats.sum(), rel=1e-12)
+    np.testing.assert_allclose(accumulator.nats, [e[0] for e in expected.values()], rtol=1e-12)
+    assert accumulator.tokens.tolist() == [e[1] for e in expected.values()]
+    assert accumulator.bytes.tolist() == [e[2] for e in expected.values()]
+    assert (accumulator.scored == 1).all() and (accumulator.target_nats == nats).all()
+    assert Score.of(accumulator, 0.0).nats == pytest.approx(nats.sum(), rel=1e-12)
 
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(1, 6)), max_size=12))
 def test_a_target_is_refused_exactly_when_it_was_scored_before(pieces):
-    tally, seen = Tally(stream(26)), set()
+    accumulator, seen = ScoreAccumulator(stream(26)), set()
     for first, count in pieces:
         wanted = set(range(first, first + count))
         if wanted & seen:
             with pytest.raises(ConfigError, match="was scored twice"):
-                tally.add(first, torch.ones(count))
+                accumulator.add(first, torch.ones(count))
         else:
-            tally.add(first, torch.ones(count))
+            accumulator.add(first, torch.ones(count))
             seen |= wanted
-    assert tally.tokens.sum() == len(seen)
+    assert accumulator.tokens.sum() == len(seen)
 
 
 def test_protocols_that_say_so_may_repeat():
-    tally = Tally(stream(10), per_target=True, repeats=True)
-    tally.add(0, torch.ones(5))
-    tally.add(3, torch.full((4,), 2.0))
-    assert tally.scored.tolist() == [1, 1, 1, 2, 2, 1, 1, 0, 0]
-    assert tally.turn.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
-    assert tally.nats.sum() == 13
+    accumulator = ScoreAccumulator(stream(10), per_target=True, repeats=True)
+    accumulator.add(0, torch.ones(5))
+    accumulator.add(3, torch.full((4,), 2.0))
+    assert accumulator.scored.tolist() == [1, 1, 1, 2, 2, 1, 1, 0, 0]
+    assert accumulator.turn.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert accumulator.nats.sum() == 13
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 2), (8, 2), (9, 1)])
 def test_targets_outside_the_text_are_refused(first, count):
     with pytest.raises(ConfigError, match="there are 9"):
-        Tally(stream(10)).add(first, torch.ones(count))
+        ScoreAccumulator(stream(10)).add(first, torch.ones(count))
 
 
 def test_the_bos_behind_a_document_is_its_own_last_target():

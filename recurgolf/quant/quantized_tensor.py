@@ -1,6 +1,6 @@
-"""Quantised tensors as plain tensors, and the way back to weights.
+"""Quantized tensors as plain tensors, and the way back to weights.
 
-All that a reader of an artifact needs of quantisation: torch alone, nothing of the package.
+All that a reader of an artifact needs of quantization: torch alone, nothing of the package.
 """
 
 from __future__ import annotations
