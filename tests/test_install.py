@@ -1,4 +1,4 @@
-"""An installed package works from any folder: the YAML travels in the wheel."""
+"""An installed package works from any folder: the YAML and the typing mark travel in the wheel."""
 
 import importlib.util
 import os
@@ -19,6 +19,7 @@ def test_the_wheel_brings_its_yaml_and_works_without_the_checkout(tmp_path):
     subprocess.run([*build, "-w", tmp_path, ROOT], check=True, cwd=tmp_path, capture_output=True)
     (wheel,) = tmp_path.glob("recurgolf-*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert "recurgolf/py.typed" in archive.namelist()
         packed = {name for name in archive.namelist() if name.endswith(".yaml")}
         archive.extractall(tmp_path / "site")
     assert packed == {
