@@ -15,13 +15,15 @@ import numpy as np
 
 from recurgolf.artifact.decode import (
     MIN_ROWS,
+    RANS_BITS,
+    RANS_LOW,
     Segments,
     between,
-    categorical,
-    library,
+    frequencies,
     num_knots,
-    places_of,
+    num_lanes,
     read_tables,
+    slot_bases,
 )
 
 _KNOT_BITS = 6.0
@@ -50,20 +52,28 @@ def ans_payload(symbols: np.ndarray, segments: Segments) -> bytes:
     plan = min(_plans(symbols, segments), key=lambda plan: plan.expected_bytes)
     info = plan.info
     classes, tables = read_tables(plan.mode, info, segments)
-    stream = library("constriction", "constriction").stream
-    models = [categorical(stream, levels) for _, levels in tables]
-    coder = stream.stack.AnsCoder()
+    freqs = np.zeros((len(tables), 256), np.uint64)
+    for row, (lowest, levels) in zip(freqs, tables, strict=True):
+        row[lowest : lowest + len(levels)] = frequencies(levels)
+    starts = np.cumsum(freqs, axis=1) - freqs
+    lanes = num_lanes(len(symbols))
+    state = np.full(lanes, RANS_LOW, np.uint64)
+    words, stop = [], len(symbols)
     # The coder is a stack: what is to be read first is written last.
-    stop = len(symbols)
     for (rows, length), labels in zip(reversed(segments), reversed(classes), strict=True):
         part = symbols[stop - rows * length : stop]
-        for label, places in reversed(places_of(labels, rows, length)):
-            mine = part[places].astype(np.int32) - tables[label][0]
-            coder.encode_reverse(mine, models[label])
+        keys = (slot_bases(labels, rows, length) >> (RANS_BITS - 8)) + part
+        for first in reversed(range(0, rows * length, lanes)):
+            key = keys[first : first + lanes]
+            x, f = state[: len(key)], freqs.ravel()[key]
+            full = x >= f << np.uint64(32 - RANS_BITS)
+            words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
+            x = np.where(full, x >> np.uint64(16), x)
+            state[: len(key)] = ((x // f) << np.uint64(RANS_BITS)) + x % f + starts.ravel()[key]
         stop -= rows * length
     packed = _deflated(info)
-    words = coder.get_compressed().astype("<u4").tobytes()
-    return struct.pack("<BI", plan.mode, len(packed)) + packed + words
+    head = struct.pack("<BI", plan.mode, len(packed)) + packed + state.astype("<u4").tobytes()
+    return head + b"".join(word.tobytes() for word in reversed(words))
 
 
 def _plans(symbols: np.ndarray, segments: Segments) -> Iterator[_Plan]:

@@ -183,16 +183,12 @@ class ZstdCodec(Codec):
 @option("artifact/codec", "ans")
 @dataclass
 class AnsCodec(Codec):
-    """Entropy coding of single bytes by asymmetric numeral systems, the tables in the payload.
+    """Entropy coding of single bytes by interleaved rANS in numpy, the tables in the payload.
 
     Tried in turn: one table for all, one per array, classes of rows, and classes of rows and
     columns together. Rows and columns differ in how large their codes are, so that an entry's
     class, the sum of two levels on a logarithmic scale, says how wide its table must be.
     """
-
-    def check(self) -> None:
-        super().check()
-        _require("constriction", "constriction")
 
     def expected_bits(self, entropy: float) -> float:
         return entropy + 0.004
@@ -211,8 +207,8 @@ class BestCodec(Codec):
     """Every listed codec with every transform; each section keeps its smallest."""
 
     transform: str = "best"
-    codecs: list[str] = field(default_factory=lambda: ["brotli", "lzma", "zlib", "none"])
-    """Kinds to try. `ans` and `zstd` need optional libraries, here and where the file is read."""
+    codecs: list[str] = field(default_factory=lambda: ["ans", "brotli", "lzma", "zlib", "none"])
+    """Kinds to try. `zstd` needs an optional library, here and where the file is read."""
 
     def check(self) -> None:
         super().check()

@@ -20,9 +20,12 @@ Segments = list[tuple[int, int]]
 """(rows, bytes per row) of every array of a stream after its transform; the order of the bytes."""
 
 _CHUNK = 2**16
-_LEVELS = np.array([2.0 ** (i / 8) for i in range(8)])
-# A symbol that never came still has to be codable.
-_NEVER = 2.0**-22
+# 2^(i/8) in units of 2^-20: whole numbers, since a frequency must be the same on every machine.
+_EIGHTHS = np.array([1048576, 1143480, 1246974, 1359835, 1482910, 1617125, 1763487, 1923097])
+RANS_BITS = 14
+"""Frequencies of a table add up to 2^14."""
+RANS_LOW = 2**16
+"""A coder's state is at least this and below 2^32; it takes in and gives off 16 bits at a time."""
 MIN_ROWS = 16
 """Arrays of fewer rows have no classes of columns: their mean over rows says too little."""
 
@@ -139,51 +142,66 @@ def decode_zstd(data: bytes, size: int, segments: Segments) -> bytes:
 
 
 def decode_ans(data: bytes, size: int, segments: Segments) -> bytes:
-    """Asymmetric numeral systems with one table per class of entries (see `codecs.AnsCodec`)."""
+    """Range asymmetric numeral systems, many coders side by side (Duda, arXiv 1311.2540, rANS).
+
+    Entry i of an array belongs to coder i modulo their number; each step decodes one entry of every
+    coder. States and words of a step lie in the order of the coders.
+    """
     if size == 0:
         return b""
-    stream = library("constriction", "constriction").stream
     mode, info_size = struct.unpack_from("<BI", data)
     # Two levels a row or column at most, and tables of 256 symbols for every level.
     most = 2**18 + sum(rows + length for rows, length in segments)
     info = decode_zlib(data[5 : 5 + info_size], most, [])
     classes, tables = read_tables(mode, info, segments)
-    models = [categorical(stream, levels) for _, levels in tables]
-    words = np.frombuffer(data[5 + info_size :], "<u4").astype(np.uint32)
-    coder = stream.stack.AnsCoder(words)
-    out, start = np.empty(size, np.uint8), 0
+    # What a slot of a class stands for: its symbol, the frequency, the place within the symbol.
+    slots = np.arange(len(tables) << RANS_BITS, dtype=np.uint32) & (2**RANS_BITS - 1)
+    counts = [frequencies(levels) for _, levels in tables]
+    symbols = np.concatenate(
+        [np.repeat(np.arange(len(f)) + low, f) for f, (low, _) in zip(counts, tables, strict=True)]
+    )
+    freqs = np.concatenate([np.repeat(f, f) for f in counts]).astype(np.uint32)
+    starts = np.concatenate([np.repeat(np.cumsum(f) - f, f) for f in counts]).astype(np.uint32)
+    # Signed bytes are coded from -128 up: neighbours in value are neighbours.
+    symbols, within = (symbols - 128).astype(np.uint8), slots - starts
+    lanes = num_lanes(size)
+    head = 5 + info_size + 4 * lanes
+    state = np.frombuffer(data[5 + info_size : head], "<u4").astype(np.uint32)
+    words = np.frombuffer(data[head : head + (len(data) - head) // 2 * 2], "<u2").astype(np.uint32)
+    out, start, at = np.empty(size, np.uint8), 0, 0
     for (rows, length), labels in zip(segments, classes, strict=True):
-        for label, places in places_of(labels, rows, length):
-            count = rows * length if isinstance(places, slice) else len(places)
-            decoded = np.empty(count, np.uint8)
-            for first in range(0, count, _CHUNK):
-                part = decoded[first : first + _CHUNK]
-                # Signed bytes are coded from -128 up: neighbours in value are neighbours.
-                part[:] = coder.decode(models[label], len(part)) + tables[label][0] - 128
-            out[start : start + rows * length][places] = decoded
+        base = slot_bases(labels, rows, length)
+        for first in range(0, rows * length, lanes):
+            stop = min(first + lanes, rows * length)
+            x = state[: stop - first]
+            slot = (x & (2**RANS_BITS - 1)) + base[first:stop]
+            out[start + first : start + stop] = symbols[slot]
+            x = freqs[slot] * (x >> RANS_BITS) + within[slot]
+            low = np.flatnonzero(x < RANS_LOW)
+            x[low] = (x[low] << 16) | words[at : at + len(low)]
+            at += len(low)
+            state[: stop - first] = x
         start += rows * length
+    if at != len(words) or (state != RANS_LOW).any():
+        raise ValueError("the words of an ans payload do not end where its entries do")
     return out.tobytes()
+
+
+def num_lanes(size: int) -> int:
+    """Coders side by side: some 8,192 steps, and states that cost a few bytes in ten thousand."""
+    return min(max(size >> 13, 1), 2**13)
+
+
+def slot_bases(labels: Labels, rows: int, length: int) -> np.ndarray:
+    """First slot of the class of every entry of an array, in its flat order."""
+    by_row, by_column = (part.astype(np.uint32) << RANS_BITS for part in labels)
+    if len(set(by_row.tolist())) == len(set(by_column.tolist())) == 1:
+        return np.broadcast_to(by_row[0] + by_column[0], (rows * length,))
+    return (by_row[:, None] + by_column).ravel()
 
 
 Labels = tuple[np.ndarray, np.ndarray]
 """Levels of the rows and of the columns of an array; the class of an entry is their sum."""
-
-
-def places_of(labels: Labels, rows: int, length: int) -> list[tuple[int, np.ndarray | slice]]:
-    """Classes of an array, ascending, and where their entries are in its flat order."""
-    if rows * length == 0:
-        return []
-    by_row, by_column = labels
-    if by_row.min() == by_row.max() and by_column.min() == by_column.max():
-        return [(int(by_row[0] + by_column[0]), slice(None))]
-    flat = (by_row[:, None] + by_column).astype(np.uint16).ravel()
-    order = np.argsort(flat, kind="stable")
-    counts = np.bincount(flat)
-    ends = np.cumsum(counts)
-    return [
-        (int(label), order[ends[label] - counts[label] : ends[label]])
-        for label in np.flatnonzero(counts)
-    ]
 
 
 def read_tables(
@@ -237,18 +255,22 @@ def between(knots: np.ndarray, width: int, stride: int) -> np.ndarray:
     return (knots[left] * (stride - part) + knots[right] * part) // stride
 
 
-def categorical(stream: Any, levels: np.ndarray) -> Any:
-    """The model of a table: a level is eight times the binary logarithm of a frequency.
+def frequencies(levels: np.ndarray) -> np.ndarray:
+    """How many of a class's 2^14 slots each symbol has; none where the level is 0.
 
-    Powers of two are exact and the eight factors are constants, so that the probabilities, and with
-    them the bytes, are the same on every machine.
+    A level is eight times the binary logarithm of a frequency. All in whole numbers.
     """
-    frequencies = np.ldexp(_LEVELS[levels % 8], levels // 8 - 31)
-    probabilities = np.where(levels == 0, _NEVER * frequencies.max(), frequencies)
-    if len(probabilities) == 1:
-        # The library wants two symbols; the second never comes.
-        probabilities = np.array([1.0, _NEVER])
-    return stream.model.Categorical(probabilities, perfect=False)
+    octaves, eighths = np.divmod(levels, 8)
+    weights = (_EIGHTHS[eighths] << 16) >> np.minimum(octaves.max(initial=0) - octaves, 60)
+    weights = np.where(levels > 0, np.maximum(weights, 1), 0)
+    if not weights.any():
+        raise ValueError("an ans table without symbols")
+    slots = np.where(weights > 0, np.maximum((weights << RANS_BITS) // weights.sum(), 1), 0)
+    while (excess := int(slots.sum()) - 2**RANS_BITS) > 0:
+        largest = int(slots.argmax())
+        slots[largest] -= min(excess, max(int(slots[largest]) // 2, 1))
+    slots[int(slots.argmax())] -= excess
+    return slots
 
 
 Decoder = Callable[[bytes, int, Segments], bytes]

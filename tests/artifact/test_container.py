@@ -63,7 +63,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("kind", sorted(REGISTRY["artifact/codec"]))
 def test_what_goes_in_comes_out(kind, tmp_path):
-    pytest.importorskip({"ans": "constriction", "zstd": "zstandard"}.get(kind, "zlib"))
+    pytest.importorskip({"zstd": "zstandard"}.get(kind, "zlib"))
     state = build_state()
     table = pack(tmp_path / "a.bin", METADATA, state, REGISTRY["artifact/codec"][kind]())
     artifact = load(tmp_path / "a.bin")
