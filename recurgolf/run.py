@@ -25,8 +25,8 @@ from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model, Transformer
 from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
+from recurgolf.settings import NOT_FINGERPRINTED, TrainerConfig
 from recurgolf.tracker import Tracking
-from recurgolf.training.settings import WATCHING, TrainerConfig
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Run:
         """Hash of everything that can change a result; who watches and how often cannot."""
         data = self.to_dict()
         del data["tracker"], data["plugins"]
-        for name in WATCHING:
+        for name in NOT_FINGERPRINTED:
             del data["trainer"][name]
         del data["eval"]["audit"]
         text = json.dumps(data, sort_keys=True)

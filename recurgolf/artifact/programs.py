@@ -36,7 +36,7 @@ def replaced(run: Run) -> dict[Target, Target]:
         "training.report:show": "stubs:show",
         "training.resume:finished": "stubs:nothing",
         "training.resume:only_one": "stubs:anyway",
-        "training.scoring:write_scores": "stubs:nothing",
+        "eval.several:write_scores": "stubs:nothing",
         "training.shard_stamps:check_unchanged": "stubs:nothing",
         "training.shard_stamps:stamps": "stubs:nothing",
         "training.signals:Signals": "stubs:Signals",

@@ -27,12 +27,12 @@ from recurgolf.audit.reduced_text import trial
 from recurgolf.audit.separation import shared_documents
 from recurgolf.config import ConfigError, from_dict, kind_of
 from recurgolf.data import Dataset
+from recurgolf.data.calibration_text import CalibrationText
 from recurgolf.data.shards import Tokens
 from recurgolf.eval import Eval, ScoredModel, Text
+from recurgolf.eval.several import FOLDER as SCORES
+from recurgolf.eval.several import kept_settings, named_protocols
 from recurgolf.run import Run
-from recurgolf.training.calibration import RunText
-from recurgolf.training.scoring import FOLDER as SCORES
-from recurgolf.training.scoring import kept_settings, named_protocols
 
 FILE = "audit.json"
 CALIBRATION_ROWS = 64
@@ -177,7 +177,9 @@ def calibration_rows(run: Run, scored_model: ScoredModel, dataset: Dataset) -> l
     length = calibration.seq_len or run.trainer.seq_len
     count = min(calibration.sequences, CALIBRATION_ROWS)
     numbers = np.linspace(0, calibration.sequences - 1, count).astype(int).tolist()
-    source = RunText(run, dataset, scored_model.model, scored_model.plan())
+    model, plan = scored_model.model, scored_model.plan()
+    seeds = run.seed_of("data"), run.seed_of("noise")
+    source = CalibrationText(dataset, model, plan, *seeds, run.data.vocab_size)
     return list(calibration.rows(source, numbers, length).numpy().astype(np.uint16))
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from recurgolf.audit.check import Audit
 from recurgolf.audit.finished_run import FILE, audit_run
-from recurgolf.training.progress import Log
+from recurgolf.log import Log
 
 
 def audit_and_show(folder: Path, log: Log) -> Audit:

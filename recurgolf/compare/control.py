@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recurgolf.config import ConfigError, suggestion
+from recurgolf.log import Log
 from recurgolf.looping import LoopPlan
 from recurgolf.overrides import group_of
 from recurgolf.plan import flops_per_token, make_plan, packed_shapes, predicted_lines, shapes_of
 from recurgolf.run import Run
 from recurgolf.tracker import NoTracking
 from recurgolf.training.distributed import Ranks
-from recurgolf.training.progress import Log
 from recurgolf.training.trainer import Trainer
 
 KEY = "compare.match"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
-from recurgolf.training.settings import WATCHING
+from recurgolf.settings import NOT_FINGERPRINTED
 
 ABSENT = "-"
 """Stands for a setting that a group does not have, because another kind is chosen there."""
@@ -56,7 +56,9 @@ class FoundRun:
         """Everything in run.json that can change a result, but for chance: `lora.rank` -> `2`."""
         kept = {key: value for key, value in self.config.items() if key not in _NO_SETTINGS}
         found = dict(_flat(kept, ""))
-        return {k: v for k, v in found.items() if k not in {f"trainer.{n}" for n in WATCHING}}
+        return {
+            k: v for k, v in found.items() if k not in {f"trainer.{n}" for n in NOT_FINGERPRINTED}
+        }
 
     @property
     def text(self) -> dict[str, str]:

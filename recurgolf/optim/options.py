@@ -11,10 +11,10 @@ import torch
 from torch.optim import Optimizer
 
 from recurgolf.config import ConfigError, option, suggestion
-from recurgolf.optim.groups import ROLES
 from recurgolf.optim.muon import BUFFER_DTYPES, DECAY_MODES, SCALES, Muon
 from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES
 from recurgolf.optim.numuon import NuMuon
+from recurgolf.optim.roles import ROLES
 from recurgolf.optim.schedule import Schedule
 
 LOOP_LR_SCALES: dict[str, Callable[[int], float]] = {

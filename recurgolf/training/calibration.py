@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
-from recurgolf.data.shards import TokenStream
-from recurgolf.looping import LoopPlan
+from recurgolf.data.calibration_text import CalibrationText
 from recurgolf.model.linear import Embedding, Linear
 from recurgolf.model.transformer import Transformer
 from recurgolf.quant import GramCollector
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks
-
-_WINDOWS, _SAMPLES = 0xCA11B, 0x5A3E1E
-"""Apart from the streams of chance that train with the same seeds."""
-
-
-class RunText:
-    """Token ids for calibration: the run's training windows, or the model's own words.
-
-    Args:
-        vocab_size: ids that the data uses; the model may know more.
-    """
-
-    def __init__(self, run: Run, dataset: Dataset, model: Transformer, plan: LoopPlan):
-        self.run, self.dataset, self.model, self.plan = run, dataset, model, plan
-
-    def training_rows(self, numbers: Sequence[int], length: int, of: int) -> Tensor:
-        """See `quant.calibration.TextSource`."""
-        stream = TokenStream(self.dataset.train_shards)
-        rng = np.random.Generator(np.random.PCG64([self.run.seed_of("data"), _WINDOWS]))
-        starts = rng.permutation(stream.num_tokens // length)[:of] * length
-        rows = [stream.read(int(starts[number]), length) for number in numbers]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-    @torch.no_grad()
-    def sampled_rows(self, numbers: Sequence[int], length: int, temperature: float) -> Tensor:
-        """Rows that begin as documents do and go on by the model's own distribution.
-
-        Every row has its own uniform numbers, so that a row does not depend on its batch.
-        """
-        seed = self.run.seed_of("noise")
-        chance = np.stack(
-            [
-                np.random.Generator(np.random.PCG64([seed, _SAMPLES, number])).random(length)
-                for number in numbers
-            ]
-        )
-        device = self.model.embed.weight.device
-        uniform = torch.from_numpy(chance).to(device)
-        first = self.dataset.tokenizer.bos_id
-        ids = torch.full((len(numbers), 1), first, dtype=torch.int64, device=device)
-        while ids.shape[1] < length:
-            last = self.model.logits(self.model.hidden(ids, self.plan)[:, -1])
-            shares = torch.softmax(last[:, : self.run.data.vocab_size].double() / temperature, -1)
-            reached = shares.cumsum(-1) < uniform[:, ids.shape[1], None]
-            # The sum of shares can end a rounding error below a number that is almost 1.
-            chosen = reached.sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
-            ids = torch.cat((ids, chosen), dim=1)
-        return ids.cpu()
 
 
 def readout_name(model: Transformer) -> str:
@@ -144,7 +94,9 @@ def collect_grams(
     looped = tuple(f"blocks.{block}." for block in plan.looped_blocks)
     weights = {n: calibration.visit_weights for n in layers if n.startswith(looped)}
     collector = GramCollector(layers, reads, weights, device)
-    text = RunText(run, dataset, model, plan)
+    text = CalibrationText(
+        dataset, model, plan, run.seed_of("data"), run.seed_of("noise"), run.data.vocab_size
+    )
     mine = range(ranks.rank, calibration.sequences, ranks.world_size)
     was_training = model.training
     model.eval()

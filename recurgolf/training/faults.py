@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recurgolf.training.settings import TrainerConfig
+    from recurgolf.settings import TrainerConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate")

@@ -10,6 +10,7 @@ from torch import Tensor
 from recurgolf.artifact import pack_bytes
 from recurgolf.artifact.code import codes_of
 from recurgolf.data import Dataset
+from recurgolf.log import Log
 from recurgolf.plan import check_budget
 from recurgolf.quant import TensorRule, quantize_state
 from recurgolf.quant.fill import Filled, Rules, fill
@@ -17,7 +18,6 @@ from recurgolf.run import Run
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.packing import metadata
-from recurgolf.training.progress import Log
 
 
 def fill_rules(

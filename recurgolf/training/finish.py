@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
 from recurgolf.eval import Score
+from recurgolf.eval.several import by_passes, named_protocols, write_scores
 from recurgolf.plan import make_plan
 from recurgolf.training.clock import cap_lines, caps_used
 from recurgolf.training.packing import ARTIFACT, LEDGER, write_artifact
 from recurgolf.training.quantize import quantization_summary, quantize_model
 from recurgolf.training.report import environment, show
-from recurgolf.training.scoring import (
-    by_passes,
-    entry_of,
-    named_protocols,
-    score_all,
-    scored_model_of,
-    validate,
-    write_scores,
-)
+from recurgolf.training.scoring import entry_of, score_all, scored_model_of, validate
 from recurgolf.training.summary import Summary
 from recurgolf.training.trajectory import trajectory, trajectory_lines, validation_windows
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from recurgolf.model.transformer import Transformer
 from recurgolf.model.visit import VisitInputs
-from recurgolf.training.settings import TrainerConfig
+from recurgolf.settings import TrainerConfig
 
 GRAPHS_OF_A_BLOCK = 256
 """Blocks share their code, and every visit with adapters or gains of its own is a graph."""

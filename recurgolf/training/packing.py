@@ -13,11 +13,11 @@ from recurgolf.artifact.ledger import add_actual, to_json
 from recurgolf.config import to_dict
 from recurgolf.data import Dataset
 from recurgolf.disk import writing
+from recurgolf.log import Log
 from recurgolf.plan import Plan
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
 from recurgolf.training.clock import Clock
-from recurgolf.training.progress import Log
 
 ARTIFACT = "artifact.bin"
 LEDGER = "ledger.json"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.data import Dataset
+from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
 from recurgolf.quant import QuantAware, QuantizedState, TensorRule, dequantize_state, quantize_state
 from recurgolf.run import Run
@@ -16,7 +17,6 @@ from recurgolf.training.calibration import check_calibration, collect_grams, sha
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.filling import fill_rules
-from recurgolf.training.progress import Log
 
 
 def packed_state(model: Transformer) -> dict[str, Tensor]:

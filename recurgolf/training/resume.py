@@ -19,8 +19,8 @@ from typing import Any
 from recurgolf.config import ConfigError
 from recurgolf.record import read_jsonl
 from recurgolf.run import Run
+from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training import checkpoint
-from recurgolf.training.settings import WATCHING
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 
@@ -28,12 +28,15 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 LOCK_SECONDS = 30.0
 """A killed run's ranks need a moment to end; who comes after them waits so long."""
 
-ROUNDING = ("devices", "threads", "grad_accum", "activation_checkpointing", "compile")
+ONLY_ROUNDING = ("devices", "threads", "grad_accum", "activation_checkpointing", "compile")
 """Trainer fields that change the order of sums at most: equal within 1e-5, not bit for bit."""
 
 PRE_SYNC = "pre_sync"
 
-FREE = (*WATCHING, *ROUNDING, "compile_backend", "non_finite", "max_skipped")
+MAY_CHANGE_ON_RESUME = (
+    *(*NOT_FINGERPRINTED, *ONLY_ROUNDING),
+    *("compile_backend", "non_finite", "max_skipped"),
+)
 """Trainer fields that may differ between a run and its continuation."""
 
 Say = Callable[[str], None]
@@ -108,7 +111,7 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
     except ConfigError:
         before = state["run"]
     changes = differences(before, run.to_dict())
-    free = {f"trainer.{name}" for name in FREE}
+    free = {f"trainer.{name}" for name in MAY_CHANGE_ON_RESUME}
     refused = [
         f"{key}={now!r} (was {before!r})"
         for key, (before, now) in changes.items()
@@ -122,7 +125,7 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
         )
     rounding = [
         f"{name}={changes[f'trainer.{name}'][1]} (was {changes[f'trainer.{name}'][0]})"
-        for name in ROUNDING
+        for name in ONLY_ROUNDING
         if f"trainer.{name}" in changes
     ]
     if not rounding:

@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from recurgolf.data import Dataset
 from recurgolf.data.export import cache_folder
 from recurgolf.disk import writing
+from recurgolf.eval.several import named_protocols
+from recurgolf.log import Bar, Log, time_left
 from recurgolf.looping import LoopPlan
 from recurgolf.optim import build as build_optimizers
 from recurgolf.optim import training_fraction
@@ -33,9 +35,8 @@ from recurgolf.training.distributed import Ranks
 from recurgolf.training.finish import finish
 from recurgolf.training.network import shape_network, uncompiled
 from recurgolf.training.precision import autocast, resolve_precision
-from recurgolf.training.progress import Bar, Log, time_left
 from recurgolf.training.quantize import prepare_quantization
-from recurgolf.training.scoring import named_protocols, text_of, validate
+from recurgolf.training.scoring import text_of, validate
 from recurgolf.training.signals import TRACKER_SECONDS, WATCHED, Interruption, Signals
 from recurgolf.training.summary import Summary
 from recurgolf.training.telemetry import curves

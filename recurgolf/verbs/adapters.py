@@ -22,6 +22,7 @@ from recurgolf import adapters
 from recurgolf.adapters import Adapter
 from recurgolf.adapters.attach import linear_modules
 from recurgolf.config import ConfigError
+from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
@@ -30,7 +31,6 @@ from recurgolf.training.base import FinishedRun, read_finished
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.packing import write_artifact
-from recurgolf.training.progress import Log
 from recurgolf.training.quantize import quantize_model
 
 OVERRIDABLE = ("quant", "data")

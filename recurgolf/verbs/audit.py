@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.audit import audit_and_show
-from recurgolf.training.progress import Log
+from recurgolf.log import Log
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,16 +13,11 @@ from recurgolf.artifact.score import Scorable, check_data, rebuild, text_of
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
 from recurgolf.eval import Eval, Score
+from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
+from recurgolf.log import Log
 from recurgolf.run import Run
-from recurgolf.training.progress import Log
-from recurgolf.training.scoring import (
-    entry_of,
-    free_names,
-    named_protocols,
-    score_all,
-    write_scores,
-)
+from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 
 OTHER_EVALS = "evals.json"

@@ -16,10 +16,10 @@ from typing import Any
 
 from recurgolf.artifact.code import Codes, codes_of, write_readable
 from recurgolf.config import ConfigError
+from recurgolf.log import Log
 from recurgolf.run import Run
+from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training.packing import ARTIFACT
-from recurgolf.training.progress import Log
-from recurgolf.training.settings import WATCHING
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 from recurgolf.verbs.export_check import check
@@ -126,7 +126,7 @@ def _settings(node: Any, path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in node.items():
         own = f"{path}.{key}" if path else key
-        watching = path == "trainer" and key in WATCHING
+        watching = path == "trainer" and key in NOT_FINGERPRINTED
         if own not in ("seed", "seeds", "name", "tracker") and not watching:
             found.update(_settings(value, own))
     return found

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from recurgolf.config import ConfigError, kind_of
+from recurgolf.log import Log
 from recurgolf.run import Run
-from recurgolf.training.progress import Log
 from recurgolf.training.summary import Summary
 
 BLOCKED = ("recurgolf", "hydra", "omegaconf", "wandb", "rich", "scipy")

@@ -20,6 +20,7 @@ from recurgolf import importers
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.data import DataError, Dataset
 from recurgolf.importers import Imported
+from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
@@ -27,7 +28,6 @@ from recurgolf.training import checkpoint
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.packing import write_artifact
-from recurgolf.training.progress import Log
 from recurgolf.training.quantize import quantize_model
 
 KEPT_EXACTLY = ("quant=none", "quant.keep_dtype=float32", "artifact/codec=none", "tracker=none")

@@ -24,6 +24,8 @@ from recurgolf.artifact.score import rebuild, text_of
 from recurgolf.config import ConfigError, kind_of, to_dict
 from recurgolf.data import Dataset
 from recurgolf.eval import ScoredModel
+from recurgolf.eval.several import named_protocols, write_scores
+from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import Plan, check_ending, make_plan
@@ -34,7 +36,6 @@ from recurgolf.training.calibration import check_calibration
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.packing import ARTIFACT, LEDGER, write_artifact
-from recurgolf.training.progress import Log
 from recurgolf.training.quantize import (
     quantization_summary,
     quantize_model,
@@ -42,7 +43,7 @@ from recurgolf.training.quantize import (
     weights_under,
 )
 from recurgolf.training.report import byte_table, cpu_name, result_lines
-from recurgolf.training.scoring import entry_of, named_protocols, score_all, write_scores
+from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import Summary
 from recurgolf.training.trajectory import trajectory, trajectory_lines, validation_windows
 

@@ -12,9 +12,9 @@ import yaml
 
 from recurgolf.config import ConfigError, from_dict, suggestion, to_dict
 from recurgolf.run import Run
+from recurgolf.settings import TrainerConfig
 from recurgolf.training.launch import launch
-from recurgolf.training.resume import FREE
-from recurgolf.training.settings import TrainerConfig
+from recurgolf.training.resume import MAY_CHANGE_ON_RESUME
 
 EXIT_OVER_BUDGET = 3
 
@@ -46,12 +46,12 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
             from recurgolf.composing import compose
 
             tracker = compose([override]).tracker
-        elif sign and key.startswith("trainer.") and name in FREE:
+        elif sign and key.startswith("trainer.") and name in MAY_CHANGE_ON_RESUME:
             changes[name] = yaml.safe_load(value)
         else:
             raise ConfigError(
                 f"resume takes tracker=KIND and trainer.KEY=VALUE with a KEY that cannot change "
-                f"the result, not {override!r}{suggestion(name, FREE)}"
+                f"the result, not {override!r}{suggestion(name, MAY_CHANGE_ON_RESUME)}"
             )
     trainer = from_dict(TrainerConfig, {**to_dict(run.trainer), **changes})
     return dataclasses.replace(run, trainer=trainer, tracker=tracker)

@@ -14,9 +14,9 @@ from smoke_runs import train
 from recurgolf import compose
 from recurgolf.composing import compose_parts
 from recurgolf.eval import PlainEval, SlidingEval, Text, score
+from recurgolf.eval.several import named_protocols, settings_of
 from recurgolf.looping import CycleLooping
 from recurgolf.run import Run
-from recurgolf.training.scoring import named_protocols, settings_of
 
 
 @pytest.fixture

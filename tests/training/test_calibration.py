@@ -13,6 +13,8 @@ from smoke_runs import EXACT, composed, small, small_text, train
 from recurgolf import importers
 from recurgolf.artifact import load
 from recurgolf.config import ConfigError
+from recurgolf.data.calibration_text import CalibrationText
+from recurgolf.log import Log
 from recurgolf.quant import (
     GramCollector,
     QuantizedTensor,
@@ -26,7 +28,6 @@ from recurgolf.quant.gptq import hessian_error
 from recurgolf.quant.rtn import exported
 from recurgolf.run import Run
 from recurgolf.training.calibration import (
-    RunText,
     check_calibration,
     collect_grams,
     layers_of,
@@ -34,7 +35,6 @@ from recurgolf.training.calibration import (
 )
 from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks
-from recurgolf.training.progress import Log
 from recurgolf.training.quantize import quantize_model, rules_of, weights_under
 from recurgolf.verbs.pack import weights_of
 
@@ -46,6 +46,12 @@ GPTQ = (
     *("trainer.steps=8", "trainer.log_every=4"),
 )
 SILENT = Log(None, False)
+
+
+def text_of(run, dataset, model):
+    """Calibration text as a run takes it."""
+    seeds = run.seed_of("data"), run.seed_of("noise")
+    return CalibrationText(dataset, model, run.eval_plan, *seeds, run.data.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +161,7 @@ def test_visits_of_a_looped_network_pooled_by_hand_equal_the_hooks(trained, monk
     names = weights_under("gptq", rules_of(run, model))
     grams = collect_grams(run, model, dataset, names, Ranks())
     assert set(grams) == set(names) and "embed.weight" in names
-    rows = RunText(run, dataset, model, run.eval_plan).training_rows(range(6), 64, 6)
+    rows = text_of(run, dataset, model).training_rows(range(6), 64, 6)
     assert len({tuple(row.tolist()) for row in rows}) == 6
     recorder = Recorder(model)
     monkeypatch.setattr(F, "linear", recorder)
@@ -231,14 +237,15 @@ def test_two_phases_calibrate_the_core_on_the_network_quantized_elsewhere(traine
 def test_text_of_the_models_own_is_its_distribution_and_follows_the_seed_alone(trained):
     run, model, dataset = trained
     run = Run.from_dict({**run.to_dict()})
-    text = RunText(run, dataset, model, run.eval_plan)
+    text = text_of(run, dataset, model)
     rows = text.sampled_rows([0, 1, 2], 12, 1.0)
     assert rows.shape == (3, 12) and rows.max() < run.data.vocab_size
     assert (rows[:, 0] == dataset.tokenizer.bos_id).all()
     assert torch.equal(text.sampled_rows([2], 12, 1.0)[0], rows[2])
     assert len({tuple(row.tolist()) for row in rows}) == 3
     run.seeds.noise = 5
-    assert not torch.equal(text.sampled_rows([0, 1, 2], 12, 1.0), rows)
+    other = text_of(run, dataset, model)
+    assert not torch.equal(other.sampled_rows([0, 1, 2], 12, 1.0), rows)
     # Without heat the likeliest token always: greedy decoding.
     greedy = rows[:1, :1]
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from smoke_runs import train
 
-from recurgolf.training.progress import Log, time_left
+from recurgolf.log import Log, time_left
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from smoke_runs import small
 
 import recurgolf
 from recurgolf.data.shards import write_shard
+from recurgolf.log import Log
 from recurgolf.record import read_jsonl
 from recurgolf.training import checkpoint, shard_stamps
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.faults import RunFailed, is_out_of_memory, out_of_memory
-from recurgolf.training.progress import Log
 from recurgolf.training.trainer import Trainer
 
 LONG = ("trainer.steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=50")

@@ -12,7 +12,7 @@ from recurgolf.config import ConfigError
 from recurgolf.looping import LoopPlan, NoLooping, SegmentLooping
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model, Transformer
-from recurgolf.training.settings import TELEMETRY, TrainerConfig
+from recurgolf.settings import TELEMETRY, TrainerConfig
 from recurgolf.training.telemetry import LEVELS, bpb_by_passes, contraction, visit_curves
 
 VOCAB, DIM, BLOCKS, LENGTH = 40, 16, 3, 12

@@ -10,7 +10,7 @@ TELEMETRY = ("none", "validation", "log")
 PRECISIONS = ("auto", "float32", "bfloat16")
 NON_FINITE = ("stop", "skip")
 
-WATCHING = (
+NOT_FINGERPRINTED = (
     *("resume", "log_every", "val_every", "checkpoint_every", "checkpoint_seconds"),
     *("keep_last", "keep_best", "rank_timeout_seconds", "telemetry"),
 )
