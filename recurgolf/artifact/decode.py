@@ -263,8 +263,8 @@ def frequencies(levels: np.ndarray) -> np.ndarray:
     octaves, eighths = np.divmod(levels, 8)
     weights = (_EIGHTHS[eighths] << 16) >> np.minimum(octaves.max(initial=0) - octaves, 60)
     weights = np.where(levels > 0, np.maximum(weights, 1), 0)
-    if not weights.any():
-        raise ValueError("an ans table without symbols")
+    if not weights.any():  # a class that no entry is in
+        weights[0] = 1
     slots = np.where(weights > 0, np.maximum((weights << RANS_BITS) // weights.sum(), 1), 0)
     while (excess := int(slots.sum()) - 2**RANS_BITS) > 0:
         largest = int(slots.argmax())

@@ -155,6 +155,16 @@ def test_ans_is_the_rans_of_the_paper(count, spread):
     assert rans_decoded(payload, count) == codes.tolist()
 
 
+def test_ans_codes_rows_whose_sizes_leave_classes_empty():
+    codes = (
+        np.random.default_rng(0).normal(0, 1, (64, 400)) * np.tile([[0.4], [30.0]], (32, 1))
+    ).round()
+    raw = codes.clip(-127, 127).astype(np.int8).tobytes()
+    encoded = AnsCodec().encode(raw, [(64, 400)], 1)
+    assert encoded.payload[0] >= 2, "classes by row"
+    assert decoded(encoded, [(64, 400)], 1) == raw
+
+
 @pytest.mark.parametrize("damage", ["cut", "longer", "state"])
 def test_a_damaged_stream_is_refused_and_not_decoded(damage):
     codes = np.random.default_rng(0).normal(0, 2, 5000).round().astype(np.int8)
