@@ -70,9 +70,11 @@ class SlidingEval(Overlapping):
     whole_windows: bool = False
     """Cut the text to whole training windows first, as the public systems do."""
     compat_rescore_tail: bool = False
-    """Go on with ever shorter windows at the end, which score the last targets again (system V)."""
+    """Go on with ever shorter windows at the end, which score the last targets again, as
+    universal_rank1 does."""
     compat_skip_head: bool = False
-    """Never score the first seq_len - stride targets, nor those of the last window (system R)."""
+    """Never score the first seq_len - stride targets, nor those of the last window, as
+    parallel_recurrent does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import recurgolf
@@ -27,7 +26,7 @@ from recurgolf.importers import (
     universal_rank1,
 )
 from recurgolf.importers.settings import read_settings, without_bearing
-from recurgolf.importers.source import Place, System, lay, read_weights, to_source
+from recurgolf.importers.source import Place, System, lay, read_weights
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import LowRank
 from recurgolf.model.transformer import Transformer
@@ -60,27 +59,13 @@ class Imported:
         run: the experiment that the source's settings describe; None for a single layer.
         model: the module with the source's weights, see `ImportedModel` and `ImportedLayer`.
         places: where every tensor of the source lies in `model.transformer`.
-        passed_over: names in the source's settings that have no bearing on model or run.
+        passed_over: names in the source's settings that change neither the model nor its score.
     """
 
     run: Run | None
     model: nn.Module
     places: list[Place] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
-
-    def to_source(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Tensors named like parameters of our Transformer, under the source's names and shapes.
-
-        What is not there, or None, is left out.
-        """
-        return to_source(self.places, tensors)
-
-    def source_gradients(self) -> dict[str, Tensor]:
-        """The gradients that the last backward left, under the source's names."""
-        if isinstance(self.model, ImportedLayer):
-            return self.model.source_gradients()
-        named = self.model.get_submodule("transformer").named_parameters()
-        return self.to_source({name: parameter.grad for name, parameter in named})
 
 
 class ImportedModel(nn.Module):
@@ -123,12 +108,11 @@ class ImportedLayer(nn.Module):
     Attributes:
         layer: the layer under our names.
         factors: its low-rank factors, `lora/<projection>/A` and `B`.
-        source: the source's tensors, as they were read.
     """
 
     def __init__(self, config: Mapping[str, Any], source: Mapping[str, Tensor]):
         super().__init__()
-        self.config, self.source = gated_delta_layer.settings_of(config), dict(source)
+        self.config = gated_delta_layer.settings_of(config)
         ours, state = gated_delta_layer.layer_state_from(self.config, source)
         self.layer = ours.build(int(self.config["hidden_size"]))
         self.layer.load_state_dict({n: t for n, t in state.items() if not n.startswith("lora.")})
@@ -151,20 +135,6 @@ class ImportedLayer(nn.Module):
     def _scale(self, rank: int) -> float:
         alpha = self.config.get("lora_alpha")
         return float(self.config.get("lora_scale", 1.0 if alpha is None else alpha / rank))
-
-    def source_gradients(self) -> dict[str, Tensor]:
-        """The gradients that the last backward left, under the source's names and shapes."""
-        found = {n: p.grad for n, p in self.layer.named_parameters()}
-        found |= {n.replace("/", "."): p.grad for n, p in self.factors.items()}
-        # Ours are rows of the source's, some several times: the way back is that map's derivative.
-        leaves = {n: t.detach().clone().requires_grad_() for n, t in self.source.items()}
-        _, ours = gated_delta_layer.layer_state_from(self.config, leaves)
-        pairs = [(ours[name], grad) for name, grad in found.items() if grad is not None]
-        if not pairs:
-            return {}
-        outputs, grads = zip(*pairs, strict=True)
-        named = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
-        return {n: g for n, g in zip(leaves, named, strict=True) if g is not None}
 
 
 def load(
@@ -233,7 +203,9 @@ def _load_system(
 
 
 def _load_layer(config: Mapping[str, Any], weights: Weights) -> Imported:
-    return Imported(None, ImportedLayer(config, read_weights(weights)))
+    layer = ImportedLayer(config, read_weights(weights))
+    unread = [key for key in layer.config if key not in gated_delta_layer.SETTINGS]
+    return Imported(None, layer, passed_over=unread)
 
 
 def written(value: Any) -> str:

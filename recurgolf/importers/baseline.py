@@ -7,20 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from recurgolf.importers.settings import TRAINING_DEFAULTS, shared_overrides
+from recurgolf.importers.settings import IDLE, TRAINING_DEFAULTS, UNTIED_DEFAULTS, shared_overrides
 from recurgolf.importers.source import Place, System, whole_places
 from recurgolf.model.transformer import Transformer
 
 DEFAULTS = {
     **TRAINING_DEFAULTS,
+    **UNTIED_DEFAULTS,
     "vocab_size": 1024,
     "num_layers": 9,
     "model_dim": 512,
     "num_heads": 8,
     "num_kv_heads": 4,
     "mlp_mult": 2,
-    "tie_embeddings": True,
-    "tied_embed_init_std": 0.005,
     "logit_softcap": 30.0,
     "rope_base": 10000.0,
     "qk_gain_init": 1.5,
@@ -37,15 +36,10 @@ DEFAULTS = {
 
 
 def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **shared_overrides(settings),
-        "model.num_blocks": settings["num_layers"],
-        "optimizer.momentum_start": settings["muon_momentum_warmup_start"],
-        "optimizer.momentum_warmup_steps": settings["muon_momentum_warmup_steps"],
-        "optimizer.grad_clip": settings["grad_clip_norm"],
-        "optimizer.clip_scope": "global",
-        "optimizer.schedule.warmdown_steps": settings["warmdown_iters"],
-    }
+    found = {**shared_overrides(settings), "model.num_blocks": settings["num_layers"]}
+    if settings["grad_clip_norm"] > 0:
+        found["optimizer.clip_scope"] = "global"
+    return found
 
 
 def places(
@@ -54,6 +48,6 @@ def places(
     return whole_places(model)
 
 
-SYSTEM = System("parameter_golf_baseline", DEFAULTS, overrides, places)
+SYSTEM = System("baseline", "parameter_golf_baseline", DEFAULTS, overrides, places, IDLE)
 
 __all__ = ["SYSTEM"]

@@ -28,6 +28,10 @@ _SIZES: dict[str, tuple[str, Any]] = {
 }
 """Our field -> the source's key, and what the published models have; None: it must be given."""
 
+SETTINGS = {key for key, _ in _SIZES.values()}
+SETTINGS |= {"hidden_size", "hidden_act", "lora_alpha", "lora_scale"}
+"""What a layer reads of its network's configuration, which says much else."""
+
 _FUSED = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 
 

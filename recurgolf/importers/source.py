@@ -1,8 +1,7 @@
 """What the importers share about weights: reading them, and where every tensor lies.
 
 An importer says where every tensor of its source lies in our model, slice by slice (`Place`). From
-that list alone follow loading, the checks of names and shapes, and the way back: any tensors that
-are named like our parameters (gradients, averaged weights) under the source's names.
+that list alone follow loading and the checks of names and shapes.
 """
 
 from __future__ import annotations
@@ -52,17 +51,24 @@ class System:
     """How one public system is read.
 
     Attributes:
+        name: what `importers.load` calls it.
         experiment: the experiment that a Run starts from.
-        defaults: the source's hyper-parameters that matter here, and their values there.
+        defaults: the source's settings that reach the Run, and their values there.
         overrides: settings -> what they change in the experiment, as composition takes it.
         places: (model, settings, weights) -> where every tensor lies.
+        idle: further settings of the source, which change neither its model nor its score.
+        off: further settings of the source that are not reproduced -> the value that asks for
+            nothing; any other is refused.
         aliases: other spellings of settings -> the one in `defaults`.
     """
 
+    name: str
     experiment: str
     defaults: Mapping[str, Any]
     overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
     places: Callable[[Transformer, Mapping[str, Any], Mapping[str, Tensor]], list[Place]]
+    idle: frozenset[str] = frozenset()
+    off: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -120,23 +126,6 @@ def lay(model: nn.Module, places: Iterable[Place], weights: Mapping[str, Tensor]
         place_in.copy_(place.from_source(weights[place.source]))
 
 
-def to_source(places: Iterable[Place], tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Tensors that are named and shaped like our parameters, under the source's names.
-
-    A source tensor of which no part is there is left out; a part that is not there is zero.
-    """
-    found: dict[str, Tensor] = {}
-    places = list(places)
-    shapes = _source_shapes(places, {p.ours: tensors.get(p.ours) for p in places})
-    for place in places:
-        tensor = tensors.get(place.ours)
-        if tensor is not None:
-            piece = place.from_ours(tensor)
-            whole = found.setdefault(place.source, piece.new_zeros(shapes[place.source]))
-            whole[place.source_index] = piece
-    return found
-
-
 def _check(places: list[Place], ours: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     shapes = _source_shapes(places, ours)
     for name in weights:
@@ -160,16 +149,11 @@ def _check(places: list[Place], ours: Mapping[str, Tensor], weights: Mapping[str
     assert not left, f"an importer forgot a part of {left}"
 
 
-def _source_shapes(
-    places: list[Place], ours: Mapping[str, Tensor | None]
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every source tensor that some of our tensors determine."""
+def _source_shapes(places: list[Place], ours: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape that every source tensor must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for place in places:
-        tensor = ours[place.ours]
-        if tensor is None:
-            continue
-        piece = tuple(place.from_ours(tensor).shape)
+        piece = tuple(place.from_ours(ours[place.ours]).shape)
         if place.source_index:
             rows = [p.source_index[0] for p in places if p.source == place.source]
             needed = 1 + max(row for row in rows if isinstance(row, int))
@@ -234,6 +218,5 @@ __all__ = [
     "System",
     "lay",
     "read_weights",
-    "to_source",
     "whole_places",
 ]

@@ -11,13 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from recurgolf.config import ConfigError
-from recurgolf.importers.settings import TRAINING_DEFAULTS, shared_overrides
+from recurgolf.importers.settings import (
+    IDLE,
+    TRAINING_DEFAULTS,
+    UNTIED_DEFAULTS,
+    numbers,
+    positive,
+    shared_overrides,
+)
 from recurgolf.importers.source import Place, System, whole_places
 from recurgolf.model.transformer import Transformer
 
 DEFAULTS = {
     **TRAINING_DEFAULTS,
+    **UNTIED_DEFAULTS,
     "vocab_size": 1024,
     "num_prelude": 1,
     "num_shared": 4,
@@ -27,8 +34,6 @@ DEFAULTS = {
     "num_heads": 10,
     "num_kv_heads": 5,
     "mlp_mult": 3.0,
-    "tie_embeddings": True,
-    "tied_embed_init_std": 0.005,
     "logit_softcap": 30.0,
     "rope_base": 10000.0,
     "rope_dims": 16,
@@ -47,6 +52,17 @@ DEFAULTS = {
     "noisy_qat": True,
     "train_seq_len": 2048,
     "eval_seq_len": 2048,
+    "eval_stride": 0,
+    "ttt_enabled": False,
+    "ttt_lr": 0.002,
+    "ttt_epochs": 3,
+    "ttt_momentum": 0.9,
+    "ttt_chunk_tokens": 32768,
+    "ttt_batch_seqs": 32,
+    "ttt_grad_clip": 1.0,
+    "ttt_freeze_blocks": 2,
+    "val_loss_every": 4000,
+    "train_log_every": 500,
     "train_batch_tokens": 524_288,
     "warmdown_iters": 3000,
     "tied_embed_lr": 0.035,
@@ -58,6 +74,17 @@ DEFAULTS = {
     "muon_wd": 0.04,
     "adam_wd": 0.04,
     "grad_clip_norm": 0.3,
+}
+
+# Never read, or collected and never used. The last one touches the two tables' projections alone,
+# which have no fake quantizer here. The parts of a banked model say how many layers it has.
+_IDLE = IDLE | {"num_layers", "muon_beta2", "shared_muon_wd", "swa_enabled", "swa_every"}
+_IDLE |= {"lawa_k", "lawa_freq", "late_qat_threshold"}
+_OFF = {
+    "lawa_enabled": False,
+    "qat_enabled": False,
+    "gated_attention": False,
+    "value_residual": False,
 }
 
 _BANKS = {
@@ -79,9 +106,9 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         *range(prelude + shared, blocks),
     ]
     # The last visits' blocks are always the last blocks, the core repeating as one.
-    xsa = settings["xsa_last_n"]
+    xsa = positive(settings["xsa_last_n"])
     xsa_blocks = len(set(order[-xsa:])) if xsa > 0 else 0
-    visits = _numbers("ve_layers", settings["ve_layers"])
+    visits = numbers("ve_layers", settings["ve_layers"])
     ends = [*range(prelude), *range(prelude + shared, blocks)]
     return {
         **shared_overrides(settings),
@@ -93,20 +120,18 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         "model.mixer.remove_value_direction_last": xsa_blocks,
         "model.skips": "prelude_to_coda" if prelude and coda else "none",
         "model.depth_scaled_norm": settings["ln_scale"],
-        "model.bigram.rows": settings["bigram_vocab_size"],
+        "model.bigram.rows": positive(settings["bigram_vocab_size"]),
         "model.bigram.dim": settings["bigram_dim"],
         "model.value_embed.dim": settings["ve_dim"] if settings["ve_enabled"] else 0,
         "model.value_embed.visits": visits,
-        "model.rope.dims": settings["rope_dims"],
+        "model.rope.dims": positive(settings["rope_dims"]),
         "model.rope.train_len": settings["train_seq_len"],
-        "model.mtp_heads": settings["mtp_num_heads"],
+        "model.mtp_heads": positive(settings["mtp_num_heads"]),
         "model.mtp_weight": settings["mtp_loss_weight"],
         "looping.prelude": prelude,
         "looping.coda": coda,
         "looping.passes": loops,
         "lora.rank": 1 if settings["r1_lora"] else 0,
-        "optimizer.momentum_start": settings["muon_momentum_warmup_start"],
-        "optimizer.momentum_warmup_steps": settings["muon_momentum_warmup_steps"],
         "optimizer.matrix_weight_decay": settings["muon_wd"],
         "optimizer.mtp_lr": settings["matrix_lr"],
         "optimizer.mtp_weight_decay": settings["muon_wd"],
@@ -114,18 +139,36 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer.scalar_weight_decay": settings["adam_wd"],
         "optimizer.lora_lr": settings["scalar_lr"],
         "optimizer.lora_weight_decay": settings["adam_wd"],
-        "optimizer.grad_clip": settings["grad_clip_norm"],
-        "optimizer.schedule.warmdown_steps": settings["warmdown_iters"],
-        "eval.seq_len": settings["eval_seq_len"],
         "quant/qat": "noise" if settings["noisy_qat"] else "none",
+        **_scoring(settings),
     }
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.strip("[] ").split(",") if word.strip()]
-    except ValueError:
-        raise ConfigError(f"{name}={text!r}: expected whole numbers with commas between") from None
+def _scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows as the source's last report has them: a stride of its own, or else 64."""
+    trained = settings["train_seq_len"]
+    length = settings["eval_seq_len"] if settings["eval_seq_len"] > 0 else trained
+    asked, chunk = settings["eval_stride"], settings["ttt_chunk_tokens"]
+    blocks = sum(settings[f"num_{part}"] for part in ("prelude", "shared", "coda"))
+    frozen = range(min(settings["ttt_freeze_blocks"], blocks))
+    if settings["ttt_enabled"] and settings["ttt_epochs"] > 0 and chunk >= trained:
+        return {
+            "eval": "ttt_sgd",
+            "eval.seq_len": trained,
+            "eval.stride": min(asked if asked > 0 else 64, trained),
+            "eval.whole_windows": True,
+            "eval.chunk_tokens": chunk,
+            "eval.sgd.lr": settings["ttt_lr"],
+            "eval.sgd.momentum": settings["ttt_momentum"],
+            "eval.sgd.epochs": settings["ttt_epochs"],
+            "eval.sgd.batch_sequences": settings["ttt_batch_seqs"],
+            "eval.sgd.clip": settings["ttt_grad_clip"],
+            "eval.sgd.freeze": [f"blocks.{b}.*" for b in frozen],
+        }
+    strides = [stride for stride in (asked, 64) if 0 < stride < length]
+    if not strides:
+        return {"eval": "plain", "eval.seq_len": length}
+    return {"eval.seq_len": length, "eval.stride": strides[0]}
 
 
 def places(
@@ -176,6 +219,15 @@ def _vector_places(model: Transformer, settings: Mapping[str, Any]) -> list[Plac
     return found
 
 
-SYSTEM = System("universal_rank1", DEFAULTS, overrides, places, {"dtg_enabled": "dtg"})
+SYSTEM = System(
+    "universal_rank1",
+    "universal_rank1",
+    DEFAULTS,
+    overrides,
+    places,
+    _IDLE,
+    _OFF,
+    {"dtg_enabled": "dtg"},
+)
 
 __all__ = ["SYSTEM"]

@@ -443,6 +443,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.bigram.embed.weight)
         if self.value_embed is not None:
             nn.init.normal_(self.value_embed.embed.weight, std=0.01)
+        # Blocks may be orthogonal at any width; as published, a narrow table's projection is zero.
+        projections = [table.proj for table in (self.bigram, self.value_embed) if table is not None]
+        for proj in projections if init.linear == "orthogonal" else []:
+            if proj is not None and min(proj.weight.shape) < 64:
+                nn.init.zeros_(proj.weight)
         # Heads start at zero even where other output projections do not.
         if self.lm_head is not None:
             nn.init.zeros_(self.lm_head.weight)

@@ -285,6 +285,42 @@ def test_what_cannot_be_is_refused_while_composing(override, message):
         recurgolf.compose(["experiment=smoke", *override.split()])
 
 
+@pytest.mark.parametrize(("length", "stride"), [(8, 3), (8, 5), (8, 7), (8, 8), (16, 5), (16, 9)])
+@pytest.mark.parametrize("targets", [16, 32, 48, 149])
+def test_universal_rank1_learns_between_windows_of_at_least_a_stride(length, stride, targets):
+    """Its rule, window by window: too short a window is dropped, with targets that it had alone."""
+    whole = targets - targets % length
+    scored, chunk_of, chunk = [0] * targets, {}, 2 * length
+    for start in range(0, whole, stride):
+        end = min(start + length, whole)
+        if start > 0 and end - start < stride:
+            continue
+        first = start if start == 0 else start + max(end - start - stride, 0)
+        chunk_of[start] = first // chunk
+        for target in range(first, end):
+            scored[target] += 1
+    protocol = SgdEval(
+        seq_len=length,
+        stride=stride,
+        whole_windows=True,
+        compat_rescore_tail=True,
+        chunk_tokens=chunk,
+        sgd=DESCENT,
+    )
+    what = text(num_tokens=targets + 1) if targets > 131 else cut(text(), targets + 1)
+    result = run(protocol, scored_model(), what)
+    assert result.accumulator is not None
+    assert result.accumulator.scored.tolist() == scored
+    if (length, stride, targets) == (8, 3, 16):
+        assert sum(scored) == 20
+    found = {w.start: number for number, ws in protocol.chunks(what, length) for w in ws}
+    assert found == chunk_of
+
+
+def cut(what: Text, num_tokens: int) -> Text:
+    return dataclasses.replace(what, tokens=what.tokens[:num_tokens])
+
+
 def test_chunks_shorter_than_a_window_are_refused():
     with pytest.raises(ConfigError, match=r"eval.chunk_tokens=8 holds no training row"):
         run(SgdEval(chunk_tokens=8), scored_model(), text())

@@ -27,19 +27,27 @@ def recorded(system: str) -> dict:
 @cache
 def validation_text() -> Text:
     shards = sorted((GOLDEN / "data/shards").glob("*_val_*.bin"))
-    table = ByteCount.of(read_tokenizer(GOLDEN / "data" / "tokenizer.model"))
-    return Text(np.concatenate([read_shard(path) for path in shards]), table, bos=1)
+    tokenizer = read_tokenizer(GOLDEN / "data" / "tokenizer.model")
+    tokens = np.concatenate([read_shard(path) for path in shards])
+    return Text(tokens, ByteCount.of(tokenizer), bos=tokenizer.bos_id)
 
 
 @cache
-def scored_model_of(system: str, seq_len: int = 64) -> ScoredModel:
+def scored_model_of(system: str) -> ScoredModel:
     weights = GOLDEN / system / "eval" / "weights.safetensors"
     imported = importers.load(system, recorded(system)["hyperparameters"], weights)
-    return ScoredModel(imported.model.transformer, imported.run.looping, seq_len)
+    length = imported.run.trainer.seq_len
+    return ScoredModel(imported.model.transformer, imported.run.looping, length)
 
 
-FROZEN_BY_SYSTEM_V = ("mixer_scale", "mlp_scale", "input_mix.*", "mixer.q_gain")
-"""That system freezes parameters by the names of their blocks, but the matrices are in banks."""
+def frozen_by_universal_rank1(blocks: int) -> list[str]:
+    """It freezes parameters by the names of their blocks, and finds no matrix: those are banked."""
+    names = scored_model_of("universal_rank1").model.state_dict()
+    frozen = [
+        name for name in names if name.startswith(tuple(f"blocks.{b}." for b in range(blocks)))
+    ]
+    return [name for name in frozen if not name.endswith("_proj.weight")]
+
 
 SGD = [
     (system, how)
@@ -51,24 +59,20 @@ SGD = [
 
 
 def sgd_protocol(system: str, how: dict) -> SgdEval:
-    tail = system == "universal_rank1"
-    blocks = range(how.get("ttt_freeze_blocks", 0))
+    banked = system == "universal_rank1"
     return SgdEval(
+        seq_len=how.get("eval_seq_len", how.get("train_seq_len")),
         stride=how.get("eval_stride", how.get("stride")),
         whole_windows=True,
-        compat_rescore_tail=tail,
+        compat_rescore_tail=banked,
         chunk_tokens=how["ttt_chunk_tokens"],
         sgd=Descent(
             lr=how["ttt_lr"],
             momentum=how["ttt_momentum"],
             epochs=how["ttt_epochs"],
-            freeze=[
-                f"blocks.{b}.{name}"
-                for b in blocks
-                for name in FROZEN_BY_SYSTEM_V
-                if name != "mixer_scale" or b == 0
-                if name != "mlp_scale" or b == 0
-            ],
+            batch_sequences=how.get("ttt_batch_seqs", how.get("batch_seqs", 32)),
+            clip=how.get("ttt_grad_clip", 1.0),
+            freeze=frozen_by_universal_rank1(how.get("ttt_freeze_blocks", 0)) if banked else [],
         ),
     )
 
@@ -87,8 +91,11 @@ def test_sgd_over_chunks_scores_as_recorded(system, how):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_every_chunk_costs_what_was_recorded():
-    (system, how) = SGD[0]
+ONCE = [(system, how) for system, how in SGD if system != "universal_rank1"]
+
+
+@pytest.mark.parametrize(("system", "how"), ONCE, ids=[str(n) for n in range(len(ONCE))])
+def test_every_chunk_costs_what_was_recorded(system, how):
     result = score(
         sgd_protocol(system, how), scored_model_of(system), validation_text(), per_target=True
     )
@@ -98,38 +105,62 @@ def test_every_chunk_costs_what_was_recorded():
         assert sums[int(tokens) - 1] == pytest.approx(nats, rel=1e-6)
 
 
-@pytest.mark.parametrize("case", [0, 1])
-@pytest.mark.parametrize("name", ["auto_eval", "fixed_eval"])
-def test_reconstruction_has_the_recorded_loss_of_every_token(name, case):
-    folder = GOLDEN / "parallel_recurrent" / "models" / name
+RECONSTRUCTIONS = [
+    (path.parent, case)
+    for path in sorted(GOLDEN.glob("parallel_recurrent/models/*/config.json"))
+    for case in json.loads(path.read_text()).get("ttt_cases", {})
+]
+
+
+def chosen_blocks(layers) -> list[int] | None:
+    return None if layers == "all" else [int(block) for block in str(layers).split(",")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "case"), RECONSTRUCTIONS, ids=[f"{f.name}-{case}" for f, case in RECONSTRUCTIONS]
+)
+def test_reconstruction_has_the_recorded_loss_of_every_token(folder, case):
     config = json.loads((folder / "config.json").read_text())
-    how, losses = config["ttt_cases"][str(case)], load_file(folder / "ttt.safetensors")
+    how, losses = config["ttt_cases"][case], load_file(folder / "ttt.safetensors")
     imported = importers.load(
         "parallel_recurrent", config["hyperparameters"], folder / "weights.safetensors"
     )
-    run = imported.run
-    scored_model = ScoredModel(imported.model.transformer.eval(), run.looping, 20)
-    blocks = None if how["ttt_layers"] == "all" else [int(b) for b in how["ttt_layers"].split(",")]
-    protocol = ReconstructEval(chunk_tokens=how["ttt_chunk_size"], lr=how["ttt_lr"], blocks=blocks)
-    ids = torch.cat((losses["input_ids"], losses["target_ids"][:, -1:]), dim=1)
+    ids = torch.cat((losses["input_ids"], losses["target_ids"][:, -1:]), dim=1).long()
+    length = ids.shape[1] - 1
+    scored_model = ScoredModel(imported.model.transformer.eval(), imported.run.looping, length)
+    protocol = ReconstructEval(
+        chunk_tokens=how["ttt_chunk_size"],
+        lr=how["ttt_lr"],
+        blocks=chosen_blocks(how["ttt_layers"]),
+    )
     # Side by side with another text, which must not be felt.
     both = torch.cat((ids, ids.flip(1)))
-    chunks = protocol.scores(scored_model, both, Window(0, 0, 20), scored_model.plan(), None)
-    found = torch.cat([nats[0] for _, nats in chunks])
-    torch.testing.assert_close(found, losses[f"per_token_loss.{case}"][0], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(found, losses["per_token_loss.no_ttt"][0], atol=1e-3)
+    window = Window(0, 0, length)
+    chunks = protocol.scores(scored_model, both, window, scored_model.plan(), None)
+    found = torch.cat([nats[: len(ids)] for _, nats in chunks], dim=1)
+    torch.testing.assert_close(found, losses[f"per_token_loss.{case}"], atol=1e-5, rtol=1e-5)
+    if how["ttt_chunk_size"] < length:
+        assert not torch.allclose(found, losses["per_token_loss.no_ttt"], atol=1e-3)
 
 
-def test_reconstruction_scores_as_recorded():
-    settings = recorded("parallel_recurrent")
-    (how,) = (r for r in settings["results"] if r["use_ttt"] and r["world_size"] == 1)
+RECONSTRUCTED = [
+    how
+    for how in recorded("parallel_recurrent")["results"]
+    if how["use_ttt"] and how["world_size"] == 1
+]
+
+
+@pytest.mark.parametrize("how", RECONSTRUCTED, ids=[str(n) for n in range(len(RECONSTRUCTED))])
+def test_reconstruction_scores_as_recorded(how):
+    settings = recorded("parallel_recurrent")["hyperparameters"] | how
     protocol = ReconstructEval(
-        stride=how["sw_stride"],
-        seq_len=how["sw_seq_len"],
+        stride=settings["sw_stride"],
+        seq_len=settings["sw_seq_len"],
         compat_skip_head=True,
         whole_windows=True,
-        chunk_tokens=settings["hyperparameters"]["ttt_chunk_size"],
-        lr=settings["hyperparameters"]["ttt_lr"],
+        chunk_tokens=settings["ttt_chunk_size"],
+        lr=settings["ttt_lr"],
+        blocks=chosen_blocks(settings["ttt_layers"]),
     )
     result = score(protocol, scored_model_of("parallel_recurrent"), validation_text())
     assert result.val_loss == pytest.approx(how["val_loss"], rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,31 @@ def _imported(folder: Path, changes: tuple[tuple[str, Any], ...]) -> Imported:
 def imported(folder: Path, case: str) -> Imported:
     """The recorded model, in the mode of the case and without gradients."""
     how = config_of(folder)["cases"][case]
-    found = _imported(folder, tuple((key, how[key]) for key in ("xsa_last_n",) if key in how))
+    known = importers.SYSTEMS[folder.parents[1].name].defaults
+    found = _imported(folder, tuple((key, how[key]) for key in how if key.lower() in known))
     found.model.zero_grad(set_to_none=True)
     found.model.train(how["mode"] == "train")
     found.model.set_looping(how.get("looping_active", True))
     return found
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The recorded model's tensors under its own names."""
+    return load_file(folder / "weights.safetensors")
+
+
+def with_derived(system: str) -> list[Path]:
+    """The recorded models of a system whose structure was written down."""
+    folders = [folder for folder in model_folders() if folder.parents[1].name == system]
+    return [folder for folder in folders if "derived" in config_of(folder)]
+
+
+def turning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model that was built but never run, with a rotation that its heads can hold."""
+    default = importers.SYSTEMS["universal_rank1"].defaults["rope_dims"]
+    dims, heads = settings["model_dim"], settings["num_heads"]
+    wide = settings.get("rope_dims", default) > dims // heads
+    return dict(settings) | ({"rope_dims": 0} if wide else {})
 
 
 def recorded(folder: Path, case: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""System K, of which only a report is public: each of its statements, in both of its readings."""
+"""depth_recurrent_qat, of which only a report is public: what it states, in both readings."""
 
 import math
 

@@ -1,6 +1,7 @@
 """Logits, losses, block outputs and gradients of the four systems equal the recorded ones."""
 
 import pytest
+import source_names
 import torch
 from recordings import (
     assert_close,
@@ -9,6 +10,8 @@ from recordings import (
     imported,
     recorded,
     removes_values_from_normed_outputs,
+    weights_of,
+    with_derived,
 )
 
 CASES = cases()
@@ -44,7 +47,7 @@ def test_outputs_and_every_gradient_equal_the_recording(folder, case):
     if not wanted:
         return
     loss.backward()
-    gradients = found.source_gradients()
+    gradients = source_names.gradients(found, weights_of(folder))
     atol, relative = (2e-3, 1e-3) if xsa else (1e-5, 1e-4)
     for name, expected in wanted.items():
         allowed = atol + relative * expected.abs().max().item()
@@ -55,33 +58,60 @@ def test_outputs_and_every_gradient_equal_the_recording(folder, case):
     assert set(gradients) == set(wanted)
 
 
-@pytest.mark.parametrize(
-    "name", ["lora0", "lora2_mtp_untied", "lora3", "noloop"], ids=lambda name: name
-)
-def test_visits_skips_and_adapters_follow_the_recorded_schedule(name):
-    folder = next(f for f, _ in CASES if f.name == name)
+@pytest.mark.parametrize("folder", with_derived("per_iteration_lora"), ids=lambda f: f.name)
+def test_visits_skips_and_adapters_follow_the_recorded_schedule(folder):
     derived = config_of(folder)["derived"]
-    found = imported(folder, "io_loop_off")
-    found.model.set_looping(True)
+    found = imported(folder, next(iter(config_of(folder)["cases"])))
+    found.model.train().set_looping(True)
     plan, transformer = found.model.plan, found.model.transformer
     assert list(plan.blocks) == derived["encoder_indices"] + derived["decoder_indices"]
     assert len(transformer.skips.weight) == derived["num_skip_weights"]
     assert [i for i, b in enumerate(transformer.blocks) if b.mixer.xsa] == derived["xsa_blocks"]
+    assert found.run.model.second_block_at == derived["parallel_blocks"]
+    factors = [block.norm.factor for block in transformer.blocks]
+    assert factors == pytest.approx(derived["ln_scale_factors"], rel=1e-15)
     schedule = derived.get("encoder_lora_schedule", []) + derived.get("decoder_lora_schedule", [])
+    assert not schedule or len(schedule) == len(plan.visits)
     start = config_of(folder)["hyperparameters"]["loop_start"]
     for visit, expected in zip(plan.visits, schedule, strict=False):
         slot = transformer.adapters.slot(visit)
         ours = None if slot is None else f"lora_adapters.{slot}.{visit.block - start}"
         assert ours == expected
+    found.model.set_looping(False)
+    halves = [derived[f"num_{half}_layers_when_inactive"] for half in ("encoder", "decoder")]
+    assert found.model.plan.num_visits == sum(halves)
+    assert len(transformer.skips.pairs(found.model.plan)) == min(halves)
 
 
-@pytest.mark.parametrize("name", ["full", "noprelude_dtg_mtp", "plain"])
-def test_universal_visits_and_blocks_follow_the_recorded_schedule(name):
-    folder = next(f for f, _ in CASES if f.name == name)
+@pytest.mark.parametrize("folder", with_derived("universal_rank1"), ids=lambda f: f.name)
+def test_universal_visits_and_blocks_follow_the_recorded_schedule(folder):
     derived = config_of(folder)["derived"]
-    transformer = (found := imported(folder, "io_train")).model.transformer
+    transformer = (found := imported(folder, _unchanged(folder))).model.transformer
     assert list(found.model.plan.blocks) == derived["eff_to_unique"]
     assert [i for i, b in enumerate(transformer.blocks) if b.mixer.xsa] == derived["xsa_blocks"]
     factors = [block.norm.factor for block in transformer.blocks]
     assert factors == pytest.approx(derived["ln_scale_factors"], rel=1e-15)
     assert bool(transformer.skips.pairs(found.model.plan)) == derived["has_skip"]
+    ends = [i for i, mode in enumerate(derived["block_modes"]) if mode == "preln"]
+    assert found.run.model.second_block_at == ends
+    if found.run.model.value_embed.dim:
+        assert found.run.model.value_embed.visits == derived["ve_layer_indices"]
+
+
+def _unchanged(folder):
+    """A case that changes no setting of its model."""
+    settings = config_of(folder)["hyperparameters"]
+    found = config_of(folder)["cases"].items()
+    return next(name for name, how in found if how["mode"] == "train" and not settings.keys() & how)
+
+
+@pytest.mark.parametrize(
+    ("folder", "case"),
+    [(f, c) for f, c in CASES if "recurrences" in config_of(f)["cases"][c]],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_blocks_recur_as_often_as_recorded(folder, case):
+    found = imported(folder, case)
+    blocks = config_of(folder)["hyperparameters"]["num_unique_layers"]
+    passes = config_of(folder)["cases"][case]["recurrences"]
+    assert found.model.plan.blocks == tuple(range(blocks)) * passes

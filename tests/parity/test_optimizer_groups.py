@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from recordings import GOLDEN
+from recordings import GOLDEN, turning
 
 from recurgolf import importers, optim
 from recurgolf.importers.settings import read_settings
@@ -19,10 +19,8 @@ RECORDED = [
     ("system", "number", "recorded"), RECORDED, ids=[f"{s}-{n}" for s, n, _ in RECORDED]
 )
 def test_every_parameter_has_the_recorded_optimizer_rate_and_decay(system, number, recorded):
-    # The recorded models were never run: their heads are narrower than the default rotation.
-    settings = recorded["hyperparameters"] | {"rope_dims": 0}
     known = importers.SYSTEMS[system]
-    values = read_settings(known, settings)
+    values = read_settings(known, turning(recorded["hyperparameters"]))
     run = importers.run_of(known, values)
     transformer = run.build_model()
     groups = optim.build(run.optimizer, transformer)

@@ -104,7 +104,7 @@ def test_weights_are_taken_up_anew_at_every_step(run):
 
 
 def test_noise_is_universal_rank1s_formula_fresh_at_every_visit_and_repeatable():
-    """W + (U - 1/2) · max|row| / 31 on the shared weights, as system V trains."""
+    """W + (U - 1/2) · max|row| / 31 on the shared weights."""
     from recurgolf.model.linear import Linear
 
     layer = torch.nn.Module()

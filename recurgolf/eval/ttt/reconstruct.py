@@ -1,4 +1,4 @@
-"""In-place reconstruction by the MLPs: test-time training without labels (rtferraz's system).
+"""In-place reconstruction by the MLPs: test-time training without labels, parallel_recurrent's.
 
 A window is read in chunks. Behind each chunk every chosen block's down projection W takes one step
 towards giving back the chunk's final states h (normed, n of them) from its own hidden layer z:

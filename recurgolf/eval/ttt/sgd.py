@@ -69,7 +69,7 @@ class SgdEval(SlidingEval):
         length = self.seq_len or scored_model.seq_len
         plan, base = scored_model.plan(self.passes), self.base(scored_model)
         rows = max(1, self.batch_tokens // length)
-        end = max(window.stop for window in self.windows(text, length))
+        end = text.num_targets - (text.num_targets % length if self.whole_windows else 0)
         num_chunks = -(-end // self.chunk_tokens)
         names = self.sgd.chosen(name for name, _ in scored_model.model.named_parameters())
         with borrowed(scored_model.model, names) as parameters:
@@ -101,6 +101,14 @@ class SgdEval(SlidingEval):
                     learner.learn(text, start, stop, length, self.sgd.rate(chunk, num_chunks))
                 if progress is not None:
                     progress(chunk + 1, num_chunks)
+
+    def windows(self, text: Text, seq_len: int) -> Iterator[Window]:
+        """As when nothing learns; but here universal_rank1 drops windows shorter than a stride."""
+        stride = self.step(seq_len)
+        for window in super().windows(text, seq_len):
+            dropped = self.compat_rescore_tail and window.stop - window.start < stride
+            if not dropped or window.start == 0:
+                yield window
 
     def chunks(self, text: Text, seq_len: int) -> Iterator[tuple[int, list[Window]]]:
         """Number and windows of every chunk, in order."""
