@@ -9,25 +9,29 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.config_source import ConfigResult
 
 from recurgolf.config import (
     CONFIG_LIBRARY_ERRORS,
@@ -67,7 +71,20 @@ def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
     check_overrides(overrides, group_names())
     load_plugins(plugin_modules(folder) if folder else ())
     register()
+    Plugins.instance()  # which registers Hydra's own sources, and would refuse to replace ours
+    SourcesRegistry.instance().types["file"] = _Yaml
     return folder
+
+
+class _Yaml(FileConfigSource):
+    """YAML files, where `plugins:` may stand in an option's; `plugin_modules` has read it there."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        # In an experiment it is a key of the Run; no option has it.
+        if isinstance(result.config, MutableMapping) and result.header.get("package") != "_global_":
+            result.config.pop("plugins", None)
+        return result
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
@@ -205,10 +222,22 @@ def hydra_initialized(folder: Path | None = None) -> Iterator[None]:
 
 
 def built(config: Any, path: str = "") -> Any:
+    """The objects of a composed config, or of one part of it at `path`."""
+    from recurgolf.artifact.code import classes_of, texts_of
+    from recurgolf.run import Run
+
     found = to_object(config)
     # `+key=value` adds a key to any node, and nothing would ever read it.
     for key in added_keys(found, path):
         raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")
+    if isinstance(found, Run):
+        # Whoever reads run.json needs the modules of its components, wherever they were named.
+        texts = set(texts_of(found))
+        named = {cls for kinds in REGISTRY.values() for kind, cls in kinds.items() if kind in texts}
+        for name in sorted({cls.__module__ for cls in {*classes_of(found), *named}}):
+            known = {"recurgolf", "__main__", *found.plugins}
+            if not {name, name.partition(".")[0]} & known:
+                found.plugins.append(name)
     return found
 
 
@@ -243,8 +272,9 @@ def plugin_modules(folder: Path) -> list[str]:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if isinstance(content, dict):
-            modules += [m for m in content.get("plugins") or [] if m not in modules]
+        named = content.get("plugins") if isinstance(content, dict) else None
+        named = [named] if isinstance(named, str) else named or []
+        modules += [name for name in named if name not in modules]
     return modules
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -53,6 +55,22 @@ def option(group: str, kind: str) -> Callable[[type[T]], type[T]]:
 def kind_of(node: Any) -> str:
     """The registered kind of an option object; its tag in W&B and its name in YAML."""
     return type(node).kind
+
+
+def import_modules(package: str) -> list[str]:
+    """Import every module of a package, so that the `@option` lines in them run.
+
+    The `__init__` of a package whose modules hold options ends with
+    `MODULES = import_modules(__name__)`: a new module then needs no line anywhere else. It is an
+    assignment because nothing reads it, so that packed programs leave it out; they carry the
+    modules that they use and import those themselves.
+    """
+    names = [
+        f"{package}.{module.name}" for module in pkgutil.iter_modules(sys.modules[package].__path__)
+    ]
+    for name in names:
+        importlib.import_module(name)
+    return names
 
 
 def load_plugins(modules: typing.Iterable[str] = ()) -> None:

@@ -8,11 +8,12 @@ per-visit scales). Model code knows plans and nothing of schedules.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import ConfigError, kind_of, option
 
 
 class Visit(NamedTuple):
@@ -80,8 +81,41 @@ class Looping:
         raise NotImplementedError
 
     def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
-        """The plan for scoring; `passes` overrides the configured number."""
-        raise NotImplementedError
+        """The plan for scoring: unless a schedule says otherwise, the one that training ends with.
+
+        Args:
+            passes: how often the looped blocks are to be visited, in place of the configured
+                number. A schedule heeds it or raises; `check_passes` holds it to that.
+
+        Raises:
+            ConfigError: this schedule cannot visit them so often.
+        """
+        trained = self.passes_of(num_blocks)
+        if passes not in (None, trained):
+            raise ConfigError(
+                f"eval passes={passes} asked for, but looping={kind_of(self)} has {trained} and "
+                "nothing else; choose another looping option"
+            )
+        return self.plan(num_blocks)
+
+    def check_passes(self, num_blocks: int, asked: Iterable[int]) -> None:
+        """Refuse numbers of passes that cannot be had, and a schedule that ignores the number.
+
+        Every number would report the score of the same plan under another name.
+        """
+        for passes in asked:
+            self.eval_plan(num_blocks, passes)
+        for passes in sorted({2, *asked} - {1}):
+            try:
+                fewer, more = (self.eval_plan(num_blocks, n) for n in (passes - 1, passes))
+            except ConfigError:
+                continue
+            if fewer == more:
+                raise ConfigError(
+                    f"looping={kind_of(self)} plans the same visits for {passes - 1} and for "
+                    f"{passes} passes ({more.describe()}): its eval_plan must heed `passes`, or "
+                    "raise a ConfigError for numbers that it cannot do"
+                )
 
     def all_plans(self, num_blocks: int) -> list[LoopPlan]:
         """Every plan that training can meet, in order; what warm-up must compile."""
@@ -107,14 +141,6 @@ class NoLooping(Looping):
 
     def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
         return LoopPlan(tuple(range(num_blocks)), (num_blocks, num_blocks))
-
-    def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
-        if passes not in (None, 1):
-            raise ConfigError(
-                f"eval passes={passes} asked for, but looping=none visits every block once, and "
-                "1 is all it can do; choose another looping option"
-            )
-        return self.plan(num_blocks)
 
 
 @dataclass

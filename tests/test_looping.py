@@ -7,16 +7,12 @@ import pytest
 from recurgolf.config import REGISTRY, ConfigError
 from recurgolf.looping import CycleLooping, NoLooping, PreludeCoreCoda, SegmentLooping
 
-SCHEDULES = [
-    NoLooping(),
+VARIANTS = [
     SegmentLooping(start=1, end=2, passes=3),
     CycleLooping(passes=4, start_fraction=0.35, ramp_fraction=0.3),
     PreludeCoreCoda(prelude=1, coda=1, passes=3, backprop_passes=2),
 ]
-
-
-def test_every_registered_schedule_is_tried_here():
-    assert {type(s) for s in SCHEDULES} == set(REGISTRY["looping"].values())
+SCHEDULES = [*(schedule() for schedule in REGISTRY["looping"].values()), *VARIANTS]
 
 
 def test_golf_band_gives_the_published_visit_list():
@@ -38,7 +34,7 @@ def test_visit_number_counts_the_visits_of_its_block():
     assert [(v.block, v.nth) for v in plan.visits] == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_plan_depends_on_the_fraction_alone(schedule):
     plans = [schedule.plan(5, f / 100) for f in range(101)]
     again = [schedule.plan(5, f / 100) for f in reversed(range(101))][::-1]
@@ -46,7 +42,7 @@ def test_plan_depends_on_the_fraction_alone(schedule):
     assert len({hash(p) for p in plans}) == len(set(plans)) == len(schedule.all_plans(5))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_every_plan_visits_every_block_and_repeats_whole_passes(schedule):
     for plan in schedule.all_plans(5):
         start, stop = plan.core
@@ -96,5 +92,37 @@ def test_impossible_schedules_are_refused_with_their_numbers(schedule, text):
 
 
 def test_passes_are_refused_where_nothing_repeats():
-    with pytest.raises(ConfigError, match="looping=none"):
+    with pytest.raises(ConfigError, match="looping=none has 1 and nothing else"):
         NoLooping().eval_plan(4, passes=3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_every_schedule_scores_with_the_passes_it_is_asked_for_or_refuses(schedule):
+    schedule.check_passes(5, [])
+    for passes in range(1, 6):
+        try:
+            plan = schedule.eval_plan(5, passes)
+        except ConfigError as error:
+            assert f"passes={passes}" in str(error)
+        else:
+            assert max(visit.nth for visit in plan.visits) == passes - 1
+
+
+def test_a_schedule_that_ignores_its_passes_is_refused():
+    class Twice(CycleLooping):
+        kind = "twice"
+
+        def eval_plan(self, num_blocks, passes=None):
+            return self.plan(num_blocks)
+
+    class AtMostThree(CycleLooping):
+        kind = "at_most_three"
+
+        def eval_plan(self, num_blocks, passes=None):
+            return super().eval_plan(num_blocks, min(passes or 2, 3))
+
+    with pytest.raises(ConfigError, match=r"looping=twice plans the same visits for 1 and for 2"):
+        Twice().check_passes(4, [])
+    AtMostThree().check_passes(4, [1, 2, 3])
+    with pytest.raises(ConfigError, match=r"same visits for 4 and for 5 passes \(\(0 1 2 3\)x3\)"):
+        AtMostThree().check_passes(4, [1, 2, 5])

@@ -1,8 +1,5 @@
 """The file that counts: its container, codecs and reader."""
 
-from pathlib import Path
-
-from recurgolf.artifact import reader
 from recurgolf.artifact.codecs import (
     AnsCodec,
     BestCodec,
@@ -12,16 +9,12 @@ from recurgolf.artifact.codecs import (
     StoreCodec,
     ZlibCodec,
     ZstdCodec,
-    all_decoders,
 )
 from recurgolf.artifact.container import PackTable, SectionBytes, pack, pack_bytes
-from recurgolf.artifact.reader import Artifact, ArtifactError
+from recurgolf.artifact.reader import Artifact, ArtifactError, load
+from recurgolf.config import import_modules
 
-
-def load(path: str | Path) -> Artifact:
-    """Read an artifact, with the codecs of plugins as well; see `reader.load`."""
-    return reader.load(path, all_decoders())
-
+MODULES = import_modules(__name__)
 
 __all__ = [
     "AnsCodec",

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurgolf.artifact.decode import library
+from recurgolf.artifact.decode import DECODERS, library
 from recurgolf.artifact.minify import stripped
 from recurgolf.artifact.programs import LIBRARIES, replaced
 from recurgolf.artifact.tree_shaking import Shaker, Target, module_source, named_options
@@ -34,7 +34,7 @@ COUNTED = {"score": PACKED_NAME, "train": TRAIN_NAME}
 
 SCORE = Target("recurgolf.artifact.score", "main")
 TRAIN = Target("recurgolf.standalone.main", "main")
-DECODERS = Target("recurgolf.artifact.decode", "DECODERS")
+DECODER_TABLE = Target("recurgolf.artifact.decode", "DECODERS")
 HEADER = ("brotli", "zlib", "none")
 """How the header of an artifact may be stored, whatever its codec."""
 
@@ -190,13 +190,20 @@ def pack_code(
         codec: of the artifact that it reads; None: any.
     """
     classes = {Target(cls.__module__, cls.__qualname__) for cls in classes_of(parts)}
+    kinds = set() if codec is None else {kind_of(codec), *texts_of(codec)}
+    # A decoder outside of the table's module puts itself there when its own module is imported.
+    classes |= {
+        Target(decoder.__module__, decoder.__qualname__)
+        for decoder in map(DECODERS.get, kinds)
+        if decoder is not None and decoder.__module__ != DECODER_TABLE.module
+    }
     packages = {target.module.partition(".")[0] for target in {entry, *classes}}
     shaker = Shaker(
         packages,
         whole=packages - {"recurgolf"},
         libraries=LIBRARIES,
         replaced=without,
-        tables={} if codec is None else {DECODERS: {kind_of(codec), *texts_of(codec), *HEADER}},
+        tables={DECODER_TABLE: {*kinds, *HEADER}} if kinds else {},
         strings=set(texts_of(parts)),
     )
     shaker.reach({entry, *classes})

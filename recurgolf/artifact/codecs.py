@@ -15,8 +15,6 @@ import numpy as np
 
 from recurgolf.artifact.ans import ans_payload
 from recurgolf.artifact.decode import (
-    DECODERS,
-    Decoder,
     MissingLibrary,
     Segments,
     Shape,
@@ -53,7 +51,11 @@ class Codec:
             )
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
-        """Payload of transformed bytes that `decoder` turns back."""
+        """Payload of transformed bytes that `DECODERS[kind]` turns back.
+
+        A codec in a module of its own adds its decoder to that table there (`DECODERS["mine"] =
+        ...` at module level), and the packed programs carry the decoder along.
+        """
         raise NotImplementedError
 
     def expected_bits(self, entropy: float) -> float:
@@ -62,10 +64,6 @@ class Codec:
         Measured on Gaussian codes of 3 to 6.7 bits, 262,144 of them.
         """
         return min(entropy + 0.045, 8.0)
-
-    def decoder(self) -> Decoder:
-        """The inverse; a codec from outside the package overrides it."""
-        return DECODERS[type(self).kind]  # type: ignore[attr-defined]
 
     def encode(self, raw: bytes, shapes: list[Shape], itemsize: int) -> Encoded:
         """Transform and compress the arrays of one section.
@@ -259,12 +257,6 @@ TRANSFORMS: dict[str, Callable[[bytes, list[Shape], int], bytes]] = {
     "planes": planes,
     "transpose": transpose,
 }
-
-
-def all_decoders() -> dict[str, Decoder]:
-    """Decoders of every registered codec, those of plugins included."""
-    codecs = {kind: cls() for kind, cls in REGISTRY["artifact/codec"].items() if kind != "best"}
-    return {kind: codec.decoder() for kind, codec in codecs.items()}
 
 
 def _require(module: str, package: str) -> None:

@@ -18,7 +18,6 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,8 @@ class Piece:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def load(path: str | Path, decoders: Mapping[str, Decoder] | None = None) -> Artifact:
+def load(path: str | Path) -> Artifact:
     """Read an artifact.
-
-    Args:
-        decoders: codecs beyond the package's own, by kind.
 
     Raises:
         ArtifactError: a file that is damaged, cut short, of another format or version, or whose
@@ -98,7 +94,6 @@ def load(path: str | Path, decoders: Mapping[str, Decoder] | None = None) -> Art
     """
     data = Path(path).read_bytes()
     header, start = _read_header(data)
-    known = {**DECODERS, **(decoders or {})}
     kinds = _list(header, "kinds")
     tensors = [_tensor_entry(entry, kinds) for entry in _list(header, "tensors")]
     if len({name for name, _, _ in tensors}) != len(tensors):
@@ -119,9 +114,9 @@ def load(path: str | Path, decoders: Mapping[str, Decoder] | None = None) -> Art
             raise ArtifactError(f"section {index}: {stored} bytes, more than the file has left")
         payload = data[start : start + stored]
         start += stored
-        if codec not in known:
+        if codec not in DECODERS:
             raise ArtifactError(f"section {index}: unknown codec {codec!r}")
-        raw = _decode(known[codec], transform, payload, pieces, f"section {index} ({codec})")
+        raw = _decode(DECODERS[codec], transform, payload, pieces, f"section {index} ({codec})")
         if zlib.crc32(raw) != crc:
             raise ArtifactError(f"section {index} ({codec}): decoded bytes fail their checksum")
         _cut(bytearray(raw), pieces, parts)

@@ -309,12 +309,15 @@ _BY_NAME = {"getattr", "setattr", "hasattr", "attrgetter", "methodcaller"}
 
 
 def named_options(shaker: Shaker, options: Mapping[str, Mapping[str, type]]) -> list[Target]:
-    """Registered classes that are named by text: by the run, or by kept code that uses REGISTRY."""
+    """Registered classes that are named by text: by the run, or by kept code that uses REGISTRY.
+
+    In a module that is not reached otherwise, only where kept code looks into their group.
+    """
     return [
         Target(cls.__module__, cls.__qualname__)
-        for kinds in options.values()
+        for group, kinds in options.items()
         for kind, cls in kinds.items()
-        if kind in shaker.strings and cls.__module__ in shaker.modules
+        if kind in shaker.strings and (cls.__module__ in shaker.modules or group in shaker.strings)
     ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import ConfigError, import_modules, option
 from recurgolf.data.byte_count import ByteCount
 from recurgolf.data.corpus import Corpus, embedded_corpus, text_corpus
 from recurgolf.data.dataset import Dataset, open_dataset
@@ -178,6 +178,8 @@ def lines(progress: Progress) -> Step:
 
     return step
 
+
+MODULES = import_modules(__name__)
 
 __all__ = [
     "ByteCount",

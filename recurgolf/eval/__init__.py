@@ -4,12 +4,10 @@
 
 `ScoredModel` is a model as protocols see it, `Text` what is scored, `ScoreAccumulator` where the
 scores go, `Score` what comes out. A protocol is one class with `@option("eval", kind)` in a module
-below.
+of this package.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from recurgolf.config import import_modules
 from recurgolf.eval.protocol import (
     AllReduce,
     Eval,
@@ -21,11 +19,9 @@ from recurgolf.eval.protocol import (
     score,
 )
 from recurgolf.eval.text import ByteTable, Score, ScoreAccumulator, Text
+from recurgolf.eval.windows import PlainEval, SlidingEval
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
-from recurgolf.eval.windows import PlainEval, SlidingEval  # noqa: E402
+MODULES = import_modules(__name__)
 
 __all__ = [
     "AllReduce",

@@ -153,8 +153,8 @@ class Eval:
 
     def check_model(self, model: Any, looping: Looping) -> None:
         """Refuse what a model (its configuration) cannot do, before it exists."""
-        for passes in self.passes if isinstance(self.passes, list) else [self.passes]:
-            looping.eval_plan(model.num_blocks, passes)
+        asked = self.passes if isinstance(self.passes, list) else [self.passes]
+        looping.check_passes(model.num_blocks, [passes for passes in asked if passes])
         if self.rope_scale != "none":
             if not model.head_dims:
                 raise ConfigError(f"eval.rope_scale={self.rope_scale}: no block of it attends")

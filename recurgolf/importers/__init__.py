@@ -9,6 +9,7 @@ Every tensor of a source is used, or the import fails naming it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import recurgolf
-from recurgolf.config import ConfigError, suggestion
-from recurgolf.importers import (
-    baseline,
-    gated_delta_layer,
-    parallel_recurrent,
-    per_iteration_lora,
-    universal_rank1,
-)
+from recurgolf.config import ConfigError, import_modules, suggestion
+from recurgolf.importers import gated_delta_layer
 from recurgolf.importers.settings import read_settings, without_bearing
 from recurgolf.importers.source import Place, System, lay, read_weights
 from recurgolf.looping import LoopPlan
@@ -33,12 +28,11 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 
 SYSTEMS: dict[str, System] = {
-    "baseline": baseline.SYSTEM,
-    "per_iteration_lora": per_iteration_lora.SYSTEM,
-    "universal_rank1": universal_rank1.SYSTEM,
-    "parallel_recurrent": parallel_recurrent.SYSTEM,
+    name.rpartition(".")[2]: sys.modules[name].SYSTEM
+    for name in import_modules(__name__)
+    if hasattr(sys.modules[name], "SYSTEM")
 }
-"""Whole systems by name."""
+"""Whole systems by name: the modules of this package that define a SYSTEM."""
 
 Weights = str | Path | Mapping[str, Tensor]
 """A state dict, or its file."""

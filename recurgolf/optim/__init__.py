@@ -1,5 +1,6 @@
 """How weights move: optimizers by parameter role, their schedules, and averages of the weights."""
 
+from recurgolf.config import import_modules
 from recurgolf.optim.averaging import EMA, LAWA, SWA, Averager, Averaging, NoAveraging
 from recurgolf.optim.groups import ParameterGroup
 from recurgolf.optim.muon import Muon, zeropower
@@ -14,6 +15,8 @@ from recurgolf.optim.schedule import (
     WallclockSchedule,
     training_fraction,
 )
+
+MODULES = import_modules(__name__)
 
 __all__ = [
     "EMA",

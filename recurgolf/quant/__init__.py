@@ -1,5 +1,6 @@
 """Quantization of plain tensors: grids, rounding, GPTQ, rules over parameter names."""
 
+from recurgolf.config import import_modules
 from recurgolf.quant.calibration import (
     Calibration,
     GramCollector,
@@ -25,6 +26,8 @@ from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import fake_quantize, rtn_quantize
 from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule
 from recurgolf.quant.state import MethodReport, QuantizedState, quantize_state
+
+MODULES = import_modules(__name__)
 
 __all__ = [
     "Calibration",

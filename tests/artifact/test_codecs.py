@@ -21,10 +21,10 @@ from recurgolf.artifact.codecs import (
     BrotliCodec,
     Codec,
     ZstdCodec,
-    all_decoders,
     shuffle,
 )
 from recurgolf.artifact.decode import (
+    DECODERS,
     decode_ans,
     frequencies,
     read_tables,
@@ -51,7 +51,7 @@ def decoded(encoded, shapes, itemsize):
         encoded.transform, itemsize * sum(int(np.prod(shape)) for shape in shapes)
     )
     segments = segments_of(encoded.transform, shapes, itemsize)
-    data = all_decoders()[encoded.codec](encoded.payload, size, segments)
+    data = DECODERS[encoded.codec](encoded.payload, size, segments)
     assert len(data) == size
     return undo_transform(encoded.transform, data, shapes, itemsize)
 

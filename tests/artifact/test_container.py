@@ -334,6 +334,7 @@ def test_a_deep_or_inflated_header_is_refused(tmp_path):
 
 
 def test_a_codec_of_a_plugin_reads_and_writes(tmp_path):
+    from recurgolf.artifact.decode import DECODERS
     from recurgolf.config import option
 
     @option("artifact/codec", "backwards")
@@ -341,12 +342,10 @@ def test_a_codec_of_a_plugin_reads_and_writes(tmp_path):
         def compress(self, data, segments):
             return data[::-1]
 
-        def decoder(self):
-            return lambda data, size, segments: data[::-1]
-
+    DECODERS["backwards"] = lambda data, size, segments: data[::-1]
     try:
         state = build_state()
         pack(tmp_path / "a.bin", {}, state, Backwards())
         assert_same(state, load(tmp_path / "a.bin").tensors)
     finally:
-        del REGISTRY["artifact/codec"]["backwards"]
+        del REGISTRY["artifact/codec"]["backwards"], DECODERS["backwards"]

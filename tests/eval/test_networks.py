@@ -123,7 +123,7 @@ def test_rescaling_what_cannot_be_rescaled_is_refused(made, message):
 
 
 def test_other_depths_are_refused_where_the_schedule_cannot_change():
-    with pytest.raises(ConfigError, match=r"passes=3 asked for, but looping=none visits every"):
+    with pytest.raises(ConfigError, match=r"passes=3 asked for, but looping=none has 1"):
         PlainEval(passes=[1, 3]).check_model(config(), NoLooping())
 
 

@@ -141,7 +141,7 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
         ),
         (["lora=attention", "lora.targets=[in_proj]", "looping=cycle"], "no projection 'in_proj'"),
         (["lora=rank1", "looping=none"], "lora.rank=1 .*no visit qualifies"),
-        (["eval.passes=3", "looping=none"], "eval passes=3 asked for, but looping=none"),
+        (["eval.passes=3", "looping=none"], "eval passes=3 asked for, but looping=none has 1"),
         (
             ["model.second_block_at=[7]"],
             r"second_block_at=\[7\] is outside the 3 blocks \(0 to 2\)",

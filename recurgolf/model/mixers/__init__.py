@@ -1,12 +1,12 @@
-"""Token mixers: what a block uses to look at earlier positions. One file each."""
+"""Token mixers: how a block looks at earlier positions. One module each, found by being here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 
 from torch import nn
+
+from recurgolf.config import import_modules
 
 
 @dataclass
@@ -29,7 +29,4 @@ class Mixer:
         raise NotImplementedError
 
 
-# By name and where they exist: the program packed with an artifact has only the mixers it uses.
-for _module in ("attention", "gated_deltanet"):
-    if find_spec(f"{__name__}.{_module}") is not None:
-        import_module(f"{__name__}.{_module}")
+MODULES = import_modules(__name__)
