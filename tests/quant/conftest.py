@@ -31,7 +31,8 @@ def formula_tensor():
     """A large input that is recorded as a formula: ((i·a) mod m − ⌊m/2⌋) / d."""
 
     def build(shape, a, m, d):
-        i = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
+        shape = torch.Size(shape)
+        i = torch.arange(shape.numel(), dtype=torch.int64)
         return (((i * a) % m - m // 2).float() / d).reshape(shape)
 
     return build

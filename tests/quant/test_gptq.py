@@ -88,21 +88,25 @@ def test_recorded_layers_of_universal_rank1_come_out(golden, formula_tensor):
         result = gptq_quantize(
             tensors[f"{index}.weight"],
             tensors[f"{index}.hessian"],
-            bits={31: 6, 15: 5}[case["clip_range"]],
+            bits=case["clip_range"].bit_length() + 1,
             block_size=case["block_size"],
             **search,
         )
         assert_within_tolerance(result, tensors[f"{name}.q"], tensors[f"{name}.scale"])
-    result = rtn_quantize(tensors["0.weight"], bits=6, **search)
-    assert torch.equal(result[0], tensors["0.no_hessian.q"])
-    assert torch.equal(result[1], tensors["0.no_hessian.scale"])
+    without = [name.removesuffix(".no_hessian.q") for name in tensors if "no_hessian.q" in name]
+    for index in without:
+        codes, scales = rtn_quantize(tensors[f"{index}.weight"], bits=6, **search)
+        assert torch.equal(codes, tensors[f"{index}.no_hessian.q"])
+        assert torch.equal(scales, tensors[f"{index}.no_hessian.scale"])
 
-    name = "blocks.0.mlp.fc.weight"
     facts = golden("universal_rank1/quantization/mixed.json")
     recorded = golden("universal_rank1/quantization/mixed.quantized.safetensors")
-    gram = golden("universal_rank1/quantization/mixed.input.safetensors")[f"hessian.{name}"]
-    result = gptq_quantize(formula_tensor(**facts["formula_inputs"][name]), gram, bits=6, **search)
-    assert_within_tolerance(result, recorded[f"{name}.q"], recorded[f"{name}.scale"])
+    for key, gram in golden("universal_rank1/quantization/mixed.input.safetensors").items():
+        name = key.removeprefix("hessian.")
+        if name != key:
+            weight = formula_tensor(**facts["formula_inputs"][name])
+            result = gptq_quantize(weight, gram, bits=6, **search)
+            assert_within_tolerance(result, recorded[f"{name}.q"], recorded[f"{name}.scale"])
 
 
 def test_recorded_artifact_of_per_iteration_lora_holds_our_codes(golden):
@@ -115,17 +119,19 @@ def test_recorded_artifact_of_per_iteration_lora_holds_our_codes(golden):
     content = torch.load(io.BytesIO(plain), weights_only=True)["w"]
     weights = golden("per_iteration_lora/quantization/mixed.weights.safetensors")
     grams = golden("per_iteration_lora/quantization/mixed.hessians.safetensors")
+    asked = golden("per_iteration_lora/quantization/mixed.json")["hyperparameters"]
 
-    name = "blocks.0.attn.c_q.weight"
-    result = gptq_quantize(weights[name].float(), grams[name], bits=6, clip=SigmaClip(12.85))
-    assert_within_tolerance(result, content[f"{name}.q"], content[f"{name}.scale"])
     for name, weight in weights.items():
         if name in content:
             assert torch.equal(weight, content[name])
             continue
-        bits, k = (8, 20.0) if name == "tok_emb.weight" else (6, 12.85)
-        _, scales = rtn_quantize(weight, bits=bits, clip=SigmaClip(k))
+        kind = "embed" if name == "tok_emb.weight" else "matrix"
+        grid = {"bits": asked[f"{kind}_bits"], "clip": SigmaClip(asked[f"{kind}_clip_sigmas"])}
+        _, scales = rtn_quantize(weight, **grid)
         assert torch.equal(scales, content[f"{name}.scale"])
+        if name in grams:  # the others' are recorded as checksums
+            result = gptq_quantize(weight.float(), grams[name], **grid)
+            assert_within_tolerance(result, content[f"{name}.q"], content[f"{name}.scale"])
 
 
 @pytest.mark.parametrize("group_size", [None, 24], ids=["rows", "groups"])

@@ -1,6 +1,7 @@
 """Rounding against the recordings of three public systems and against plain arithmetic."""
 
 import io
+import re
 import zlib
 from pathlib import Path
 
@@ -55,33 +56,49 @@ def mean_sigma(weight, bits, k):
     )
 
 
-def searched_int6(weight):
+def searched(weight, bits=6):
     return rtn_quantize(
         weight,
-        bits=6,
+        bits=bits,
         clip=PercentileSearchClip(),
         scale_floor="inv_qmax",
         vector_zero_scale=1.0,
     )
 
 
+def cases_of(recorded):
+    """The part of every recorded name in front of `.q`."""
+    return [key.removesuffix(".q") for key in recorded if key.endswith(".q")]
+
+
+def bits_of(largest):
+    """Bits of codes from -largest to largest."""
+    bits = int(largest).bit_length() + 1
+    assert 2 ** (bits - 1) - 1 == int(largest)
+    return bits
+
+
 def test_int8_equals_the_baseline_code_for_code(golden, quant_inputs):
     recorded = golden("baseline/quantization/int8_tensors.safetensors")
+    assert set(cases_of(recorded)) == set(quant_inputs)
     for name, weight in quant_inputs.items():
         assert_same(baseline_int8(weight), recorded[f"{name}.q"], recorded[f"{name}.scale"])
 
 
-def test_searched_int6_equals_universal_rank1_code_for_code(golden, quant_inputs):
+def test_searched_grids_equal_universal_rank1_code_for_code(golden, quant_inputs):
     recorded = golden("universal_rank1/quantization/int6_per_row.safetensors")
-    for name, weight in quant_inputs.items():
-        key = f"{name}.clip31"
-        assert_same(searched_int6(weight), recorded[f"{key}.q"], recorded[f"{key}.scale"])
+    cases = cases_of(recorded)
+    assert {case.split(".")[0] for case in cases} == set(quant_inputs)
+    for case in cases:
+        name, clip = case.split(".clip")
+        result = searched(quant_inputs[name], bits_of(clip))
+        assert_same(result, recorded[f"{case}.q"], recorded[f"{case}.scale"])
 
 
 def test_mean_sigma_clamp_equals_parallel_recurrent_code_for_code(golden, quant_inputs):
     recorded = golden("parallel_recurrent/quantization/sdclip.safetensors")
-    cases = [key.removesuffix(".q") for key in recorded if key.endswith(".q")]
-    assert len(cases) >= 48
+    cases = cases_of(recorded)
+    assert cases
     for case in cases:
         name, bits, k = case.split(".", 2)
         result = mean_sigma(
@@ -91,20 +108,24 @@ def test_mean_sigma_clamp_equals_parallel_recurrent_code_for_code(golden, quant_
 
 
 def test_baseline_state_and_its_recorded_artifact_hold_our_codes(golden, formula_tensor):
+    facts = golden("baseline/quantization/int8_state_dict.json")
     state = golden("baseline/quantization/int8_state_dict.input.safetensors")
     packed = (GOLDEN / "baseline/quantization/artifact.int8.ptz").read_bytes()
     content = torch.load(io.BytesIO(zlib.decompress(packed)), weights_only=True)
-    state["extra.long_vector"] = formula_tensor([65537], 37, 1001, 250)
-    assert set(content["quantized"]) == {"tok_emb.weight", "extra.long_vector"}
+    for name, formula in facts["formula_inputs"].items():  # written out in words here
+        shape, *factors = re.match(
+            r"shape \[(.*?)\], .*element i = \(\(i\*(\d+)\) mod (\d+) - \d+\) / (\d+)", formula
+        ).groups()
+        state[name] = formula_tensor(map(int, shape.split(",")), *map(int, factors))
+    assert content["quantized"]
     for name in content["quantized"]:
         codes, scales = baseline_int8(state[name])
         assert_same((codes, scales), content["quantized"][name], content["scales"][name])
         restored = dequantize(codes, scales).double()
-        check = golden("baseline/quantization/int8_state_dict.json")["roundtrip"][name]
+        check = facts["roundtrip"][name]
         assert float(restored.norm()) == pytest.approx(check["l2"], rel=1e-6)
     for name, kept in content["passthrough"].items():
-        if name in state:
-            assert torch.equal(state[name].to(kept.dtype), kept)
+        assert torch.equal(state[name].to(kept.dtype), kept)
 
 
 def test_parallel_recurrent_state_holds_our_codes(golden, formula_tensor):
@@ -121,21 +142,21 @@ def test_parallel_recurrent_state_holds_our_codes(golden, formula_tensor):
 def test_universal_rank1_state_holds_our_codes(golden, formula_tensor):
     facts = golden("universal_rank1/quantization/mixed.json")
     recorded = golden("universal_rank1/quantization/mixed.quantized.safetensors")
+    solved = golden("universal_rank1/quantization/mixed.input.safetensors")  # by GPTQ: test_gptq
     inputs = {name: formula_tensor(**f) for name, f in facts["formula_inputs"].items()}
-    quantize = {
-        "blocks.1.attn.c_q.weight": searched_int6,
-        "tok_emb.weight": baseline_int8,
-        "other.weight": baseline_int8,
-    }
-    for name, quantizer in quantize.items():
-        result = quantizer(inputs[name])
+    rounded = [name for name in cases_of(recorded) if f"hessian.{name}" not in solved]
+    assert rounded
+    for name in rounded:
+        block = ".attn." in name or ".mlp." in name
+        result = (searched if block else baseline_int8)(inputs[name])
         assert_same(result, recorded[f"{name}.q"], recorded[f"{name}.scale"])
 
 
 def test_straight_through_layer_equals_universal_rank1(golden):
     recorded = golden("universal_rank1/quantization/fake_quant_linear.safetensors")
     spec = QuantizerGrid(6, MaxClip(), scale_floor="inv_qmax", scale_dtype=torch.float32)
-    for i in range(3):
+    layers = [name.removesuffix(".weight") for name in recorded if name.endswith(".weight")]
+    for i in layers:
         weight = recorded[f"{i}.weight"].clone().requires_grad_()
         x = recorded[f"{i}.x"].clone().requires_grad_()
         y = x @ fake_quantize(weight, spec).T

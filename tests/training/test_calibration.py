@@ -98,12 +98,10 @@ def test_recorded_gram_matrices_codes_and_logits_come_out(recorded):
             torch.testing.assert_close(ours[:4], rows, rtol=1e-4, atol=1e-2)
         assert float(ours.norm()) == pytest.approx(checks[source]["l2"], rel=1e-5)
     codes = load_file(GOLDEN / "mixed.quantized.safetensors")
+    asked = json.loads((GOLDEN / "mixed.json").read_text())["hyperparameters"]
     for source, name in names.items():
-        spec = (
-            QuantizerGrid(8, SigmaClip(20.0))
-            if "emb" in source
-            else QuantizerGrid(6, SigmaClip(12.85))
-        )
+        kind = "embed" if "emb" in source else "matrix"
+        spec = QuantizerGrid(asked[f"{kind}_bits"], SigmaClip(asked[f"{kind}_clip_sigmas"]))
         weight = model.get_parameter(name)
         (result,) = gptq_quantize_many([weight], [grams[name]], spec)
         assert torch.equal(result.scales, codes[f"{source}.scale"])
