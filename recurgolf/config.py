@@ -36,6 +36,10 @@ class ConfigError(ValueError):
     """A contradiction in what the user asked for. Its text is the whole message shown."""
 
 
+class RunFailed(RuntimeError):
+    """The run cannot go on. Its text is the whole message shown; what was saved stays."""
+
+
 def option(group: str, kind: str) -> Callable[[type[T]], type[T]]:
     """Register a dataclass as the option `kind` of a config group (`model/mixer` when nested)."""
 

@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=int, default=100_000_000, help="tokens per shard")
     add("--out", type=Path, help="write to this new folder instead of the cache")
     text = parser.add_argument_group("--corpus text")
-    text.add_argument("--files", default="", help="glob pattern of plain text or .jsonl[.gz|.xz]")
+    text.add_argument(
+        "--files", default="", help="glob pattern of plain text or .jsonl[.gz|.xz|.bz2|.zst]"
+    )
     text.add_argument("--text-field", default="text", help="key of the text in JSONL")
     text.add_argument("--separator", help=r"between documents of a plain text, e.g. '\n\n'")
     text.add_argument("--val-documents", type=int, help="number of validation documents")

@@ -18,7 +18,7 @@ import torch
 
 from recurgolf.artifact.reader import Artifact, ArtifactError, load
 from recurgolf.config import from_dict
-from recurgolf.data.dataset import Dataset, open_dataset
+from recurgolf.data.dataset import ValidationData, open_validation
 from recurgolf.eval.protocol import Eval, ScoredModel, score
 from recurgolf.eval.text import Text
 from recurgolf.looping import Looping
@@ -62,7 +62,7 @@ def rebuild(artifact: Artifact) -> Scorable:
     return Scorable(model.eval(), looping, int(data["seq_len"]), protocol=protocol, metadata=data)
 
 
-def check_data(metadata: Mapping[str, Any], dataset: Dataset) -> None:
+def check_data(metadata: Mapping[str, Any], dataset: ValidationData) -> None:
     """Refuse another tokenizer than the one the model was trained with."""
     if metadata["tokenizer"] != dataset.tokenizer.sha256:
         raise ArtifactError(
@@ -71,7 +71,7 @@ def check_data(metadata: Mapping[str, Any], dataset: Dataset) -> None:
         )
 
 
-def text_of(dataset: Dataset) -> Text:
+def text_of(dataset: ValidationData) -> Text:
     """The validation text of a data set."""
     return Text(
         dataset.validation_tokens(),
@@ -88,8 +88,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="if no manifest names it")
     asked = parser.parse_args()
     scorable = rebuild(load(asked.artifact))
-    dataset = open_dataset(asked.data, asked.tokenizer, scorable.metadata["data_vocab_size"])
+    dataset = open_validation(asked.data, asked.tokenizer, scorable.metadata["data_vocab_size"])
     check_data(scorable.metadata, dataset)
+    dataset.byte_count.check(dataset.tokens, dataset.tokenizer)
     result = score(scorable.protocol, scorable, text_of(dataset))
     name = scorable.metadata["eval"]["kind"]
     print(json.dumps({name: result.to_dict()}))

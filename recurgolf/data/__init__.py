@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 
 from recurgolf.config import ConfigError, import_modules, option
@@ -62,7 +63,7 @@ class Data:
         raise NotImplementedError
 
     def _tokenizer_path(self) -> Path | None:
-        return Path(self.tokenizer).expanduser() if self.tokenizer else None
+        return Path(expanduser(self.tokenizer)) if self.tokenizer else None
 
 
 @dataclass
@@ -94,9 +95,16 @@ class FromText(Data):
 
     def prepare(self, progress: Progress = silent) -> Dataset:
         self.check()
-        root = cached_export(self.corpus(), self.export_settings(), lines(progress))
-        folder = next((root / "datasets").iterdir())
-        return open_dataset(folder, None, self.vocab_size)
+        corpus, settings = self.corpus(), self.export_settings()
+        root = cached_export(corpus, settings, lines(progress))
+        try:
+            return self._opened(root)
+        except DataError as damage:
+            progress(f"data: {damage}; it is made again")
+            return self._opened(cached_export(corpus, settings, lines(progress), anew=True))
+
+    def _opened(self, root: Path) -> Dataset:
+        return open_dataset(next((root / "datasets").iterdir()), None, self.vocab_size)
 
 
 @option("data", "embedded")
@@ -113,9 +121,9 @@ class Embedded(FromText):
 class Text(FromText):
     """The user's own files.
 
-    `*.jsonl` holds one document a line, any other file is plain UTF-8 text; `.gz` and `.xz` are
-    unpacked. All documents are held in memory at once. Which are for validation depends on their
-    text alone.
+    `.jsonl` and `.ndjson` hold one document a line, `.json` is that or a list of documents, any
+    other file is plain UTF-8 text; `.gz`, `.xz`, `.bz2` and `.zst` are unpacked. All documents are
+    held in memory at once. Which are for validation depends on their text alone.
     """
 
     files: str = ""
@@ -142,7 +150,7 @@ class Text(FromText):
 
     def corpus(self) -> Corpus:
         return text_corpus(
-            str(Path(self.files).expanduser()),
+            expanduser(self.files),
             text_field=self.text_field,
             # A command line has no line ends in its values, only a backslash and an n.
             separator=self.separator and self.separator.replace("\\n", "\n"),
@@ -166,7 +174,7 @@ class Shards(Data):
 
     def prepare(self, progress: Progress = silent) -> Dataset:
         self.check()
-        return open_dataset(Path(self.path).expanduser(), self._tokenizer_path(), self.vocab_size)
+        return open_dataset(Path(expanduser(self.path)), self._tokenizer_path(), self.vocab_size)
 
 
 def lines(progress: Progress) -> Step:

@@ -2,16 +2,21 @@
 
 The challenge's table: a byte piece counts 1; a text piece the UTF-8 length of its text without a
 leading space sign, and that space counts 1 unless the token before it is a special one (a document
-does not begin with a space); special pieces count 0. Over whole documents the sum is the UTF-8
-length of the decoded text, which `check` proves on the validation tokens.
+does not begin with a space, unless its tokenizer keeps them); special pieces count 0. Where a
+vocabulary has no piece for a lone space sign, three byte pieces spell it: together they count the
+one byte of the space. Over whole documents the sum is the UTF-8 length of the decoded text, which
+`check` proves document by document on the validation tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recurgolf.data.shards import DataError, Tokens
@@ -30,12 +35,15 @@ class ByteCount:
         base_bytes: int16 [V], bytes of each piece, its leading space left out.
         has_leading_space: bool [V].
         is_boundary: bool [V], special pieces and ids that only the model has: they end a text, so
-            a leading space behind them is not counted.
+            a leading space behind them is not counted. None, where the tokenizer keeps such spaces.
+        spelled_space: the three byte pieces that spell the space sign, or () where they would be
+            three bytes of text.
     """
 
     base_bytes: Tensor
     has_leading_space: Tensor
     is_boundary: Tensor
+    spelled_space: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, model_vocab: int | None = None) -> ByteCount:
@@ -49,7 +57,7 @@ class ByteCount:
         size = max(len(pieces), model_vocab or 0)
         base_bytes = np.zeros(size, dtype=np.int16)
         has_leading_space = np.zeros(size, dtype=bool)
-        is_boundary = np.ones(size, dtype=bool)
+        is_boundary = np.full(size, not tokenizer.keeps_leading_space)
         for index, piece in enumerate(pieces):
             if piece.kind is PieceKind.SPECIAL:
                 continue
@@ -66,7 +74,10 @@ class ByteCount:
                 )
             has_leading_space[index] = text != piece.text
             base_bytes[index] = len(text.encode())
-        return cls(*map(torch.from_numpy, (base_bytes, has_leading_space, is_boundary)))
+        base, leading, boundary = map(
+            torch.from_numpy, (base_bytes, has_leading_space, is_boundary)
+        )
+        return cls(base, leading, boundary, tokenizer.spelled_space)
 
     def to(self, device: torch.device | str) -> ByteCount:
         """The same table on another device."""
@@ -74,6 +85,7 @@ class ByteCount:
             self.base_bytes.to(device),
             self.has_leading_space.to(device),
             self.is_boundary.to(device),
+            self.spelled_space,
         )
 
     def count(self, targets: Tensor, previous: Tensor) -> Tensor:
@@ -84,21 +96,39 @@ class ByteCount:
             previous: the token before each target (the model's input at that position), same shape.
 
         Returns:
-            int64, same shape. Its sum is the divisor of bits per byte.
+            int64, same shape. Its sum is the divisor of bits per byte, unless spaces are spelled.
         """
         spaces = self.has_leading_space[targets] & ~self.is_boundary[previous]
         return self.base_bytes[targets].to(torch.int64) + spaces
 
-    def total(self, tokens: Tokens) -> int:
-        """Bytes of a stream of tokens, its first one taken as the beginning of a document."""
-        total = int(self.base_bytes[tokens[:1].astype(np.int64)].sum())
+    def spaces_spelled_in(self, tokens: Tokens) -> NDArray[np.int64]:
+        """Positions of the first of the three byte pieces of every spelled space."""
+        if not self.spelled_space:
+            return np.empty(0, dtype=np.int64)
+        first, second, third = self.spelled_space
+        return np.flatnonzero(
+            (tokens[:-2] == first) & (tokens[1:-1] == second) & (tokens[2:] == third)
+        )
+
+    def per_token(self, tokens: Tokens) -> NDArray[np.uint16]:
+        """Bytes of every token [n] of a stream, its first one taken as the beginning of a text."""
+        counts = np.empty(len(tokens), dtype=np.uint16)
+        counts[:1] = self.base_bytes[tokens[:1].astype(np.int64)]
         for first in range(0, len(tokens) - 1, _TOKENS_AT_ONCE):
             ids = torch.from_numpy(tokens[first : first + _TOKENS_AT_ONCE + 1].astype(np.int64))
-            total += int(self.count(ids[1:], ids[:-1]).sum())
-        return total
+            counts[first + 1 : first + len(ids)] = self.count(ids[1:], ids[:-1])
+        spaces = self.spaces_spelled_in(tokens)
+        before = tokens[np.maximum(spaces - 1, 0)].astype(np.int64)
+        counts[spaces] = counts[spaces + 1] = 0
+        counts[spaces + 2] = ~self.is_boundary[before]
+        return counts
+
+    def total(self, tokens: Tokens) -> int:
+        """Bytes of a stream of tokens, its first one taken as the beginning of a document."""
+        return int(self.per_token(tokens).sum(dtype=np.int64))
 
     def check(self, tokens: Tokens, tokenizer: Tokenizer) -> int:
-        """Refuse a table whose total differs from the UTF-8 length of the decoded documents.
+        """Refuse a table that disagrees with the UTF-8 length of any decoded document.
 
         Args:
             tokens: whole documents, each beginning with BOS.
@@ -106,14 +136,17 @@ class ByteCount:
         Returns:
             The total in bytes.
         """
-        total, decoded = self.total(tokens), decoded_bytes(tokens, tokenizer)
-        if total != decoded:
-            raise DataError(
-                f"{tokenizer.path}: the byte table counts {total} bytes for the validation tokens, "
-                f"but their decoded text has {decoded}: the tokens are not whole documents of this "
-                "tokenizer, or it writes spaces in another way"
-            )
-        return total
+        counts, stop = self.per_token(tokens), 0
+        for number, (document, text) in enumerate(decoded(tokens, tokenizer)):
+            start, stop = stop, stop + len(document)
+            counted, length = int(counts[start:stop].sum(dtype=np.int64)), len(text.encode())
+            if counted != length:
+                raise DataError(
+                    f"{tokenizer.path}: the byte table counts {counted} bytes for validation "
+                    f"document {number}, but its decoded text has {length}: the tokens are not "
+                    "whole documents of this tokenizer, or it writes spaces in another way"
+                )
+        return int(counts.sum(dtype=np.int64))
 
 
 def split_documents(tokens: Tokens, bos_id: int) -> list[Tokens]:
@@ -123,11 +156,36 @@ def split_documents(tokens: Tokens, bos_id: int) -> list[Tokens]:
     return parts if len(parts[0]) else parts[1:]
 
 
+def decoded(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, str]]:
+    """The documents of a stream with their text."""
+    documents = split_documents(tokens, tokenizer.bos_id)
+    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        batch = documents[first : first + _DOCUMENTS_AT_ONCE]
+        yield from zip(batch, tokenizer.decode(batch), strict=True)
+
+
+def check_texts(
+    documents: Iterable[tuple[Tokens, str]], texts: Iterable[str], tokenizer: Tokenizer
+) -> None:
+    """Refuse documents that do not decode to the texts they were made from.
+
+    Args:
+        documents: tokens and what they decode to; one for each text.
+        texts: as they were before the tokenizer normalized them.
+    """
+    for number, ((_, found), text) in enumerate(zip(documents, texts, strict=True)):
+        expected = tokenizer.normalized([text])[0]
+        if found != expected:
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(found, expected, strict=False))
+            at = sum(1 for _ in same)
+            raise DataError(
+                f"{tokenizer.path}: validation document {number} does not come back from its "
+                f"tokens: {expected[at : at + 20]!r} became {found[at : at + 20]!r}, so its bytes "
+                "cannot be counted. Use a tokenizer that knows every character, as one with "
+                "byte_fallback does"
+            )
+
+
 def decoded_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
     """UTF-8 length of the text that the documents of a stream decode to."""
-    documents = split_documents(tokens, tokenizer.bos_id)
-    total = 0
-    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = tokenizer.decode(documents[first : first + _DOCUMENTS_AT_ONCE])
-        total += sum(len(text.encode()) for text in texts)
-    return total
+    return sum(len(text.encode()) for _, text in decoded(tokens, tokenizer))

@@ -6,14 +6,17 @@ are sorted by the SHA-256 of a salt and their text, and the first ones are valid
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,12 +125,14 @@ def text_corpus(
     """The user's own files; `Text` in this package documents the arguments.
 
     Raises:
-        DataError: no file matches; a file is not UTF-8 or not JSONL; too few documents to split.
+        DataError: no file matches; a file cannot be read as what its ending says; too few
+            documents to split.
     """
-    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(f"data.files={pattern!r} matches no file (in {Path.cwd()})")
+    paths = _matching(pattern)
+    try:
+        hashes = sorted([_sha256(path), "".join(path.suffixes[-2:])] for path in paths)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot read it ({error.strerror})") from None
 
     def read() -> Documents:
         texts = {text for path in paths for text in _documents_of(path, text_field, separator)}
@@ -146,7 +151,7 @@ def text_corpus(
         licence=None,
         source=", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else ""),
         identity={
-            "files": sorted([_sha256(path), "".join(path.suffixes[-2:])] for path in paths),
+            "files": hashes,
             "text_field": text_field,
             "separator": separator,
             "val_documents": val_documents,
@@ -156,39 +161,136 @@ def text_corpus(
     )
 
 
-OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
+def _matching(pattern: str) -> list[Path]:
+    """The files of a glob pattern, which may also be the very name of one."""
+    names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in map(Path, names) if not path.is_dir()]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"{path}: a link to {path.readlink()}, which is not there")
+        if not path.is_file():
+            raise DataError(f"{path}: neither a file nor a folder, so it is not read")
+    if not paths and names:
+        raise DataError(
+            f"data.files={pattern!r} matches folders only; for the files below one, say "
+            f"data.files='{Path(names[0]) / '**' / '*'}'"
+        )
+    if not paths:
+        raise DataError(f"data.files={pattern!r} matches no file (in {Path.cwd()})")
+    return paths
+
+
+def _zstd(path: Path) -> IO[bytes]:
+    """A .zst file, all at once: the library's stream does not tell a cut file from a whole one."""
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ImportError:
+        raise DataError(
+            f"{path}: reading .zst needs the library zstandard: pip install zstandard"
+        ) from None
+    data, parts = path.read_bytes(), []
+    while data or not parts:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("the last frame is cut short")
+        data = frame.unused_data
+    return io.BytesIO(b"".join(parts))
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+    ".zst": _zstd,
+}
 """File ending -> how to open what it compresses."""
+
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
 def _documents_of(path: Path, text_field: str, separator: str | None) -> Iterator[str]:
-    """JSONL texts as they are; plain text with \\n line ends, stripped."""
-    compressed = path.suffix in OPENERS
-    inner = path.with_suffix("") if compressed else path
-    with OPENERS[path.suffix](path, "rb") if compressed else path.open("rb") as file:
-        if inner.suffix == ".jsonl":
-            yield from read_jsonl(file, path, text_field)
-            return
-        try:
-            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
-        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from None
+    """Texts in JSON as they are; plain text with \\n line ends, stripped.
+
+    Raises:
+        DataError: the file cannot be read, decompressed or decoded, or is not what its ending says.
+    """
+    ending = path.suffix.lower()
+    kind = path.with_suffix("").suffix.lower() if ending in OPENERS else ending
+    try:
+        with OPENERS.get(ending, _plain)(path) as file:
+            if ending in OPENERS and not path.stat().st_size:
+                raise EOFError("the file is empty")
+            if kind in JSON_LINES:
+                yield from read_jsonl(file, path, text_field)
+            elif kind == ".json":
+                yield from _read_json(file.read(), path, text_field)
+            else:
+                yield from _read_plain(file.read(), path, separator)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:
+        # Every library of compression has errors of its own.
+        if ending in OPENERS:
+            raise DataError(f"{path}: cut short, damaged, or no {ending} file ({error})") from None
+        raise
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _read_plain(data: bytes, path: Path, separator: str | None) -> Iterator[str]:
+    """Parts of a plain text; refuses JSON lines, whose syntax nobody wants to train on."""
+    text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    lines = (line for line in io.StringIO(text) if line.strip())
+    if all(map(_is_json_object, islice(lines, 2))) and text.strip():
+        raise DataError(
+            f"{path}: holds JSON objects, one a line, and no plain text; name it *{JSON_LINES[0]}"
+        )
     yield from (part.strip() for part in (text.split(separator) if separator else [text]))
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_json(data: bytes, path: Path, field: str) -> Iterator[str]:
+    """The texts of a .json file: an object, a list of them, or one on each line."""
+    try:
+        found = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        yield from read_jsonl(io.BytesIO(data), path, field)
+        return
+    for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
+        yield _text_of(item, field, f"{path}, item {number}")
 
 
 def read_jsonl(file: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
     """The texts of a JSONL file, one object a line, read as they are asked for."""
     for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[text_field]
-            text.encode()  # fails on half a surrogate pair, which JSON can hold and UTF-8 cannot
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number}: expected a JSON object with a text in {text_field!r} "
-                f"(data.text_field): {type(error).__name__}: {error}"
-            ) from None
-        yield text
+        if line.strip():
+            yield _text_of(line, text_field, f"{path}, line {number}")
+
+
+def _text_of(item: Any, field: str, where: str) -> str:
+    """The text in a JSON object, or in the bytes of one."""
+    try:
+        if isinstance(item, bytes):
+            item = json.loads(item.decode("utf-8-sig"))
+        text = item[field]
+        text.encode()  # fails on half a surrogate pair, which JSON can hold and UTF-8 cannot
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{where}: expected a JSON object with a text in {field!r} (data.text_field): "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    return text
 
 
 def _sha256(path: Path) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recurgolf.data.byte_count import ByteCount
+from recurgolf.data.byte_count import ByteCount, check_texts, decoded
+from recurgolf.data.cache import remembered
 from recurgolf.data.corpus import read_jsonl
-from recurgolf.data.export import MANIFEST, cache_folder
+from recurgolf.data.shard_fingerprints import check_checksums, fingerprints
 from recurgolf.data.shards import (
+    MANIFEST,
     DataError,
     Tokens,
     count_tokens,
@@ -28,58 +27,68 @@ from recurgolf.data.shards import (
 )
 from recurgolf.data.tokenizer import Tokenizer, read_tokenizer
 
-_TRAIN_TOKENS_LOOKED_AT = 1_000_000
+if TYPE_CHECKING:
+    from recurgolf.data.shard_fingerprints import Fingerprint
 
 
-@dataclass(frozen=True)
-class Dataset:
+@dataclass(frozen=True, kw_only=True)
+class ValidationData:
+    """What scoring needs of a data set.
+
+    Attributes:
+        folder: where the shards lie.
+        val_shards: paths in stream order.
+        tokenizer: the one that made them.
+        byte_count: table of the bytes that each token counts for, over the tokenizer's vocabulary.
+        val_byte_sidecar: bytes of each validation token where the table is not the divisor: as
+            the exporter counted them, if it left a sidecar, or with spelled spaces counted as one.
+        manifest: the manifest.json that belongs to the folder, {} without one; any key may be
+            missing.
+        fingerprint: hash of tokenizer, validation tokens and sidecar; figures with equal ones
+            compare.
+    """
+
+    folder: Path
+    val_shards: list[Path]
+    tokenizer: Tokenizer
+    byte_count: ByteCount
+    val_byte_sidecar: Tokens | None = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    fingerprint: str
+    tokens: Tokens = field(repr=False)
+
+    def validation_tokens(self) -> Tokens:
+        """All validation tokens, 1-D uint16; in memory, so that they stay what was checked."""
+        return self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(ValidationData):
     """What a run trains and is scored on.
 
     Attributes:
         name: of the data set, for logs and tags.
-        folder: where its shards lie.
-        train_shards, val_shards: paths in stream order.
-        tokenizer: the one that made them.
-        byte_count: table of the bytes that each token counts for, over the tokenizer's vocabulary.
+        train_shards: paths in stream order.
         val_documents: number of validation documents.
         val_bytes: bytes of the validation text by the table = UTF-8 length of the decoded tokens.
-        val_raw_bytes: UTF-8 bytes of the validation text before the tokenizer normalised it; None
+        val_raw_bytes: UTF-8 bytes of the validation text before the tokenizer normalized it; None
             where the text is not known.
         licence: of the text, where known.
-        manifest: the folder's manifest.json, {} without one; any key may be missing.
-        fingerprint: hash of validation tokens and tokenizer; figures with equal ones compare.
+        files: every file that was read or is yet to be, as it was when it was checked.
     """
 
     name: str
-    folder: Path
     train_shards: list[Path]
-    val_shards: list[Path]
-    tokenizer: Tokenizer
-    byte_count: ByteCount
     val_documents: int
     val_bytes: int
     val_raw_bytes: int | None
     licence: str | None
-    manifest: dict[str, Any]
-    fingerprint: str
-
-    def validation_tokens(self) -> Tokens:
-        """All validation tokens, 1-D uint16; memory-mapped where they are one shard."""
-        return _read_all(self.val_shards)
+    files: dict[Path, Fingerprint] = field(repr=False)
 
     @property
     def train_tokens(self) -> int:
         """Number of training tokens."""
         return sum(count_tokens(path) for path in self.train_shards)
-
-    @cached_property
-    def val_byte_sidecar(self) -> Tokens | None:
-        """Bytes of each validation token as its exporter counted them, where it left a sidecar.
-
-        They are then the divisor instead of `byte_count`'s.
-        """
-        sidecars = find_sidecars(self.folder, "val")
-        return _read_all(sidecars) if sidecars else None
 
     @property
     def anchors(self) -> dict[str, float]:
@@ -87,75 +96,106 @@ class Dataset:
         return dict(_mapping(self.manifest.get("anchors")))
 
 
-def open_dataset(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> Dataset:
-    """Read and check a folder of shards as the challenge ships them.
+def open_validation(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> ValidationData:
+    """Read the validation shards of a folder as the challenge ships them.
 
-    `../../manifest.json` is used where it is there: for the tokenizer, unless one is given, the
-    name, the licence and the bytes of the raw text.
+    `../../manifest.json` names the tokenizer, unless one is given.
 
     Raises:
         DataError: something is missing or does not fit together.
     """
     if not folder.is_dir():
         raise DataError(f"data.path={folder}: no such folder")
-    val_shards, train_shards = find_shards(folder, "val"), find_shards(folder, "train")
-    if not val_shards:
+    shards = find_shards(folder, "val")
+    if not shards:
         raise DataError(f"{folder}: no fineweb_val_*.bin in it{_folders_below(folder)}")
-    root = folder.resolve().parent.parent
-    manifest = _read_manifest(root / MANIFEST)
-    entry = _named(manifest.get("datasets"), folder.resolve().name)
-    tokenizer = read_tokenizer(tokenizer_path or _listed_tokenizer(folder, root, manifest, entry))
+    manifest = _read_manifest(_root(folder) / MANIFEST)
+    tokenizer = read_tokenizer(tokenizer_path or _listed_tokenizer(folder, manifest))
     tokenizer.check_vocab(vocab_size)
-    tokens = _read_all(val_shards)
-    _check_tokens(tokens, val_shards[0], tokenizer)
-    for shard in train_shards:
-        count_tokens(shard)
-    for shard in train_shards[:1]:
-        _check_range(read_shard(shard)[:_TRAIN_TOKENS_LOOKED_AT], shard, tokenizer)
-    byte_count = ByteCount.of(tokenizer)
-    fingerprint = _fingerprint(tokens, tokenizer)
-    num_documents = int(np.count_nonzero(tokens == tokenizer.bos_id))
-    raw_text = _raw_text(root, manifest, num_documents)
-    val_bytes, val_raw_bytes = _measure(
-        tokens, tokenizer, byte_count, fingerprint, raw_text, num_documents
-    )
-    stats = _mapping(entry.get("stats"))
-    dataset = Dataset(
-        name=str(entry.get("name") or folder.resolve().name),
-        folder=folder,
-        train_shards=train_shards,
-        val_shards=val_shards,
-        tokenizer=tokenizer,
-        byte_count=byte_count,
-        val_documents=num_documents,
-        val_bytes=val_bytes,
-        val_raw_bytes=stats.get("raw_bytes_val") or val_raw_bytes,
-        licence=manifest.get("licence"),
-        manifest=manifest,
-        fingerprint=fingerprint,
-    )
-    sidecar = dataset.val_byte_sidecar
-    if sidecar is not None and len(sidecar) != len(tokens):
+    tokens, sidecar = _read_all(shards), _read_all(find_sidecars(folder, "val"))
+    if len(tokens) < 2:
+        raise DataError(f"{shards[0]}: {len(tokens)} validation tokens; at least 2 are needed")
+    if tokens[0] != tokenizer.bos_id:
+        raise DataError(
+            f"{shards[0]}: begins with token {tokens[0]}, expected the BOS {tokenizer.bos_id} of "
+            f"{tokenizer.path}: these shards were made with another tokenizer"
+        )
+    _check_range(int(tokens.max()), shards[0], tokenizer)
+    if len(sidecar) not in (0, len(tokens)):
         raise DataError(
             f"{folder}: fineweb_val_bytes_*.bin count the bytes of {len(sidecar)} tokens, but "
             f"there are {len(tokens)} validation tokens"
         )
-    return dataset
+    byte_count, digest = ByteCount.of(tokenizer), hashlib.sha256(tokenizer.sha256.encode())
+    digest.update(tokens.data)
+    digest.update(sidecar.data)
+    if not len(sidecar) and len(byte_count.spaces_spelled_in(tokens)):
+        sidecar = byte_count.per_token(tokens)
+    return ValidationData(
+        folder=folder,
+        val_shards=shards,
+        tokenizer=tokenizer,
+        byte_count=byte_count,
+        val_byte_sidecar=sidecar if len(sidecar) else None,
+        manifest=manifest,
+        fingerprint=digest.hexdigest(),
+        tokens=tokens,
+    )
 
 
-def _check_tokens(tokens: Tokens, first_shard: Path, tokenizer: Tokenizer) -> None:
-    if len(tokens) < 2:
-        raise DataError(f"{first_shard}: {len(tokens)} validation tokens; at least 2 are needed")
-    if tokens[0] != tokenizer.bos_id:
+def open_dataset(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> Dataset:
+    """Read and check a folder of shards as the challenge ships them.
+
+    The manifest, where there is one, also gives the name, the licence, the bytes of the raw text
+    and checksums. Shards are read once; what was found is remembered in the cache.
+
+    Raises:
+        DataError: something is missing, damaged or does not fit together.
+    """
+    found = open_validation(folder, tokenizer_path, vocab_size)
+    root, entry = _root(folder), _entry(folder, found.manifest)
+    train_shards, listed = find_shards(folder, "train"), root / MANIFEST
+    others = [found.tokenizer.path, *([listed] if listed.is_file() else [])]
+    sidecars = find_sidecars(folder, "val")
+    files = fingerprints([*found.val_shards, *sidecars, *train_shards, *others])
+    check_checksums(found.manifest, root, files)
+    _check_tokens(train_shards, files, found.tokenizer)
+    num_documents = int(np.count_nonzero(found.tokens == found.tokenizer.bos_id))
+    val_bytes = found.byte_count.total(found.tokens)
+    raw_text = _raw_text(root, found.manifest, num_documents)
+    # Large sets take half a minute to decode, so that it was proven is remembered.
+    stat = raw_text.stat() if raw_text else None
+    key = [found.fingerprint, val_bytes, stat and [str(raw_text), stat.st_size, stat.st_mtime_ns]]
+    raw_bytes = remembered(key, lambda: _proven(found, raw_text, num_documents))
+    if not val_bytes:
         raise DataError(
-            f"{first_shard}: begins with token {tokens[0]}, expected the BOS {tokenizer.bos_id} of "
-            f"{tokenizer.path}: these shards were made with another tokenizer"
+            f"{found.val_shards[0]}: {len(found.tokens)} validation tokens, but none stands for "
+            "any text: there is nothing to predict"
         )
-    _check_range(tokens, first_shard, tokenizer)
+    stated = _mapping(entry.get("stats")).get("raw_bytes_val")
+    if None not in (stated, raw_bytes) and stated != raw_bytes:
+        raise DataError(f"{listed}: raw_bytes_val={stated}, but {raw_text} has {raw_bytes} bytes")
+    return Dataset(
+        **vars(found),
+        name=str(entry.get("name") or folder.resolve().name),
+        train_shards=train_shards,
+        val_documents=num_documents,
+        val_bytes=val_bytes,
+        val_raw_bytes=raw_bytes or (stated if type(stated) is int and stated > 0 else None),
+        licence=found.manifest.get("licence"),
+        files=files,
+    )
 
 
-def _check_range(tokens: Tokens, shard: Path, tokenizer: Tokenizer) -> None:
-    largest = int(tokens.max()) if len(tokens) else 0
+def _check_tokens(
+    shards: list[Path], files: Mapping[Path, Fingerprint], tokenizer: Tokenizer
+) -> None:
+    for path in shards:
+        _check_range(files[path].largest, path, tokenizer)
+
+
+def _check_range(largest: int, shard: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a shard with a token that its tokenizer does not have."""
     if largest >= tokenizer.vocab_size:
         raise DataError(
             f"{shard}: token {largest}, but the tokenizer {tokenizer.path} has only "
@@ -163,39 +203,17 @@ def _check_range(tokens: Tokens, shard: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _measure(
-    tokens: Tokens,
-    tokenizer: Tokenizer,
-    byte_count: ByteCount,
-    fingerprint: str,
-    raw_text: Path | None,
-    num_documents: int,
-) -> tuple[int, int | None]:
-    """Checked table bytes and raw bytes of the validation text.
-
-    Large sets take half a minute to decode, so what was proven once is noted in the cache under
-    the hash of everything it depends on.
+def _proven(found: ValidationData, raw_text: Path | None, num_documents: int) -> int | None:
+    """Check the byte table against the decoded text, and that against the raw text where it is
+    there; the bytes of the latter.
     """
-    stamp = [fingerprint, _file_stamp(raw_text)]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]
-    note = cache_folder() / "checked" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(note.read_text(encoding="utf-8"))
-        return known["val_bytes"], known["val_raw_bytes"]
-    measured = {
-        "val_bytes": byte_count.check(tokens, tokenizer),
-        "val_raw_bytes": _raw_bytes(raw_text, num_documents) if raw_text else None,
-    }
-    with contextlib.suppress(OSError):  # without a note it is checked again next time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = note.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(measured), encoding="utf-8")
-        unfinished.replace(note)
-    return measured["val_bytes"], measured["val_raw_bytes"]
-
-
-def _file_stamp(path: Path | None) -> list[Any] | None:
-    return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path else None
+    found.byte_count.check(found.tokens, found.tokenizer)
+    if raw_text is None:
+        return None
+    with raw_text.open("rb") as file:
+        texts = list(islice(read_jsonl(file, raw_text, "text"), num_documents))
+    check_texts(decoded(found.tokens, found.tokenizer), texts, found.tokenizer)
+    return sum(len(text.encode()) for text in texts)
 
 
 def _raw_text(root: Path, manifest: Mapping[str, Any], num_documents: int) -> Path | None:
@@ -204,21 +222,14 @@ def _raw_text(root: Path, manifest: Mapping[str, Any], num_documents: int) -> Pa
     return path if path.is_file() and manifest.get("num_val_docs") == num_documents else None
 
 
-def _raw_bytes(path: Path, num_documents: int) -> int:
-    with path.open("rb") as file:
-        texts = islice(read_jsonl(file, path, "text"), num_documents)
-        return sum(len(text.encode()) for text in texts)
-
-
-def _fingerprint(tokens: Tokens, tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(tokenizer.sha256.encode())
-    digest.update(np.ascontiguousarray(tokens).data)
-    return digest.hexdigest()
-
-
 def _read_all(shards: list[Path]) -> Tokens:
     parts = [read_shard(path) for path in shards]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])
+
+
+def _root(folder: Path) -> Path:
+    """Where the manifest of a folder of shards lies."""
+    return folder.resolve().parent.parent
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -226,15 +237,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(_mapping(json.loads(path.read_text(encoding="utf-8"))))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
 
 
-def _listed_tokenizer(
-    folder: Path, root: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]
-) -> Path:
+def _entry(folder: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a manifest says about a folder of shards."""
+    return _named(manifest.get("datasets"), folder.resolve().name)
+
+
+def _listed_tokenizer(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """The tokenizer that the manifest names for this data set."""
-    listed = _named(manifest.get("tokenizers"), entry.get("tokenizer_name"))
+    root, name = _root(folder), _entry(folder, manifest).get("tokenizer_name")
+    listed = _named(manifest.get("tokenizers"), name)
     path = listed.get("model_path") or listed.get("path")
     if not path:
         raise DataError(
@@ -246,7 +261,8 @@ def _listed_tokenizer(
 
 def _named(entries: Any, name: Any) -> Mapping[str, Any]:
     """The entry of a manifest's list that has this name, {} where there is none."""
-    found = [_mapping(e) for e in entries or [] if _mapping(e).get("name") == name]
+    entries = entries if isinstance(entries, list) else []
+    found = [_mapping(entry) for entry in entries if _mapping(entry).get("name") == name]
     return found[0] if found else {}
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -24,8 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from recurgolf.data.byte_count import ByteCount, check_texts
+from recurgolf.data.cache import cache_folder
 from recurgolf.data.corpus import Corpus, Documents
-from recurgolf.data.shards import DataError, write_shard
+from recurgolf.data.shard_fingerprints import checksums
+from recurgolf.data.shards import MANIFEST, DataError, write_shard
 from recurgolf.data.tokenizer import (
     TRAINER_SETTINGS,
     SentencePieceTokenizer,
@@ -34,8 +36,7 @@ from recurgolf.data.tokenizer import (
     train_tokenizer,
 )
 
-MANIFEST = "manifest.json"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """To be raised when the same text and settings give another folder than before."""
 
 _DOCUMENTS_AT_ONCE = 1000
@@ -62,20 +63,18 @@ class ExportSettings:
     shard_tokens: int = 100_000_000
 
 
-def cache_folder() -> Path:
-    """Where prepared data lies: RECURGOLF_CACHE, or ~/.cache/recurgolf."""
-    return Path(os.environ.get("RECURGOLF_CACHE") or "~/.cache/recurgolf").expanduser()
-
-
-def cached_export(corpus: Corpus, settings: ExportSettings, step: Step) -> Path:
+def cached_export(corpus: Corpus, settings: ExportSettings, step: Step, anew: bool = False) -> Path:
     """The data folder for a corpus, made at the first call and found again at later ones.
 
     It appears under its name only when it is complete, so processes that build it at the same time
     do no harm: the first to finish wins.
+
+    Args:
+        anew: make it again, in place of one that is there.
     """
     root = cache_folder()
     folder = root / f"{corpus.name}-{_identity(corpus, settings)[:16]}"
-    if (folder / MANIFEST).is_file():
+    if is_complete(folder) and not anew:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -85,14 +84,25 @@ def cached_export(corpus: Corpus, settings: ExportSettings, step: Step) -> Path:
             f"{root}: cannot write the data cache ({error.strerror}); RECURGOLF_CACHE names another"
         ) from None
     try:
-        export(corpus, settings, building, step)
-        building.rename(folder)
+        export(corpus, settings, building / "new", step)
+        if folder.exists() and (anew or not is_complete(folder)):
+            folder.rename(building / "old")
+        (building / "new").rename(folder)
     except OSError:
-        if not (folder / MANIFEST).is_file():  # else another process was quicker
+        if not is_complete(folder):  # else another process was quicker
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a data folder has a manifest and all files that it lists."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).is_file() for name in manifest.get("files", []))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def export(corpus: Corpus, settings: ExportSettings, root: Path, step: Step) -> Path:
@@ -101,6 +111,7 @@ def export(corpus: Corpus, settings: ExportSettings, root: Path, step: Step) -> 
     documents = corpus.read()
     step("reading the text", 1, 1)
     tokenizer = _tokenizer(documents, settings, root / "tokenizers", step)
+    ByteCount.of(tokenizer)  # refuses what it cannot count
     name = f"{corpus.name}_{tokenizer.prefix}{tokenizer.vocab_size}"
     folder = root / "datasets" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +123,8 @@ def export(corpus: Corpus, settings: ExportSettings, root: Path, step: Step) -> 
     }
     manifest = _manifest(corpus, documents, settings, tokenizer, name, stats)
     # Last, because its presence says that everything else is there.
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({**manifest, **checksums(manifest, root)}, indent=2) + "\n"
+    (root / MANIFEST).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -157,7 +169,10 @@ def _write_split(
     files = tokens = 0
     for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
         batch = texts[first : first + _DOCUMENTS_AT_ONCE]
-        pending = np.concatenate([pending, *tokenizer.encode(batch)])
+        encoded = tokenizer.encode(batch)
+        if split == "val":
+            check_texts(zip(encoded, tokenizer.decode(encoded), strict=True), batch, tokenizer)
+        pending = np.concatenate([pending, *encoded])
         last = first + len(batch) == len(texts)
         while len(pending) >= shard_tokens or (last and len(pending)):
             shard, pending = pending[:shard_tokens], pending[shard_tokens:]

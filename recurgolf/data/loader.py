@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.config import ConfigError, option
-from recurgolf.data.shards import DataError, Tokens, TokenStream, read_shard
+from recurgolf.data.shards import DataError, Shard, Tokens, TokenStream
 
 
 class Loader:
@@ -26,13 +26,9 @@ class Loader:
     Attributes:
         seq_len: tokens in a row of a batch.
         rank, world_size: which rank of how many this one serves.
-        shards: the tokens that it reads from.
     """
 
-    def __init__(
-        self, seq_len: int, rank: int, world_size: int, shards: Sequence[Tokens] = ()
-    ) -> None:
-        self.shards = list(shards)
+    def __init__(self, seq_len: int, rank: int, world_size: int) -> None:
         self.seq_len = seq_len
         self.rank = rank
         self.world_size = world_size
@@ -160,7 +156,7 @@ class ShuffledLoader(Loader):
     def __init__(
         self, stream: TokenStream, seq_len: int, rank: int, world_size: int, seed: int
     ) -> None:
-        super().__init__(seq_len, rank, world_size, stream.shards)
+        super().__init__(seq_len, rank, world_size)
         self._stream = stream
         self._seed = seed
         self._taken = 0
@@ -210,7 +206,7 @@ class SequentialLoader(Loader):
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, rank: int, world_size: int) -> None:
-        super().__init__(seq_len, rank, world_size, stream.shards)
+        super().__init__(seq_len, rank, world_size)
         self._stream = stream
         self._position = 0
 
@@ -252,7 +248,8 @@ class RankShardsLoader(Loader):
         world_size: int,
         entropy: int | list[int],
     ) -> None:
-        super().__init__(seq_len, rank, world_size, [read_shard(path) for path in shards])
+        super().__init__(seq_len, rank, world_size)
+        self.shards = [Shard(path) for path in shards]
         self._rng = np.random.Generator(np.random.PCG64(entropy))
         self._cut()
 

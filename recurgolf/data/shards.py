@@ -1,8 +1,11 @@
-"""Token shards in the challenge's `.bin` format: written, checked, memory-mapped.
+"""Token shards in the challenge's `.bin` format: written, checked, read.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that
 many little-endian uint16 tokens and nothing else. Shards of a split, sorted by name, are one
 stream: documents may straddle them.
+
+Files are read and never mapped into memory: reading a mapped file that somebody has cut kills the
+process, reading one that is open gives fewer bytes.
 """
 
 from __future__ import annotations
@@ -14,17 +17,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, RunFailed
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
+MANIFEST = "manifest.json"
 
 Tokens = NDArray[np.uint16]
 
 
 class DataError(ConfigError):
     """Data that cannot be used as asked; the text names the file, what was found and expected."""
+
+
+class DataChanged(RunFailed):
+    """A file that was changed while a run was reading it."""
+
+    def __init__(self, path: object, what: str) -> None:
+        super().__init__(
+            f"{path} {what}: the data changed during the run, so its result would mean nothing; "
+            "the last checkpoint was made before that was seen. Put the file back and resume"
+        )
 
 
 def write_shard(path: Path, tokens: Tokens) -> None:
@@ -70,11 +84,39 @@ def count_tokens(path: Path) -> int:
 
 
 def read_shard(path: Path) -> Tokens:
-    """The tokens of a shard, 1-D uint16, memory-mapped and read-only; checks as `count_tokens`."""
+    """All tokens of a shard, 1-D uint16, in memory and read-only; checks as `count_tokens`."""
     num_tokens = count_tokens(path)
-    if num_tokens == 0:  # an empty range cannot be mapped
-        return np.empty(0, dtype=np.uint16)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    tokens = np.fromfile(path, dtype="<u2", count=num_tokens, offset=HEADER_BYTES)
+    if len(tokens) < num_tokens:
+        raise DataError(f"{path}: it was cut while it was read")
+    tokens.flags.writeable = False
+    return tokens
+
+
+class Shard:
+    """The tokens of one open file: `len(shard)`, and `shard[start:stop]` reads just those.
+
+    Raises:
+        DataError: as `count_tokens`, when it is made.
+        DataChanged: the file was cut after that, when it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._num_tokens = count_tokens(path)
+        self._file = path.open("rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def __getitem__(self, window: slice) -> Tokens:
+        start, stop, _ = window.indices(self._num_tokens)
+        wanted = 2 * max(stop - start, 0)
+        data = os.pread(self._file.fileno(), wanted, HEADER_BYTES + 2 * start)
+        if len(data) < wanted:
+            size, expected = os.fstat(self._file.fileno()).st_size, HEADER_BYTES + 2 * len(self)
+            raise DataChanged(self.path, f"has {size:,} bytes instead of {expected:,}")
+        return np.frombuffer(data, dtype="<u2")
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -92,15 +134,14 @@ def find_sidecars(folder: Path, split: str) -> list[Path]:
 
 
 class TokenStream:
-    """Shards read as one sequence of tokens without copying them; it has no position.
+    """Shards read as one sequence of tokens; it has no position.
 
     Attributes:
-        shards: each shard's tokens.
         num_tokens: length of the sequence.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self.shards = [read_shard(path) for path in shards]
+        self.shards = [Shard(path) for path in shards]
         self._ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self.shards else 0
 

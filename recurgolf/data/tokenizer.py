@@ -72,6 +72,8 @@ class Tokenizer:
         bos_id: the id that begins every document.
         kind: its name in a manifest.
         prefix: what names of data sets made with it put before the vocabulary size.
+        spelled_space: ids of the byte pieces that spell a space where no piece stands for one.
+        keeps_leading_space: a space at the beginning of a document is part of its text.
     """
 
     kind: ClassVar[str]
@@ -79,6 +81,8 @@ class Tokenizer:
     path: Path
     vocab_size: int
     bos_id: int
+    spelled_space: tuple[int, ...] = ()
+    keeps_leading_space = False
 
     @cached_property
     def sha256(self) -> str:
@@ -105,6 +109,10 @@ class Tokenizer:
         """The text of each sequence of ids; special pieces stand for nothing."""
         raise NotImplementedError
 
+    def normalized(self, documents: Sequence[str]) -> list[str]:
+        """What is left of each text in front of its encoding, and what decoding must bring back."""
+        return list(documents)
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file of any kind that has a BOS."""
@@ -124,6 +132,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{path}: the model has no BOS piece, which must begin every document")
         if self.vocab_size > MAX_VOCAB:
             raise DataError(f"{path}: {self.vocab_size} pieces; shards hold at most {MAX_VOCAB}")
+        spelling = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if all(map(self._model.is_byte, spelling)):
+            self.spelled_space = tuple(spelling)
+        self.keeps_leading_space = self._model.normalize(" ") == SPACE
 
     def pieces(self) -> list[Piece]:
         return [Piece(self._kind(i), self._model.id_to_piece(i)) for i in range(self.vocab_size)]
@@ -134,7 +146,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, documents: Sequence[Tokens]) -> list[str]:
         ids = [document.tolist() for document in documents]
-        return self._model.decode(ids, num_threads=1) if ids else []
+        return self._plain(self._model.decode(ids, num_threads=1)) if ids else []
+
+    def normalized(self, documents: Sequence[str]) -> list[str]:
+        return self._plain(self._model.normalize(list(documents)))
+
+    def _plain(self, texts: list[str]) -> list[str]:
+        """With spaces for their signs, which decoding leaves where byte pieces spell them."""
+        if not self.keeps_leading_space:  # the first is the model's own
+            texts = [text.removeprefix(SPACE) for text in texts]
+        return [text.replace(SPACE, " ") for text in texts]
 
     def vocab_lines(self) -> str:
         """The `.vocab` file that belongs to the model: a piece, a tab and its score per line."""

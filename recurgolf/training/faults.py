@@ -10,16 +10,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recurgolf.config import RunFailed
+
 if TYPE_CHECKING:
     from recurgolf.settings import TrainerConfig
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate")
 _NO_SPACE = ("no space left", "file too large", "quota exceeded", "os error 27", "os error 28")
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on. Its text is the whole message shown; what was saved stays."""
 
 
 def is_full_disk(error: BaseException) -> bool:

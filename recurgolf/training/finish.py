@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
+from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.eval import Score
 from recurgolf.eval.several import by_passes, named_protocols, write_scores
 from recurgolf.plan import make_plan
@@ -45,6 +46,7 @@ def finish(trainer: Trainer) -> Summary:
         scored_model = scored_model_of(trainer, scorable.model.to(trainer.device))
         protocols = named_protocols([run.eval], run.trainer.seq_len)
         scores = score_all(protocols, scored_model, trainer.text, trainer)
+    check_unchanged(trainer.dataset.files)
     result = next(iter(scores.values()))
     summary = summarize(trainer, plan.effective_params, before, scores)
     summary.by_passes = by_passes(scores, protocols, scored_model)

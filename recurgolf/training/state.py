@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.config import ConfigError, kind_of
-from recurgolf.training import shard_stamps
+from recurgolf.data import shard_fingerprints
 
 if TYPE_CHECKING:
     from recurgolf.training.trainer import Trainer
@@ -48,7 +48,7 @@ def collect(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
         "precision": trainer.precision,
         "loaders": ranks.gathered(trainer.loader.state_dict()),
         "clock": trainer.clock.state_dict(),
-        "data": shard_stamps.contents(trainer.dataset),
+        "data": shard_fingerprints.contents(trainer.dataset),
         "tracker_run_id": trainer.tracker.run_id,
         "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
         "saved": time.time(),
@@ -63,7 +63,7 @@ def restore(trainer: Trainer, parts: Parts, state: dict[str, Any]) -> None:
         ConfigError: the data has changed, or its order depends on the number of ranks.
     """
     ranks = trainer.ranks
-    shard_stamps.check_contents(state["data"], trainer.dataset)
+    shard_fingerprints.check_contents(state["data"], trainer.dataset)
     same_ranks = state["world_size"] == ranks.world_size
     grad_accum = state["run"]["trainer"]["grad_accum"]
     began = trainer.loader.splits(state["world_size"], grad_accum)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurgolf.config import ConfigError
-from recurgolf.data.shards import read_shard
+from recurgolf.data.shards import Shard
 from recurgolf.looping import Looping, LoopPlan, Visit
 from recurgolf.model.transformer import Transformer
 from recurgolf.training.network import uncompiled
@@ -80,7 +80,7 @@ def undisturbed(model: Transformer) -> Iterator[None]:
 def watched_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     """Inputs and targets [rows, seq_len]: the first tokens of the training text."""
     length = trainer.config.seq_len
-    tokens = read_shard(trainer.dataset.train_shards[0])
+    tokens = Shard(trainer.dataset.train_shards[0])
     rows = max(1, min(ROWS, (len(tokens) - 1) // length))
     ids = torch.from_numpy(tokens[: rows * length + 1].astype(np.int64)).to(trainer.device)
     count = len(ids) - 1

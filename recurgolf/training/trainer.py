@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from recurgolf.data import Dataset
-from recurgolf.data.export import cache_folder
+from recurgolf.data.cache import cache_folder
+from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.disk import writing
 from recurgolf.eval.several import named_protocols
 from recurgolf.log import Bar, Log, time_left
@@ -28,7 +29,7 @@ from recurgolf.optim import build as build_optimizers
 from recurgolf.optim import training_fraction
 from recurgolf.run import Run
 from recurgolf.tracker import NoTracker, RunIdentity
-from recurgolf.training import checkpoint, faults, non_finite, resume, shard_stamps, state
+from recurgolf.training import checkpoint, faults, non_finite, resume, state
 from recurgolf.training.base import start_from_base
 from recurgolf.training.clock import CapWatch, Clock
 from recurgolf.training.distributed import Ranks
@@ -139,7 +140,6 @@ class Trainer:
             seed=run.seed_of("data"),
         )
         self.loader.check(config.batch_tokens, config.grad_accum)
-        self.stamps = shard_stamps.stamps(self.dataset.train_shards)
         if self.ranks.is_first:
             goes_on = self.found is not None and self.found.is_of(self.folder)
             identity = RunIdentity(
@@ -276,7 +276,6 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         batches: non_finite.Batches = []
         for micro in range(config.grad_accum):
-            shard_stamps.check_uncut(self.loader.shards)
             x, y = self.loader.next_batch(config.batch_tokens, config.grad_accum)
             batches.append((x, y))
             last = micro == config.grad_accum - 1
@@ -328,7 +327,7 @@ class Trainer:
         if not due:
             bar.at(self.step)
             return
-        shard_stamps.check_unchanged(self.stamps)
+        check_unchanged(self.dataset.files)
         self.foresee()
         mean = self.ranks.sums([loss.item()])[0] / self.ranks.world_size
         seconds = self.clock.elapsed("training")
@@ -390,7 +389,7 @@ class Trainer:
         if self.saved_at == self.step:
             return
         with self.clock.phase(phase):
-            shard_stamps.check_unchanged(self.stamps)
+            check_unchanged(self.dataset.files)
             parts, rest = state.collect(self)
             if self.ranks.is_first:
                 folder = self.folder / resume.CHECKPOINTS

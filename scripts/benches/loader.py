@@ -12,8 +12,8 @@ import torch
 
 import recurgolf
 from recurgolf.data.loader import ShuffledConfig
+from recurgolf.data.shard_fingerprints import fingerprints
 from recurgolf.data.shards import write_shard
-from recurgolf.training import shard_stamps
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -62,7 +62,7 @@ def start_seconds(count: int, tokens: int = 20_000_000) -> float:
             torch.manual_seed(0)
             began = time.perf_counter()
             loader = ShuffledConfig().build(paths, seq_len=1024, rank=0, world_size=1, seed=1)
-            shard_stamps.stamps(paths)
+            fingerprints(paths)
             loader.next_batch(8192, 1)
             best = min(best, time.perf_counter() - began)
         return best

@@ -1,19 +1,23 @@
 """Bytes per token: the recorded tables, and equality with the decoded text for any text."""
 
+import io
 import json
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sentencepiece import sentencepiece_model_pb2
 
-from recurgolf.data.byte_count import ByteCount, split_documents
+from recurgolf.data.byte_count import ByteCount, check_texts, split_documents
 from recurgolf.data.shards import DataError, find_shards, read_shard
-from recurgolf.data.tokenizer import Piece, PieceKind, Tokenizer, read_tokenizer
+from recurgolf.data.tokenizer import SPACE, Piece, PieceKind, Tokenizer, read_tokenizer
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "golden"
 TOKENIZERS = [
@@ -117,6 +121,92 @@ class InnerSpace(Tokenizer):
 def test_piece_with_an_inner_space_is_refused_by_name():
     with pytest.raises(DataError, match="piece 2 '▁of▁the' has a space"):
         ByteCount.of(InnerSpace())
+
+
+TRAINED_WITH = {
+    "bpe": {},
+    "unigram": {"model_type": "unigram"},
+    "char": {"model_type": "char"},
+    "word": {"model_type": "word"},
+    "dummy": {"add_dummy_prefix": True},
+    "spaces": {"remove_extra_whitespaces": False},
+    "dummy and spaces": {"add_dummy_prefix": True, "remove_extra_whitespaces": False},
+    "identity": {"normalization_rule_name": "identity"},
+    "symbols": {"user_defined_symbols": ["<sep>", "fox"], "control_symbols": ["<ctl>"]},
+}
+"""Settings of SentencePiece by which a space may be written in other ways."""
+
+
+def trained(folder: Path, settings: dict, without_lone_space: bool) -> Tokenizer:
+    """A small model; the piece of a lone space may be taken from it, as pruning does."""
+    words = ["the", "quick", "fox", "jumps", "12", "a1", "café", "naïve"]
+    texts = [" ".join(words[i % 8 :] + words[: i % 8]) for i in range(64)]
+    model = io.BytesIO()
+    common = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    common |= {"add_dummy_prefix": False, "hard_vocab_limit": False, "bos_id": 1, "eos_id": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        **common | {"pad_id": 0, "unk_id": 3, "max_sentencepiece_length": 8} | settings,
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for piece in proto.pieces:
+        if without_lone_space and piece.piece == SPACE:
+            piece.piece = "zzqq"
+    path = folder / "t.model"
+    path.write_bytes(proto.SerializeToString())
+    return read_tokenizer(path)
+
+
+@pytest.mark.parametrize("without_lone_space", [False, True])
+@pytest.mark.parametrize("name", sorted(TRAINED_WITH))
+def test_bytes_are_those_of_the_text_however_a_model_writes_spaces(
+    tmp_path, name, without_lone_space
+):
+    """Expected is the text itself: what is encoded here is not changed by normalization, except
+    for white space at its ends and in rows, which most of these models drop."""
+    tokenizer = trained(tmp_path, TRAINED_WITH[name], without_lone_space)
+    byte_count = ByteCount.of(tokenizer)
+    keeps = TRAINED_WITH[name].get("remove_extra_whitespaces", True) is False
+    texts = [
+        "the fox 1 2 3 4",
+        "7 a1 ?? café Ωmega",
+        " leading",
+        "x",
+        "",
+        "漢 字 <sep>fox",
+        "5  6  ",
+    ]
+    expected = [text if keeps else " ".join(text.split(" ")).strip() for text in texts]
+    expected = [text if keeps else re.sub(" +", " ", text) for text in expected]
+    encoded = tokenizer.encode(texts)
+    stream = np.concatenate(encoded)
+    assert tokenizer.decode(encoded) == expected == tokenizer.normalized(texts)
+    assert [byte_count.total(ids) for ids in encoded] == [len(t.encode()) for t in expected]
+    assert byte_count.check(stream, tokenizer) == sum(len(t.encode()) for t in expected)
+    per_token = byte_count.per_token(stream)
+    assert per_token.max() <= 30
+    if without_lone_space:
+        assert len(byte_count.spaces_spelled_in(stream))
+
+
+def test_a_spelled_space_is_one_byte_at_its_last_token(tmp_path):
+    tokenizer = trained(tmp_path, {}, without_lone_space=True)
+    byte_count = ByteCount.of(tokenizer)
+    (ids,) = tokenizer.encode(["1 2"])
+    assert len(ids) == 1 + 1 + 3 + 1
+    assert byte_count.per_token(ids).tolist() == [0, 1, 0, 0, 1, 1]
+
+
+def test_a_tokenizer_that_loses_characters_is_refused_by_the_document(tmp_path):
+    lossy = trained(tmp_path, {"byte_fallback": False, "unk_surface": ""}, False)
+    texts = ["the fox", "the Ω"]
+    encoded = lossy.encode(texts)
+    ByteCount.of(lossy).check(np.concatenate(encoded), lossy)  # table and decoding lose it alike
+    pairs = list(zip(encoded, lossy.decode(encoded), strict=True))
+    check_texts(pairs[:1], texts[:1], lossy)
+    with pytest.raises(DataError, match=r"document 1 does not come back .* 'Ω' became ''"):
+        check_texts(pairs, texts, lossy)
 
 
 def test_checking_a_real_validation_set_takes_well_under_a_second(recorded_export):

@@ -1,9 +1,12 @@
 """Corpora: the canonical split of the embedded text, and the user's own files."""
 
+import bz2
 import gzip
 import hashlib
 import json
 import lzma
+import os
+import random
 
 import pytest
 
@@ -66,9 +69,15 @@ def test_separator_cuts_a_file_at_blank_lines(tmp_path, own_cache):
     assert documents.train[0].endswith("And lines.")
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
-)
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda data: pytest.importorskip("zstandard").compress(data),
+}
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), *COMPRESSED.items()])
 def test_jsonl_texts_are_taken_as_they_are(tmp_path, suffix, compress):
     texts = [f" text {n}\r\n" for n in range(10)]
     lines = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts)
@@ -97,7 +106,16 @@ def test_identity_follows_contents_and_settings_not_names(stories):
         ("a.jsonl", b'{"text": 7}\n', "line 1: expected a JSON object with a text in 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*surrogates not allowed"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8 text"),
-        ("a.txt.gz", b"not gzip", "not UTF-8 text"),
+        ("a.ndjson", b"plain\n", r"a\.ndjson, line 1: expected a JSON object"),
+        ("a.jsonl", b"[" * 100_000, "line 1: expected a JSON object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: expected .* UnicodeDecodeError"),
+        ("a.jsonl", b'["text"]\n', "line 1: expected a JSON object"),
+        ("a.json", b'[{"text": "x"}, {}]', r"a\.json, item 2: .*'text'"),
+        ("a.json", b"{", r"a\.json, line 1: expected a JSON object"),
+        ("a.txt", b'{"text": "x"}\n{"text": "y"}\n', r"a\.txt: holds JSON objects, .*\.jsonl"),
+        ("a.rows", b'\n{"body": "x"}', r"a\.rows: holds JSON objects"),
+        ("a.txt.gz", b"", r"a\.txt\.gz: cut short, damaged, or no \.gz file"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz: cut short, damaged, or no \.gz file"),
         ("a.txt", b"only one", "gives 1 different documents; 1 for validation leave none"),
     ],
 )
@@ -110,3 +128,59 @@ def test_unusable_file_is_refused_by_name_and_line(tmp_path, name, content, mess
 def test_pattern_without_files_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"data\.files='.*nothing.*' matches no file"):
         text_corpus(str(tmp_path / "nothing*.txt"))
+
+
+@pytest.mark.parametrize("name", ["d.ndjson", "d.JSONL", "d.jsonlines", "d.json", "d.Json.GZ"])
+def test_json_lines_are_documents_under_any_of_their_endings(tmp_path, name):
+    texts = [f"text {n}" for n in range(10)]
+    lines = "\ufeff" + "\r\n".join(json.dumps({"text": text}) for text in texts)
+    data = lines.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    documents = text_corpus(str(tmp_path / "d*"), val_documents=2).read()
+    assert sorted([*documents.validation, *documents.train]) == sorted(texts)
+
+
+def test_a_json_list_is_its_documents(tmp_path):
+    texts = [f"text {n}" for n in range(10)]
+    (tmp_path / "d.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    documents = text_corpus(str(tmp_path / "d.json"), val_documents=2).read()
+    assert sorted([*documents.validation, *documents.train]) == sorted(texts)
+
+
+@pytest.mark.parametrize("suffix", sorted(COMPRESSED))
+@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
+@pytest.mark.parametrize("inner", ["jsonl", "txt"])
+def test_damaged_compressed_files_are_refused_by_their_own_name(tmp_path, suffix, damage, inner):
+    noise = random.Random(0).choices("abcdefghijklmnop", k=4000)
+    whole = COMPRESSED[suffix](json.dumps({"text": "".join(noise)}).encode() + b"\n")
+    bad = {"cut": whole[:-30], "emptied": b"", "overwritten": whole[:900] + b"\xff" * 99}[damage]
+    (tmp_path / f"a.{inner}").write_text('{"text": "x"}\n' if inner == "jsonl" else "x")
+    (tmp_path / f"b.{inner}{suffix}").write_bytes(bad)
+    with pytest.raises(DataError, match=rf"/b\.{inner}\{suffix}[:,]"):
+        text_corpus(str(tmp_path / "*")).read()
+
+
+def test_several_members_of_a_compressed_file_are_read(tmp_path):
+    for suffix, compress in COMPRESSED.items():
+        parts = (f'{{"text": "{n} of {suffix}"}}\n' for n in range(5))
+        data = b"".join(compress(part.encode()) for part in parts)
+        (tmp_path / f"d.jsonl{suffix}").write_bytes(data)
+    documents = text_corpus(str(tmp_path / "d*"), val_documents=2).read()
+    assert len(documents.validation) + len(documents.train) == 20
+
+
+def test_links_and_names_with_brackets_are_read_and_what_is_no_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a[1].txt").write_text("one\n\ntwo")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a[1].txt")
+    for name in ("a[1].txt", "link.txt"):
+        assert text_corpus(str(tmp_path / name), separator="\n\n").read().train
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Text(files="~/l*.txt", separator="\\n\\n").corpus().read().train
+    with pytest.raises(DataError, match=r"matches folders only; .*data\.files='.*/\*\*/\*'"):
+        text_corpus(str(tmp_path))
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"broken\.txt: a link to .*gone, which is not there"):
+        text_corpus(str(tmp_path / "*.txt"))
+    os.mkfifo(tmp_path / "pipe.rows")
+    with pytest.raises(DataError, match=r"pipe\.rows: neither a file nor a folder"):
+        text_corpus(str(tmp_path / "*.rows"))

@@ -17,7 +17,8 @@ from recurgolf.data import Data, DataError, Embedded, Shards, Text
 from recurgolf.data.corpus import embedded_corpus
 from recurgolf.data.export import ExportSettings, export
 from recurgolf.data.loader import RankShardsShuffledConfig, ShuffledConfig
-from recurgolf.data.shards import read_shard, write_shard
+from recurgolf.data.shard_fingerprints import check_unchanged
+from recurgolf.data.shards import DataChanged, read_shard, write_shard
 
 
 def sha256(path: Path) -> str:
@@ -155,9 +156,13 @@ def test_wrong_vocabulary_is_refused_with_both_sizes(own_shards):
         own_shards.prepare()
 
 
-@pytest.mark.parametrize("name", ["fineweb_val_000001.bin", "fineweb_train_000000.bin"])
-def test_token_outside_the_vocabulary_is_refused(own_shards, name):
-    change(own_shards, name, 5, 1024)
+@pytest.mark.parametrize(
+    "name", ["fineweb_val_000001.bin", "fineweb_train_000000.bin", "fineweb_train_000002.bin"]
+)
+@pytest.mark.parametrize("position", [5, -1])
+def test_token_outside_the_vocabulary_is_refused(own_shards, name, position):
+    own_shards.prepare()  # what is remembered of a shard is forgotten with its contents
+    change(own_shards, name, position, 1024)
     with pytest.raises(DataError, match=r"token 1024, but the tokenizer .* only 1024 pieces"):
         own_shards.prepare()
 
@@ -234,6 +239,40 @@ def test_embedded_data_is_what_its_measurements_say_and_the_second_start_is_quic
     assert pickle.loads(pickle.dumps(again)).tokenizer.encode(["a"])[0].tolist()[0] == 1
 
 
+@pytest.mark.parametrize("tokens", [[1] * 200, [1, 2, 2, 1]], ids=["BOS alone", "specials alone"])
+def test_validation_without_any_text_is_refused(own_shards, tokens):
+    for path in Path(own_shards.path).glob("fineweb_val_*.bin"):
+        write_shard(path, np.array(tokens, dtype=np.uint16))
+    with pytest.raises(DataError, match="none stands for any text"):
+        own_shards.prepare()
+
+
+def test_the_fingerprint_covers_the_byte_sidecar(own_shards):
+    before, path = own_shards.prepare(), Path(own_shards.path) / "fineweb_val_bytes_000000.bin"
+    found = {before.fingerprint}
+    for count in (2, 3):
+        write_shard(path, np.full(6601, count, dtype=np.uint16))
+        found.add(own_shards.prepare().fingerprint)
+    assert len(found) == 3
+
+
+def test_validation_tokens_stay_what_was_checked(own_shards):
+    dataset = own_shards.prepare()
+    before = dataset.validation_tokens().copy()
+    change(own_shards, "fineweb_val_000000.bin", 700, 5)
+    assert np.array_equal(dataset.validation_tokens(), before)
+    with pytest.raises(DataChanged, match=r"fineweb_val_000000\.bin was written again"):
+        check_unchanged(dataset.files)
+
+
+def test_raw_text_that_is_not_that_of_the_tokens_is_refused(recorded_folder):
+    documents = embedded_corpus().read().validation
+    lines = [json.dumps({"text": text}) + "\n" for text in [documents[0] + "!", *documents[1:]]]
+    (recorded_folder / "docs_selected.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match="validation document 0 does not come back"):
+        Shards(path=str(recorded_folder / "datasets" / "fineweb10B_sp1024")).prepare()
+
+
 def own_text(stories: Path) -> Text:
     return Text(files=str(stories / "*.txt"), vocab_size=320, val_documents=4)
 
@@ -275,6 +314,42 @@ def test_unwritable_cache_is_refused(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("RECURGOLF_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DataError, match="cannot write the data cache"):
         own_text(stories).prepare()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "fineweb_320_bpe.model",
+    ],
+)
+@pytest.mark.parametrize("damage", ["gone", "overwritten", "emptied"])
+def test_a_damaged_cache_is_made_again(stories, own_cache, name, damage):
+    whole = own_text(stories).prepare()
+    (path,) = own_cache.glob(f"text-*/**/{name}")
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    else:
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    again = own_text(stories).prepare()
+    assert (again.folder, again.fingerprint) == (whole.folder, whole.fingerprint)
+    assert path.read_bytes() == content
+
+
+def test_a_changed_number_in_an_exported_manifest_is_refused(stories, tmp_path, own_cache):
+    settings = own_text(stories).export_settings()
+    folder = export(own_text(stories).corpus(), settings, tmp_path / "out", silent)
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["datasets"][0]["stats"]["raw_bytes_val"] *= 2
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="does not have the checksum that it states"):
+        Shards(path=str(folder), vocab_size=320).prepare()
 
 
 def fingerprint_of(option: Text) -> str:

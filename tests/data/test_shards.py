@@ -1,9 +1,15 @@
 """Shards: the format, its checks, and the stream over several."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 
+from recurgolf.data.cache import remembered
+from recurgolf.data.shard_fingerprints import check_unchanged, fingerprints
 from recurgolf.data.shards import (
+    DataChanged,
     DataError,
     TokenStream,
     count_tokens,
@@ -79,3 +85,61 @@ def test_stream_reads_like_one_array_that_repeats(tmp_path):
     for start in range(41):
         for count in (0, 1, 7, 41, 100):
             assert np.array_equal(stream.read(start, count), endless[start : start + count])
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_named(tmp_path):
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.arange(5000, dtype=np.uint16))
+    stream = TokenStream([path])
+    assert stream.read(4000, 10).tolist() == list(range(4000, 4010))
+    os.truncate(path, 1024 + 2 * 4005)
+    assert stream.read(3990, 10).tolist() == list(range(3990, 4000))
+    with pytest.raises(DataChanged, match=r"000000\.bin has 9,034 bytes instead of 11,024"):
+        stream.read(4000, 10)
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut", "gone", "same size and time"])
+def test_a_file_that_changes_is_named(tmp_path, own_cache, change):
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.arange(5000, dtype=np.uint16))
+    before = fingerprints([path])
+    assert before[path].largest == 4999
+    time.sleep(0.01)  # a time of its own
+    if change == "gone":
+        path.unlink()
+    elif change == "cut":
+        os.truncate(path, 2000)
+    else:
+        write_shard(path, np.arange(5000, dtype=np.uint16)[::-1])
+    if change == "same size and time":
+        os.utime(path, ns=(before[path].modified, before[path].modified))
+    words = {"gone": "is gone", "cut": "has 2,000 bytes instead of 11,024"}
+    with pytest.raises(DataChanged, match=words.get(change, "was written again")):
+        check_unchanged(before)
+
+
+def test_a_file_that_is_only_touched_or_copied_is_the_same(tmp_path, own_cache):
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.arange(5000, dtype=np.uint16))
+    before = fingerprints([path])
+    os.utime(path, ns=(1, 1))
+    check_unchanged(before)
+    path.write_bytes(path.read_bytes())
+    check_unchanged(before)
+
+
+def test_a_note_in_the_cache_is_believed_only_with_its_checksum(own_cache):
+    calls = []
+    find = lambda: calls.append(1) or [1, 2]  # noqa: E731
+    assert remembered("key", find) == remembered("key", find) == [1, 2]
+    assert len(calls) == 1
+    (note,) = (own_cache / "checked").iterdir()
+    for damage in (
+        '{"found": [7, 8]}',
+        note.read_text().replace("[1, 2]", "[7, 8]"),
+        "",
+        "[" * 9**5,
+    ):
+        note.write_text(damage)
+        assert remembered("key", find) == [1, 2]
+    assert len(calls) == 5
