@@ -283,12 +283,12 @@ def test_contents_tell_data_apart_and_do_not_mind_a_copy(tmp_path):
     before = shard_fingerprints.contents(dataset)
     shard = dataset.train_shards[0]
     os.utime(shard, ns=(1, 1))
-    shard_fingerprints.check_contents(before, dataset)
+    shard_fingerprints.check_contents(before, run.data.prepare())
     tokens = np.fromfile(shard, dtype="<u2", offset=1024)
     tokens[0] ^= 1
     write_shard(shard, tokens)
     with pytest.raises(ValueError, match=shard.name):
-        shard_fingerprints.check_contents(before, dataset)
+        shard_fingerprints.check_contents(before, run.data.prepare())
 
 
 def test_memory_that_is_not_there_ends_in_advice(tmp_path):
