@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import above, at_least, not_empty, one_of
 
 PHASES = (
     *("setup", "warmup", "training", "checkpoint", "validation", "calibration"),
@@ -17,23 +19,23 @@ TRAINING = "training"
 
 
 @dataclass
-class Cap:
+class Cap(Checked):
     """Seconds that some phases may take together."""
 
-    seconds: float | None = None
+    seconds: Annotated[float | None, above(0)] = None
     """null, for the cap `training` alone: budget.train_seconds."""
-    phases: list[str] = field(default_factory=list)
+    phases: Annotated[list[str], not_empty, one_of(PHASES)] = field(default_factory=list)
 
 
 @option("budget", "budget")
 @dataclass
-class Budget:
+class Budget(Checked):
     """Bytes of code plus packed model, and seconds."""
 
-    artifact_bytes: int = 16_000_000
+    artifact_bytes: Annotated[int, at_least(1)] = 16_000_000
     train_seconds: float | None = None
     """Cap on the training clock; training stops after the first step that reaches it."""
-    reserve_seconds: float = 0.0
+    reserve_seconds: Annotated[float, at_least(0)] = 0.0
     """Part of train_seconds kept for what also reads training data (calibration)."""
     caps: dict[str, Cap] = field(default_factory=dict)
     """Which phases count against which clock, such as evaluation: {seconds: 600, phases:
@@ -41,8 +43,7 @@ class Budget:
     checkpoint and calibration: whatever works on the weights or reads training data."""
 
     def __post_init__(self) -> None:
-        if self.artifact_bytes < 1:
-            raise ConfigError(f"budget.artifact_bytes={self.artifact_bytes}: at least 1")
+        super().__post_init__()
         if self.train_seconds is not None and self.train_seconds <= self.reserve_seconds:
             raise ConfigError(
                 f"budget.train_seconds={self.train_seconds} leaves nothing beside "
@@ -52,13 +53,6 @@ class Budget:
             self._check_cap(name, cap)
 
     def _check_cap(self, name: str, cap: Cap) -> None:
-        for phase in cap.phases:
-            if phase not in PHASES:
-                raise ConfigError(
-                    f"budget.caps.{name}.phases: {phase!r}{suggestion(phase, PHASES)}"
-                )
-        if not cap.phases:
-            raise ConfigError(f"budget.caps.{name}.phases is empty: name some of {list(PHASES)}")
         if name == TRAINING:
             if TRAINING not in cap.phases:
                 raise ConfigError(f"budget.caps.{name}.phases={cap.phases} lacks 'training'")
@@ -67,8 +61,8 @@ class Budget:
                     f"budget.caps.{name}.seconds={cap.seconds}, but budget.train_seconds="
                     f"{self.train_seconds} ends training: leave the former out"
                 )
-        elif cap.seconds is None or cap.seconds <= 0:
-            raise ConfigError(f"budget.caps.{name}.seconds={cap.seconds}: more than 0")
+        elif cap.seconds is None:
+            raise ConfigError(f"budget.caps.{name}.seconds=null: above 0")
 
     @property
     def max_train_seconds(self) -> float | None:

@@ -226,7 +226,7 @@ def built(config: Any, path: str = "") -> Any:
     from recurgolf.artifact.code import classes_of, texts_of
     from recurgolf.run import Run
 
-    found = to_object(config)
+    found = to_object(config, path.rstrip("."))
     # `+key=value` adds a key to any node, and nothing would ever read it.
     for key in added_keys(found, path):
         raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recurgolf.limits import refused
+
 T = TypeVar("T")
 
 REGISTRY: dict[str, dict[str, type]] = {}
@@ -38,6 +40,17 @@ class ConfigError(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on. Its text is the whole message shown; what was saved stays."""
+
+
+class Checked:
+    """Base of the option dataclasses: what is built keeps the limits of its fields (limits.py).
+
+    A subclass with a `__post_init__` of its own calls this one first.
+    """
+
+    def __post_init__(self) -> None:
+        if wrong := refused(type(self), vars(self), _home(type(self))):
+            raise ConfigError(wrong)
 
 
 def option(group: str, kind: str) -> Callable[[type[T]], type[T]]:
@@ -77,6 +90,12 @@ def import_modules(package: str) -> list[str]:
     return names
 
 
+def _home(cls: type) -> str:
+    """Dotted path at which an option is usually found; empty where it is registered nowhere."""
+    groups = (group for group, kinds in REGISTRY.items() if cls in kinds.values())
+    return next(groups, "").replace("/", ".")
+
+
 def load_plugins(modules: typing.Iterable[str] = ()) -> None:
     """Import components that live outside the package, so that their `@option` lines run.
 
@@ -95,10 +114,30 @@ def load_plugins(modules: typing.Iterable[str] = ()) -> None:
             ) from None
 
 
-def to_object(config: DictConfig) -> Any:
-    """The composed config as instances of the registered classes, interpolations resolved."""
+def to_object(config: DictConfig, path: str = "") -> Any:
+    """The composed config as instances of the registered classes, interpolations resolved.
+
+    Args:
+        path: dotted path of this node within the whole config.
+
+    Raises:
+        ConfigError: a value beyond the limits of its field, by its full key.
+    """
     OmegaConf.resolve(config)
+    _check_limits(config, OmegaConf.to_container(config), path)
     return OmegaConf.to_object(config)
+
+
+def _check_limits(node: Any, values: Any, path: str) -> None:
+    if isinstance(values, dict):
+        if wrong := refused(OmegaConf.get_type(node) or dict, values, path):
+            raise ConfigError(wrong)
+        keys: typing.Iterable[Any] = values
+    else:
+        keys = range(len(values))
+    for key in keys:
+        if isinstance(values[key], (dict, list)):
+            _check_limits(node[key], values[key], f"{path}.{key}" if path else str(key))
 
 
 def key_names(config: DictConfig, parent: str) -> list[str]:

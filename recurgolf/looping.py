@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from recurgolf.config import ConfigError, kind_of, option
+from recurgolf.config import Checked, ConfigError, kind_of, option
+from recurgolf.limits import at_least
 
 
 class Visit(NamedTuple):
@@ -70,7 +71,7 @@ class LoopPlan:
 
 
 @dataclass
-class Looping:
+class Looping(Checked):
     """A schedule of plans over `num_blocks` blocks."""
 
     def check(self, num_blocks: int) -> None:
@@ -147,30 +148,20 @@ class NoLooping(Looping):
 class _Repeat(Looping):
     """Repeats one contiguous band of blocks; subclasses say which."""
 
-    passes: int = 2
+    passes: Annotated[int, at_least(1)] = 2
     """How often the band is run in training."""
-    passes_eval: int | None = None
+    passes_eval: Annotated[int | None, at_least(1)] = None
     """How often when scoring; null: as in training."""
-    start_fraction: float = 0.0
+    start_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
     """Fraction of training before which every block runs once (delayed looping)."""
-    ramp_fraction: float = 0.0
+    ramp_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
     """Fraction of training over which passes grow one by one after the start."""
-    backprop_passes: int | None = None
+    backprop_passes: Annotated[int | None, at_least(1)] = None
     """Gradients flow through the last so many passes only; null: through all."""
 
     def band(self, num_blocks: int) -> tuple[int, int]:
         """First block of the band and the first behind it."""
         raise NotImplementedError
-
-    def check(self, num_blocks: int) -> None:
-        for name in ("passes", "passes_eval", "backprop_passes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"looping.{name}={value}: at least 1")
-        for name in ("start_fraction", "ramp_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"looping.{name}={value}: a fraction of training, from 0 to 1")
 
     def passes_at(self, fraction: float) -> int:
         if fraction < self.start_fraction:
@@ -211,7 +202,6 @@ class SegmentLooping(_Repeat):
     """Last block of the band, inclusive."""
 
     def check(self, num_blocks: int) -> None:
-        super().check(num_blocks)
         if not 0 <= self.start <= self.end < num_blocks:
             raise ConfigError(
                 f"looping.start={self.start} to looping.end={self.end} is not a range of the "
@@ -236,16 +226,14 @@ class CycleLooping(_Repeat):
 class PreludeCoreCoda(_Repeat):
     """`prelude` blocks once, the core repeated, `coda` blocks once (Huginn, 2502.05171)."""
 
-    prelude: int = 1
-    coda: int = 1
+    prelude: Annotated[int, at_least(0)] = 1
+    coda: Annotated[int, at_least(0)] = 1
 
     def check(self, num_blocks: int) -> None:
-        super().check(num_blocks)
-        if self.prelude < 0 or self.coda < 0 or self.prelude + self.coda >= num_blocks:
+        if self.prelude + self.coda >= num_blocks:
             raise ConfigError(
                 f"looping.prelude={self.prelude} + looping.coda={self.coda} leaves no core in a "
-                f"model of {num_blocks} blocks: neither below 0, and together at most "
-                f"{num_blocks - 1}"
+                f"model of {num_blocks} blocks: together at most {num_blocks - 1}"
             )
 
     def band(self, num_blocks: int) -> tuple[int, int]:

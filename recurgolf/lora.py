@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import at_least, one_of
 from recurgolf.looping import LoopPlan, Visit
 
 NO_ADAPTERS: Mapping[str, Callable[[Tensor], Tensor]] = {}
@@ -22,38 +23,28 @@ NO_ADAPTERS: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
 @option("lora", "low_rank")
 @dataclass
-class LoRA:
+class LoRA(Checked):
     """Which projections of which visits get an adapter, and how it starts."""
 
-    rank: int = 0
+    rank: Annotated[int, at_least(0)] = 0
     """0: no adapters at all."""
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Projections of the block: q_proj k_proj v_proj o_proj (attention), in_proj_qkv in_proj_z
     in_proj_b in_proj_a out_proj (gated delta net), up_proj down_proj gate_proj (MLP), or `residual`
     (a correction of the block's output). In a hybrid each block takes those that it has."""
-    blocks: str = "looped"
+    blocks: Annotated[str, one_of("looped", "all")] = "looped"
     """looped: blocks that a plan visits more than once | all."""
-    visits: str = "repeats"
+    visits: Annotated[str, one_of("repeats", "all", "shared")] = "repeats"
     """repeats: from the second visit on | all: the first too | shared: one for all visits."""
     alpha: float | None = None
     """Scale is alpha / rank; null: 1."""
-    init: str = "uniform"
+    init: Annotated[str, one_of("uniform", "normal")] = "uniform"
     """Start of A: uniform U(+-1/sqrt(in)) | normal N(0, 1/in). B starts at zero."""
-    compat_init_fan: str = "in"
+    compat_init_fan: Annotated[str, one_of("in", "rank")] = "in"
     """`rank` reproduces a public bug: the bound of A is 1/sqrt(rank), 8 times too wide at 512/8."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank={self.rank}: 0 (no adapters) or more")
-        for name, allowed in (
-            ("blocks", ("looped", "all")),
-            ("visits", ("repeats", "all", "shared")),
-            ("init", ("uniform", "normal")),
-            ("compat_init_fan", ("in", "rank")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"lora.{name}={value!r}{suggestion(value, allowed)}")
+        super().__post_init__()
         if self.alpha is not None and not 0 < abs(self.alpha) < math.inf:
             raise ConfigError(
                 f"lora.alpha={self.alpha}: the scale is alpha / rank; a number other than 0, with "

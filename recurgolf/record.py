@@ -1,6 +1,6 @@
 """The record of a run: what a tracker is, and the ones that need nothing but a disk.
 
-tracker.py adds W&B and the options that choose between them; import from there.
+tracker.py adds W&B, and the options that choose between them.
 """
 
 from __future__ import annotations
@@ -88,38 +88,6 @@ class Tracker:
 
 class NoTracker(Tracker):
     """Records nothing: every rank but the first."""
-
-
-class MemoryTracker(Tracker):
-    """Keeps everything in lists and dicts.
-
-    Attributes:
-        rows: one dict a `log` call, `step` included.
-        results: the merged summaries.
-        artifacts: (path, name, metadata) as given.
-        exit_code: None until finished.
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.results: dict[str, Any] = {}
-        self.artifacts: list[tuple[Path, str, dict[str, Any]]] = []
-        self.exit_code: int | None = None
-
-    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        self.rows.append({"step": step, **metrics})
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self.results.update(values)
-
-    def log_artifact(
-        self, path: Path, name: str, metadata: Mapping[str, Any], *, beside: Sequence[Path] = ()
-    ) -> None:
-        self.artifacts.append((path, name, dict(metadata)))
-
-    def finish(self, exit_code: int = 0, *, within_seconds: float | None = None) -> None:
-        if self.exit_code is None:
-            self.exit_code = exit_code
 
 
 class JsonlTracker(Tracker):

@@ -10,16 +10,17 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from recurgolf.artifact.codecs import Codec
 from recurgolf.budget import Budget
-from recurgolf.config import ConfigError, from_dict, kind_of, load_plugins, to_dict
+from recurgolf.config import Checked, ConfigError, from_dict, kind_of, load_plugins, to_dict
 from recurgolf.data import Data
 from recurgolf.disk import writing
 from recurgolf.eval import Eval
+from recurgolf.limits import one_of
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model, Transformer
@@ -30,17 +31,13 @@ from recurgolf.tracker import Tracking
 
 
 @dataclass
-class ArtifactConfig:
+class ArtifactConfig(Checked):
     """How the file is written."""
 
     codec: Codec = field(default_factory=Codec)
-    code: str = "score"
+    code: Annotated[str, one_of("score", "train")] = "score"
     """Whose bytes count: `score` (score.py, which loads and scores) or `train` (train_gpt.py, which
     trains as well: what the challenge counts)."""
-
-    def __post_init__(self) -> None:
-        if self.code not in ("score", "train"):
-            raise ConfigError(f"artifact.code={self.code!r}: score or train")
 
 
 @dataclass
@@ -85,7 +82,6 @@ class Run:
         self.data.check()
         self.quant.check()
         self.artifact.codec.check()
-        self.tracker.check()
         self.looping.check(self.model.num_blocks)
         self.lora.check(self.model.projections, self.largest_plan)
         self.quant.qat.check_plan(self.largest_plan)

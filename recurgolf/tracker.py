@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import re
@@ -24,20 +23,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import at_least
 from recurgolf.record import (
     AXES,
     JsonlTracker,
-    MemoryTracker,
-    NoTracker,
     RunIdentity,
     SeveralTrackers,
     Tracker,
-    history,
     plain,
-    read_jsonl,
 )
 
 QUEUE_EVENTS = 10_000
@@ -170,21 +166,17 @@ class WandbTracker(Tracker):
 
 
 @dataclass
-class Tracking:
+class Tracking(Checked):
     """Which trackers a run has, besides metrics.jsonl."""
-
-    def check(self) -> None:
-        """Refuse values that cannot work anywhere. Raises ConfigError."""
 
     def check_account(self) -> None:
         """Refuse to train where this machine has no account to log to. Raises ConfigError.
 
-        Apart from `check`, because a finished run may be read where there is none.
+        Not when it is built, because a finished run may be read where there is none.
         """
 
     def build(self, identity: RunIdentity, folder: Path) -> Tracker:
         """Open the record of a run in its folder (which must exist); rank 0 only."""
-        self.check()
         self.check_account()
         # A W&B sweep agent has chosen the id of the run that it starts.
         run_id = identity.run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
@@ -210,20 +202,18 @@ class _WandbTracking(Tracking):
     """User or team; null: the default of the account."""
     log_artifact: bool = False
     """Hand the packed file and run.json to W&B as an artifact."""
-    init_timeout_seconds: float = 60.0
+    init_timeout_seconds: Annotated[float, at_least(1)] = 60.0
     """After so long without an answer the run is recorded offline. Training does not wait."""
-    finish_timeout_seconds: float = 30.0
+    finish_timeout_seconds: Annotated[float, at_least(1)] = 30.0
     """At the end of a run W&B has so long to write or upload the rest."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         wrong = sorted(set(self.project) & set('/\\#?%:"'))
         if wrong or not self.project:
             raise ConfigError(
                 f"tracker.project={self.project!r}: a name without any of / \\ # ? % : and quotes"
             )
-        for name in ("init_timeout_seconds", "finish_timeout_seconds"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"tracker.{name}={getattr(self, name)}: at least 1 second")
 
     def _mode(self) -> str:
         raise NotImplementedError
@@ -410,19 +400,3 @@ def _artifact(run: Any, content: dict[str, Any]) -> None:
 
 
 _VERBS = {"log": _log, "summary": _summary, "artifact": _artifact}
-
-__all__ = [
-    "JsonlTracker",
-    "MemoryTracker",
-    "NoTracker",
-    "NoTracking",
-    "OfflineTracking",
-    "OnlineTracking",
-    "RunIdentity",
-    "SeveralTrackers",
-    "Tracker",
-    "Tracking",
-    "WandbTracker",
-    "history",
-    "read_jsonl",
-]

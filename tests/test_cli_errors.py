@@ -42,7 +42,7 @@ EXPORT = Path(__file__).parent / "fixtures" / "golden" / "export"
             "looping=segment looping.start=1 looping.end=9",
             "looping.start=1 to looping.end=9 is not a range of the model's",
         ),
-        ("lora.rank=-1", "lora.rank=-1: 0 (no adapters) or more"),
+        ("lora.rank=-1", "lora.rank=-1: at least 0"),
         ("experiment=smoke looping=none lora.rank=1", "no visit qualifies"),
         ("experiment=smoke budget.artifact_bytes=20000", "smaller than the code needed"),
         ("experiment=smoke trainer.batch_tokens=100", "trainer.batch_tokens=100 is not a multiple"),

@@ -63,7 +63,7 @@ LINES = [
     ),
     # passes where nothing can change, or none
     ("looping=none eval.passes=3", ["looping=none visits every block once", "1 is all it can do"]),
-    ("eval.passes=0", ["eval.passes=0", "from 1 on"]),
+    ("eval.passes=0", ["eval.passes=0: at least 1"]),
 ]
 
 

@@ -78,17 +78,17 @@ def test_scoring_may_use_another_number_of_passes():
 @pytest.mark.parametrize(
     ("schedule", "text"),
     [
-        (SegmentLooping(start=2, end=4), "looping.start=2 to looping.end=4"),
-        (SegmentLooping(start=2, end=1), "looping.start=2 to looping.end=1"),
-        (PreludeCoreCoda(prelude=2, coda=2), "leaves no core in a model of 4 blocks"),
-        (CycleLooping(passes=0), "looping.passes=0"),
-        (CycleLooping(start_fraction=1.5), "looping.start_fraction=1.5"),
+        (lambda: SegmentLooping(start=2, end=4), "looping.start=2 to looping.end=4"),
+        (lambda: SegmentLooping(start=2, end=1), "looping.start=2 to looping.end=1"),
+        (lambda: PreludeCoreCoda(prelude=2, coda=2), "leaves no core in a model of 4 blocks"),
+        (lambda: CycleLooping(passes=0), "looping.passes=0"),
+        (lambda: CycleLooping(start_fraction=1.5), "looping.start_fraction=1.5"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_impossible_schedules_are_refused_with_their_numbers(schedule, text):
     with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
-        schedule.check(4)
+        schedule().check(4)
 
 
 def test_passes_are_refused_where_nothing_repeats():

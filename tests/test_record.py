@@ -11,7 +11,6 @@ import pytest
 
 from recurgolf.record import (
     JsonlTracker,
-    MemoryTracker,
     NoTracker,
     SeveralTrackers,
     history,
@@ -110,10 +109,12 @@ def test_history_takes_the_repeated_steps_of_a_resumed_run_and_forgets_an_older_
 
 
 def test_a_failing_block_finishes_all_trackers_with_its_exit_code(tmp_path):
-    first, second = MemoryTracker(), MemoryTracker()
+    first, second = (JsonlTracker(tmp_path / name) for name in ("first", "second"))
     with pytest.raises(KeyboardInterrupt), SeveralTrackers([first, NoTracker(), second]) as both:
         both.log({"loss": 1.0}, step=3)
         both.summary({"val_bpb": 1.2})
         raise KeyboardInterrupt
-    assert first.exit_code == second.exit_code == 130
-    assert second.rows == [{"step": 3, "loss": 1.0}] and second.results == {"val_bpb": 1.2}
+    for tracker in (first, second):
+        _, row, summary, end = read_jsonl(Path(str(tracker.location)))
+        assert (row["step"], row["loss"], summary["values"]) == (3, 1.0, {"val_bpb": 1.2})
+        assert end["values"] == {"exit_code": 130}

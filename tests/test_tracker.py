@@ -15,14 +15,13 @@ import pytest
 from wandb_file import read_wandb
 
 from recurgolf.config import REGISTRY, ConfigError, from_dict, to_dict
+from recurgolf.record import history, read_jsonl
 from recurgolf.tracker import (
     OfflineTracking,
     OnlineTracking,
     RunIdentity,
     Tracking,
     WandbTracker,
-    history,
-    read_jsonl,
 )
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "tracker"
@@ -235,21 +234,24 @@ def test_online_without_a_key_is_refused_before_anything_is_written(tmp_path, mo
     with pytest.raises(ConfigError, match=r"no API key.*`wandb login`.*tracker=offline"):
         OnlineTracking().build(identity(), folder)
     assert list(folder.iterdir()) == []
-    OnlineTracking().check()  # a finished run is read without an account
+    OnlineTracking()  # a finished run is read without an account
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (OfflineTracking(project="a/b"), r"tracker\.project='a/b'"),
-        (OfflineTracking(finish_timeout_seconds=0), r"finish_timeout_seconds=0: at least 1"),
-        (OnlineTracking(init_timeout_seconds=math.inf), r"init_timeout_seconds=inf"),
+        (lambda: OfflineTracking(project="a/b"), r"tracker\.project='a/b'"),
+        (
+            lambda: OfflineTracking(finish_timeout_seconds=0),
+            r"finish_timeout_seconds=0: at least 1",
+        ),
+        (lambda: OnlineTracking(init_timeout_seconds=math.inf), r"init_timeout_seconds=inf"),
     ],
     ids=["project", "finish", "init"],
 )
 def test_impossible_options_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        options.check()
+        options()
 
 
 def test_an_unreachable_address_ends_in_an_offline_run(tmp_path, monkeypatch, capfd):

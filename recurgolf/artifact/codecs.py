@@ -10,6 +10,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from recurgolf.artifact.decode import (
     library,
     segments_of,
 )
-from recurgolf.config import REGISTRY, ConfigError, option, suggestion
+from recurgolf.config import REGISTRY, Checked, ConfigError, option, suggestion
+from recurgolf.limits import at_least, not_empty, one_of
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,17 @@ class Encoded:
 
 
 @dataclass
-class Codec:
+class Codec(Checked):
     """One way to shorten a stream of bytes; equal input gives equal output."""
 
-    transform: str = "auto"
+    transform: Annotated[str, one_of("none", "shuffle", "planes", "transpose", "auto", "best")] = (
+        "auto"
+    )
     """`none`, `shuffle` (first bytes of all items first), `planes`, `transpose`; `auto` shuffles
     items of several bytes, `best` tries all."""
 
     def check(self) -> None:
         """Refuse what cannot work on this machine, before anything is packed."""
-        known = [*TRANSFORMS, "auto", "best"]
-        if self.transform not in known:
-            raise ConfigError(
-                f"artifact.codec.transform={self.transform!r}{suggestion(self.transform, known)}"
-            )
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
         """Payload of transformed bytes that `DECODERS[kind]` turns back.
@@ -110,7 +109,7 @@ class StoreCodec(Codec):
 class ZlibCodec(Codec):
     """Deflate, without header or checksum (the container has its own)."""
 
-    level: int = 9
+    level: Annotated[int, at_least(0, at_most=9)] = 9
 
     def expected_bits(self, entropy: float) -> float:
         # Its matches of three bytes cost more than they save, least where codes are long.
@@ -126,7 +125,7 @@ class ZlibCodec(Codec):
 class LzmaCodec(Codec):
     """LZMA2, without header or checksum."""
 
-    preset: int = 9
+    preset: Annotated[int, at_least(0, at_most=9)] = 9
 
     def expected_bits(self, entropy: float) -> float:
         return min(entropy + 0.15, 8.0)
@@ -147,13 +146,10 @@ class LzmaCodec(Codec):
 class BrotliCodec(Codec):
     """Brotli: within about 1.5 % of the entropy of Gaussian codes, decoded by a small library."""
 
-    quality: int = 11
+    quality: Annotated[int, at_least(0, at_most=11)] = 11
 
     def check(self) -> None:
-        super().check()
         _require("brotli", "brotli")
-        if not 0 <= self.quality <= 11:
-            raise ConfigError(f"artifact.codec.quality={self.quality}; brotli has 0 to 11")
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
         return library("brotli", "brotli").compress(data, quality=self.quality, lgwin=24)
@@ -164,10 +160,9 @@ class BrotliCodec(Codec):
 class ZstdCodec(Codec):
     """Zstandard."""
 
-    level: int = 22
+    level: Annotated[int, at_least(1, at_most=22)] = 22
 
     def check(self) -> None:
-        super().check()
         _require("zstandard", "zstandard")
 
     def compress(self, data: bytes, segments: Segments) -> bytes:
@@ -205,13 +200,12 @@ class BestCodec(Codec):
     """Every listed codec with every transform; each section keeps its smallest."""
 
     transform: str = "best"
-    codecs: list[str] = field(default_factory=lambda: ["ans", "brotli", "lzma", "zlib", "none"])
+    codecs: Annotated[list[str], not_empty] = field(
+        default_factory=lambda: ["ans", "brotli", "lzma", "zlib", "none"]
+    )
     """Kinds to try. `zstd` needs an optional library, here and where the file is read."""
 
     def check(self) -> None:
-        super().check()
-        if not self.codecs:
-            raise ConfigError("artifact.codec.codecs is empty; name at least one codec")
         for codec in self._candidates():
             codec.check()
 

@@ -72,7 +72,7 @@ class _Stripper(ast.NodeTransformer):
             node.cause = None
         return self.generic_visit(node)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
         node.returns = None
         known = node.args
         for argument in (*known.posonlyargs, *known.args, *known.kwonlyargs):
@@ -84,12 +84,14 @@ class _Stripper(ast.NodeTransformer):
         alone = len(known.posonlyargs + known.args + known.kwonlyargs) == 1
         self.checks_itself = self.in_class and _is_check(node.name) and alone
         try:
-            return self._inside(node, False)
+            done = self._inside(node, False)
         finally:
             self.checks_itself = before
+        return None if self.in_class and _only_calls_super(node) else done
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         if self.in_class:
+            node.annotation = _without_limits(node.annotation)
             return self.generic_visit(node)
         if node.value is None:
             return None
@@ -134,6 +136,21 @@ class _Stripper(ast.NodeTransformer):
 
 def _is_check(method: str) -> bool:
     return method in ("__post_init__", "check") or method.startswith("_check_")
+
+
+def _only_calls_super(method: ast.FunctionDef) -> bool:
+    """Whether a check that refuses nothing any more is left, which its base has as well."""
+    given = ", ".join(argument.arg for argument in method.args.args[1:])
+    inherited = f"super().{method.name}({given})"
+    return _is_check(method.name) and [ast.unparse(line) for line in method.body] == [inherited]
+
+
+def _without_limits(annotation: ast.expr) -> ast.expr:
+    """`Annotated[int, at_least(1)]` as `int`."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
+        assert isinstance(annotation.slice, ast.Tuple)
+        return annotation.slice.elts[0]
+    return annotation
 
 
 def _refuses(node: ast.stmt) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics as summaries
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from recurgolf.compare.runs import (
     differing_settings,
     find_runs,
     grouped,
+    spread,
 )
 from recurgolf.compare.statistics import Test
 from recurgolf.config import ConfigError
@@ -247,11 +247,6 @@ def notes(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation; one value has none."""
-    return summaries.fmean(values), summaries.stdev(values) if len(values) > 1 else None
-
-
 def as_json(found: Comparison) -> dict[str, Any]:
     """Everything, for programs."""
     return {
@@ -277,7 +272,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def _group_json(group: Group, metric: str) -> dict[str, Any]:
-    mean, deviation = spread(group.values(metric)) if group.runs else (None, None)
+    mean, deviation = group.spread(metric) if group.runs else (None, None)
     return {
         "setting": group.label,
         "differs": group.differs,
@@ -381,7 +376,7 @@ def _deviations(group: Group, baseline: Group, rules: Rules) -> tuple[float, flo
         gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs]
         found = spread(gains)[1] if gains else None
         return None if not found else (found, 0.0)
-    both = [spread(g.values(rules.metric))[1] for g in (group, baseline)]
+    both = [g.spread(rules.metric)[1] for g in (group, baseline)]
     known = [deviation for deviation in both if deviation]
     if not known:
         return None
@@ -410,4 +405,4 @@ def _short(value: str) -> str:
     return f"{value[:12]}…" if hashed else value
 
 
-__all__ = ["Comparison", "Rules", "Verdict", "as_json", "compare", "spread"]
+__all__ = ["Comparison", "Rules", "Verdict", "as_json", "compare"]

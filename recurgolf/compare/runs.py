@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,6 +105,7 @@ class Group:
         repeated: finished runs of a seed that a newer run of the same settings replaced.
         left_out: finished runs of seeds that were not declared.
         declared: seeds that were said beforehand, where they are known.
+        title: the label, where it does not follow from `differs`.
     """
 
     differs: dict[str, str]
@@ -113,6 +115,7 @@ class Group:
     left_out: list[FoundRun] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
     telling: list[str] = field(default_factory=list)
+    title: str = ""
 
     @property
     def shortened(self) -> bool:
@@ -124,6 +127,8 @@ class Group:
     def label(self) -> str:
         """What sets the group apart: `lora.rank=2`; where that would be long, its name and as much
         of it as tells the groups apart. No two groups share a label."""
+        if self.title:
+            return self.title
         parts = [f"{key}={value}" for key, value in self.differs.items() if value != ABSENT]
         some = [*self.runs, *self.unfinished, *self.left_out][0].name
         if not parts:
@@ -149,9 +154,23 @@ class Group:
         """A figure of the summaries, by seed."""
         return [float(run.summary[name]) for run in self.runs if run.summary is not None]
 
+    def spread(self, name: str) -> tuple[float, float | None]:
+        """Mean and deviation over seeds of a figure of the summaries."""
+        return spread(self.values(name))
+
+    @property
+    def over_budget(self) -> int:
+        """How many finished runs made a file larger than the budget."""
+        return sum(not run.summary["within_budget"] for run in self.runs if run.summary)
+
     def told(self, name: str) -> list[str]:
         """The different values of a property such as `hardware`, in order of appearance."""
         return list(dict.fromkeys(str(getattr(run, name)) for run in self.runs))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample deviation; one value has none."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def find_runs(folders: Iterable[Path]) -> list[FoundRun]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,35 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recurgolf.compare.runs import FoundRun, Group, read_run
 from recurgolf.overrides import is_seed
 from recurgolf.training.summary import FILE as SUMMARY
-from recurgolf.training.summary import Summary
 
 FAILURE = "failure.txt"
 """In the folder of a job that failed: the cause in its first line, then the traceback."""
-
-
-@dataclass
-class Group:
-    """Jobs that differ in nothing but their seed."""
-
-    label: str
-    jobs: list[Mapping[str, Any]]
-    summaries: list[Summary]
-
-    @property
-    def failed(self) -> int:
-        return len(self.jobs) - len(self.summaries)
-
-    @property
-    def over_budget(self) -> int:
-        return sum(not summary.within_budget for summary in self.summaries)
-
-    def spread(self, name: str) -> tuple[float, float | None]:
-        """Mean and sample deviation (None for a single run) of a summary's figure."""
-        values = [getattr(summary, name) for summary in self.summaries]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return statistics.fmean(values), deviation
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -71,17 +47,20 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Jobs by their overrides without the seed, in order of appearance.
 
-    A group's label names only what differs between groups.
+    A group's label names only what differs between groups. Jobs that failed may have left no
+    settings, so that these do not tell them apart.
     """
     shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if jobs else set()
     groups: dict[str, Group] = {}
     for job in jobs:
         own = [o for o in job["overrides"] if not is_seed(o) and o not in shared]
         label = " ".join(own) or "all jobs"
-        group = groups.setdefault(label, Group(label, [], []))
-        group.jobs.append(job)
+        group = groups.setdefault(label, Group({}, title=label))
+        folder = Path(job["folder"])
         if job["status"] == "finished":
-            group.summaries.append(Summary.read(Path(job["folder"])))
+            group.runs.append(read_run(folder))
+        else:
+            group.unfinished.append(FoundRun(folder, {}, None))
     return list(groups.values())
 
 
@@ -108,27 +87,38 @@ def finish_sweep(folder: Path) -> Outcome:
     return Outcome(len(failed), sum(group.over_budget for group in groups))
 
 
-def table(groups: Sequence[Group]) -> Table:
-    """Mean ± deviation over seeds, one row per group."""
+def table(
+    groups: Sequence[Group],
+    metric: str = "val_bpb",
+    baseline: Group | None = None,
+    failed: bool = True,
+) -> Table:
+    """Mean ± deviation over seeds, one row per group.
+
+    Args:
+        failed: whether to say how many runs did not finish.
+    """
     grid = Table(box=box.SIMPLE_HEAD)
-    grid.add_column("setting", overflow="fold")
-    for name in ("n", "val_bpb", "artifact bytes", "failed", "over budget"):
-        grid.add_column(name, justify="right")
+    grid.add_column("setting", overflow="fold", min_width=24)
+    for name in ("n", metric, "artifact bytes", *["failed"] * failed, "over budget"):
+        grid.add_column(name, justify="right", no_wrap=True)
     for group in groups:
-        done = group.summaries
         grid.add_row(
-            group.label,
-            str(len(done)),
-            plus_minus(*group.spread("val_bpb"), ".4f") if done else "-",
-            plus_minus(*group.spread("artifact_bytes"), ",.0f") if done else "-",
-            str(group.failed),
+            group.label + (" (baseline)" if group is baseline else ""),
+            str(len(group.runs)),
+            plus_minus(group, metric, ".4f"),
+            plus_minus(group, "artifact_bytes", ",.0f"),
+            *[str(len(group.unfinished))] * failed,
             str(group.over_budget),
         )
     return grid
 
 
-def plus_minus(mean: float, deviation: float | None, form: str) -> str:
-    """`1.6712 ± 0.0031`; a single run has no deviation to show."""
+def plus_minus(group: Group, name: str, form: str) -> str:
+    """`1.6712 ± 0.0031`; a single run has no deviation to show, and no run nothing."""
+    if not group.runs:
+        return "-"
+    mean, deviation = group.spread(name)
     text = format(mean, form)
     return text if deviation is None else f"{text} ± {format(deviation, form)}"
 
@@ -138,13 +128,13 @@ def as_json(group: Group) -> dict[str, Any]:
     figures = {
         name: dict(zip(("mean", "deviation"), group.spread(name), strict=True))
         for name in ("val_bpb", "artifact_bytes")
-        if group.summaries
+        if group.runs
     }
     return {
         "setting": group.label,
-        "n": len(group.summaries),
-        "failed": group.failed,
+        "n": len(group.runs),
+        "failed": len(group.unfinished),
         "over_budget": group.over_budget,
-        "seeds": [summary.seed for summary in group.summaries],
+        "seeds": [run.summary["seed"] for run in group.runs if run.summary],
         **figures,
     }

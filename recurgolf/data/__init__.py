@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from os.path import expanduser
 from pathlib import Path
+from typing import Annotated
 
-from recurgolf.config import ConfigError, import_modules, option
+from recurgolf.config import Checked, ConfigError, import_modules, option
 from recurgolf.data.byte_count import ByteCount
 from recurgolf.data.corpus import Corpus, embedded_corpus, text_corpus
 from recurgolf.data.dataset import Dataset, open_dataset
@@ -20,6 +21,7 @@ from recurgolf.data.export import ExportSettings, Step, cached_export
 from recurgolf.data.loader import Loader, LoaderConfig, ShuffledConfig
 from recurgolf.data.shards import DataError
 from recurgolf.data.tokenizer import MAX_VOCAB, Tokenizer
+from recurgolf.limits import above, at_least, not_empty
 
 Progress = Callable[[str], None]
 """Called with a line of text when a part of the preparation is done."""
@@ -30,27 +32,25 @@ def silent(line: str) -> None:
 
 
 @dataclass
-class Data:
+class Data(Checked):
     """What to train and score on."""
 
-    vocab_size: int = 1024
-    """Pieces of the tokenizer; must be its real number where the tokenizer is given."""
+    vocab_size: Annotated[int, at_least(2, at_most=MAX_VOCAB)] = 1024
+    """Pieces of the tokenizer; must be its real number where the tokenizer is given. Tokens are
+    uint16."""
     tokenizer: str | None = None
     """A .model (SentencePiece) or .json (pure bytes) file; null: the data's own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Order of the training tokens; shuffled, where nothing is said."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # The schema's own default must be the common class, else no other kind composes over it.
         if type(self.loader) is LoaderConfig:
             self.loader = ShuffledConfig()
 
     def check(self) -> None:
         """Refuse what cannot be, without reading any data."""
-        if not 2 <= self.vocab_size <= MAX_VOCAB:
-            raise ConfigError(
-                f"data.vocab_size={self.vocab_size}: from 2 to {MAX_VOCAB} (tokens are uint16)"
-            )
 
     def prepare(self, progress: Progress = silent) -> Dataset:
         """Make or find tokenizer and shards, check them, and hand them over.
@@ -72,13 +72,8 @@ class FromText(Data):
 
     tokenizer_sees_validation: bool = False
     """Train the tokenizer on all documents, as the challenge's exporter does."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, at_least(1)] = 100_000_000
     """Tokens per shard file."""
-
-    def check(self) -> None:
-        super().check()
-        if self.shard_tokens < 1:
-            raise ConfigError(f"data.shard_tokens={self.shard_tokens}: at least 1")
 
     def corpus(self) -> Corpus:
         """The documents."""
@@ -130,23 +125,16 @@ class Text(FromText):
     """Glob pattern, `**` for folders at any depth."""
     text_field: str = "text"
     """Key of a JSONL object that holds the text."""
-    separator: str | None = None
+    separator: Annotated[str | None, not_empty] = None
     r"""What stands between documents of a plain text, \n for a line end; null: a file is one."""
-    val_documents: int | None = None
+    val_documents: Annotated[int | None, at_least(1)] = None
     """Validation documents; null: by `val_fraction`."""
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, above(0, below=1)] = 0.05
     """Share of the documents that is for validation, at least one document."""
 
     def check(self) -> None:
-        super().check()
         if not self.files:
             raise ConfigError("data=text needs data.files='PATTERN', such as 'corpus/**/*.txt'")
-        if self.separator == "":
-            raise ConfigError("data.separator='' is empty: give the text between documents or null")
-        if self.val_documents is not None and self.val_documents < 1:
-            raise ConfigError(f"data.val_documents={self.val_documents}: at least 1")
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction={self.val_fraction}: between 0 and 1")
 
     def corpus(self) -> Corpus:
         return text_corpus(
@@ -168,7 +156,6 @@ class Shards(Data):
     """Folder with fineweb_train_*.bin and fineweb_val_*.bin."""
 
     def check(self) -> None:
-        super().check()
         if not self.path:
             raise ConfigError("data=shards needs data.path=FOLDER (with fineweb_val_*.bin in it)")
 

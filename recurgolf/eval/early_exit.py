@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from recurgolf.eval.protocol import (
 )
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.windows import Overlapping
+from recurgolf.limits import at_least, one_of
 from recurgolf.looping import Looping
 
 
@@ -38,26 +39,23 @@ class EarlyExitEval(Overlapping):
     is entered as a variant of the same windows.
     """
 
-    measure: str = "kl"
+    measure: Annotated[str, one_of("kl", "top")] = "kl"
     """kl: divergence of a pass's distribution from that of the pass before, in nats | top: change
     of the probability of the likeliest token."""
-    threshold: float = 0.01
+    threshold: Annotated[float, at_least(0)] = 0.01
     """Stop where the measure is below this; 0 never stops before the last pass."""
-    thresholds: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.03, 0.1])
+    thresholds: Annotated[list[float], at_least(0)] = field(
+        default_factory=lambda: [0.001, 0.003, 0.03, 0.1]
+    )
     """Further thresholds, each reported as early_exit/threshold=x."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.measure not in ("kl", "top"):
-            raise ConfigError(f"eval.measure={self.measure!r}: kl or top")
         if isinstance(self.passes, list):
             raise ConfigError(
                 f"eval.passes={self.passes}: eval=early_exit scores every number of passes up to "
                 "one largest; give that number, or null"
             )
-        for value in (self.threshold, *self.thresholds):
-            if value < 0:
-                raise ConfigError(f"eval.threshold={value}: 0 or more")
 
     def check_model(self, model: Any, looping: Looping) -> None:
         super().check_model(model, looping)

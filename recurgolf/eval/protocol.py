@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recurgolf.config import ConfigError, from_dict
+from recurgolf.config import Checked, ConfigError, from_dict
 from recurgolf.eval.text import Score, ScoreAccumulator, Text
+from recurgolf.limits import at_least, one_of
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.model.rope import rope_base
 
@@ -99,18 +100,18 @@ class ScoredModel:
 
 
 @dataclass
-class Eval:
+class Eval(Checked):
     """A protocol for scoring validation text."""
 
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, at_least(1)] = None
     """Tokens per window; null: the training length."""
-    batch_tokens: int = 2048
+    batch_tokens: Annotated[int, at_least(1)] = 2048
     """Tokens forwarded at once, at least one window; changes speed and memory, not the score. A CPU
     is fastest where the states stay in its cache, a GPU wants 65536 or more."""
     passes: Any = None
     """Passes of the looped band when scoring; null: as looping says. A list such as [1,2,3] keeps
     that and scores with each of these numbers besides."""
-    rope_scale: str = "none"
+    rope_scale: Annotated[str, one_of("none", "ntk")] = "none"
     """none | ntk: widen the rotary base for windows longer than training, of a model that does not
     do so itself (model.rope.train_len)."""
     also: list[Any] = field(default_factory=list)
@@ -125,15 +126,10 @@ class Eval:
     """Whether nothing crosses the start of a document."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"eval.{name}={value}: at least 1")
+        super().__post_init__()
         asked = self.passes if isinstance(self.passes, list) else [self.passes or 1]
         if not asked or not all(type(n) is int and n > 0 for n in asked) or self.passes == 0:
-            raise ConfigError(f"eval.passes={self.passes}: a number from 1 on, or a list of them")
-        if self.rope_scale not in ("none", "ntk"):
-            raise ConfigError(f"eval.rope_scale={self.rope_scale!r}: none or ntk")
+            raise ConfigError(f"eval.passes={self.passes}: at least 1, or a list of such numbers")
         if self.also:
             self.also = [_protocol(item) for item in self.also]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from recurgolf.config import ConfigError, option
 from recurgolf.eval.protocol import Eval, Window
 from recurgolf.eval.text import Text
+from recurgolf.limits import at_least
 
 
 @option("eval", "plain")
@@ -30,14 +32,9 @@ class PlainEval(Eval):
 class Overlapping(Eval):
     """Windows that overlap, so that every target has at least seq_len - stride tokens before it."""
 
-    stride: int | None = None
+    stride: Annotated[int | None, at_least(1)] = None
     """Targets scored per window behind the first; null: half a window, at twice the cost of plain
     (the challenge's records use 64 of 2,048)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride is not None and self.stride < 1:
-            raise ConfigError(f"eval.stride={self.stride}: at least 1")
 
     def check(self, num_targets: int, seq_len: int) -> None:
         super().check(num_targets, seq_len)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, option
+from recurgolf.limits import one_of
 from recurgolf.model.norm import rms_norm
 from recurgolf.model.visit import VisitInputs
 
@@ -59,21 +61,15 @@ INPUT_MIXES: dict[str, Callable[[int], nn.Module]] = {
 
 
 @dataclass
-class BlockConfig:
+class BlockConfig(Checked):
     """Fields that every block kind has."""
 
-    input_mix: str = "channel"
+    input_mix: Annotated[str, one_of(INPUT_MIXES)] = "channel"
     """How the block's input is mixed with the state behind the embedding: channel|sigmoid|none."""
     branch_gains: bool = True
     """Learned gain per channel on each branch (mixer_scale, mlp_scale)."""
     update_gate: bool = False
     """Gate per token between keeping the input and taking the block's output."""
-
-    def __post_init__(self) -> None:
-        if self.input_mix not in INPUT_MIXES:
-            raise ConfigError(
-                f"model.block.input_mix={self.input_mix!r}{suggestion(self.input_mix, INPUT_MIXES)}"
-            )
 
     def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
         raise NotImplementedError

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurgolf.config import Checked
+from recurgolf.limits import at_least
 from recurgolf.model.linear import Embedding, Linear
 
 
 @dataclass
-class BigramConfig:
+class BigramConfig(Checked):
     """Hashed pair embedding added to the token embedding; off while rows is 0."""
 
-    rows: int = 0
+    rows: Annotated[int, at_least(0)] = 0
     """Buckets of the hash table; the last one stands for the first position."""
-    dim: int = 128
+    dim: Annotated[int, at_least(1)] = 128
     """Width of the table, projected to the model's where it differs."""
     scale: float = 0.05
     """Start of the learned factor."""
 
 
 @dataclass
-class ValueEmbedConfig:
+class ValueEmbedConfig(Checked):
     """Token embedding added to the attention values at chosen visits; off while dim is 0."""
 
-    dim: int = 0
+    dim: Annotated[int, at_least(0)] = 0
     """Width of the table, projected to the values' where it differs."""
     scale: float = 0.1
     """Start of the learned factor."""
-    visits: list[int] = field(default_factory=list)
+    visits: Annotated[list[int], at_least(0)] = field(default_factory=list)
     """Positions in the full visit list at which the values receive it."""
 
 

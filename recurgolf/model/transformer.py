@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, from_dict, kind_of, option, suggestion
+from recurgolf.config import Checked, ConfigError, from_dict, kind_of, option
+from recurgolf.limits import above, at_least, one_of
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import Adapters
 from recurgolf.model.block import Block, BlockConfig, BlockNorm, SequentialConfig
@@ -31,22 +33,22 @@ from recurgolf.model.visit import VisitInputs
 
 
 @dataclass
-class RopeConfig:
+class RopeConfig(Checked):
     """Rotary positions."""
 
-    base: float = 10000.0
-    dims: int = 0
+    base: Annotated[float, above(0)] = 10000.0
+    dims: Annotated[int, at_least(0)] = 0
     """Dimensions of each head that turn; 0: all."""
-    train_len: int | None = None
+    train_len: Annotated[int | None, at_least(1)] = None
     """Length from which on the base grows with the sequence (NTK); null: never."""
 
 
 @dataclass
-class InitConfig:
+class InitConfig(Checked):
     """Starting values."""
 
-    embed_std: float = 0.005
-    linear: str = "uniform"
+    embed_std: Annotated[float, at_least(0)] = 0.005
+    linear: Annotated[str, one_of("uniform", "orthogonal")] = "uniform"
     """Matrices: uniform (torch's default) | orthogonal."""
     orthogonal_min_side: int = 64
     """Matrices with a smaller side stay uniform."""
@@ -56,15 +58,15 @@ class InitConfig:
 
 @option("model", "transformer")
 @dataclass
-class Model:
+class Model(Checked):
     """Sizes and parts of the network."""
 
-    vocab_size: int = 1024
-    dim: int = 192
-    num_blocks: int = 4
+    vocab_size: Annotated[int, at_least(1)] = 1024
+    dim: Annotated[int, at_least(1)] = 192
+    num_blocks: Annotated[int, at_least(1)] = 4
     """Blocks with weights of their own; looping decides how often each is visited."""
-    mlp_mult: float = 2.0
-    mlp_activation: str = "relu2"
+    mlp_mult: Annotated[float, above(0)] = 2.0
+    mlp_activation: Annotated[str, one_of(MLPS)] = "relu2"
     # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
     block: BlockConfig = field(default_factory=BlockConfig)
     mixer: Mixer = field(default_factory=Mixer)
@@ -80,16 +82,16 @@ class Model:
     second mixer, with its defaults. Given, it takes the place of second_mixer_every."""
     second_mixer_at: list[int] = field(default_factory=list)
     """Indices of the blocks with the second mixer."""
-    second_mixer_every: int | None = None
+    second_mixer_every: Annotated[int | None, at_least(1)] = None
     """k: every k-th block has the second mixer, the first of them block k - 1."""
-    skips: str = "none"
+    skips: Annotated[str, one_of(SKIPS)] = "none"
     """none | unet | unet_gated | prelude_to_coda."""
     depth_scaled_norm: bool = False
     """Every norm of block i is followed by the factor 1/sqrt(i + 1)."""
     visit_gains: bool = False
     """A learned gain per visit and channel on both branches."""
     visit_gain_clamp: float = 4.0
-    embed_dim: int | None = None
+    embed_dim: Annotated[int | None, at_least(1)] = None
     """Width of the token table where it differs from dim."""
     smear: bool = False
     """Mix every state with the one before it, behind the embedding."""
@@ -97,33 +99,22 @@ class Model:
     value_embed: ValueEmbedConfig = field(default_factory=ValueEmbedConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = True
-    logit_softcap: float | None = 30.0
-    mtp_heads: int = 0
+    logit_softcap: Annotated[float | None, above(0)] = 30.0
+    mtp_heads: Annotated[int, at_least(0)] = 0
     """Extra heads that predict further ahead, in training only."""
     mtp_weight: float = 0.2
     compat_mtp_drop_last: bool = False
     """Train the extra heads at one position less than they have targets for (system M)."""
-    norm_eps: float = 1.1920928955078125e-07
+    norm_eps: Annotated[float, at_least(0)] = 1.1920928955078125e-07
     """Of every RMS norm; the default is float32's machine epsilon, as in the baseline."""
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.block) is BlockConfig:
             self.block = SequentialConfig()
         if type(self.mixer) is Mixer:
             self.mixer = AttentionConfig()
-        if self.mlp_activation not in MLPS:
-            raise ConfigError(
-                f"model.mlp_activation={self.mlp_activation!r}"
-                f"{suggestion(self.mlp_activation, MLPS)}"
-            )
-        if self.skips not in SKIPS:
-            raise ConfigError(f"model.skips={self.skips!r}{suggestion(self.skips, SKIPS)}")
-        if self.init.linear not in ("uniform", "orthogonal"):
-            raise ConfigError(f"model.init.linear={self.init.linear!r}: uniform or orthogonal")
-        for name in ("vocab_size", "dim", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: at least 1")
         self._check_pattern()
         for kind in self._new_kinds():
             self.second_mixer = from_dict(Mixer, {"kind": kind})
@@ -166,9 +157,9 @@ class Model:
 
     def _check_hybrid(self) -> None:
         every = self.second_mixer_every
-        if every is not None and not 1 <= every <= self.num_blocks:
+        if every is not None and every > self.num_blocks:
             raise ConfigError(
-                f"model.second_mixer_every={every}: from 1 to the {self.num_blocks} blocks"
+                f"model.second_mixer_every={every}: at most the {self.num_blocks} blocks"
             )
         first = "mixer_pattern" if self.mixer_pattern else "second_mixer_every"
         if getattr(self, first) and self.second_mixer_at:
@@ -204,7 +195,7 @@ class Model:
                 f"the attention heads of this hybrid are {widths} wide; model.rope.dims=0 turns "
                 "whole heads, so say how many dimensions turn in all of them"
             )
-        if widths and not (0 <= dims <= widths[0] and dims % 2 == 0):
+        if widths and (dims > widths[0] or dims % 2):
             raise ConfigError(
                 f"model.rope.dims={dims}: an even number from 0 (all) to the head "
                 f"dimension {widths[0]}"

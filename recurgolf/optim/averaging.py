@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import at_least, one_of
 from recurgolf.optim import foreach
 
 DTYPES: dict[str, torch.dtype | None] = {
@@ -18,7 +20,7 @@ DTYPES: dict[str, torch.dtype | None] = {
 
 
 @dataclass
-class Averaging:
+class Averaging(Checked):
     """A rule of averaging; `build` starts one over a model."""
 
     def build(self, model: nn.Module) -> Averager:
@@ -71,25 +73,15 @@ class NoAveraging(Averaging):
 class EMA(Averaging):
     """Exponential average: a = decay * a + (1 - decay) * w after every step."""
 
-    decay: float = 0.9965
-    dtype: str = "float32"
+    decay: Annotated[float, at_least(0, below=1)] = 0.9965
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
     """Of the average: `float32`; `param`, the parameters' own; `bfloat16` (compat, system R), which
     rounds most updates away."""
-    start_fraction: float = 0.0
+    start_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
     """Of training. 0: from the initial weights on; otherwise the first average is a copy."""
     require_started: bool = True
     """False (compat, system R): averages from the weights at build whenever it starts, and these
     are the result if it never does."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"averaging.decay={self.decay}: from 0 to below 1")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"averaging.dtype={self.dtype!r}{suggestion(self.dtype, DTYPES)}")
-        if not 0 <= self.start_fraction <= 1:
-            raise ConfigError(
-                f"averaging.start_fraction={self.start_fraction}: a fraction of training, 0 to 1"
-            )
 
     def build(self, model: nn.Module) -> Averager:
         return ExponentialAverager(self, model)
@@ -97,17 +89,12 @@ class EMA(Averaging):
 
 @dataclass
 class _SnapshotMean(Averaging):
-    interval_steps: int = 50
+    interval_steps: Annotated[int, at_least(1)] = 50
     """Steps between snapshots."""
     below_lr_scale: float = 1.0
     """Snapshots are taken while the schedule's factor is below this."""
-    min_snapshots: int = 2
+    min_snapshots: Annotated[int, at_least(1)] = 2
     """With fewer the last weights are the result."""
-
-    def __post_init__(self) -> None:
-        for name in ("interval_steps", "min_snapshots"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"averaging.{name}={getattr(self, name)}: at least 1")
 
     def build(self, model: nn.Module) -> Averager:
         return SnapshotAverager(self, model)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.optim import Optimizer
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, option
+from recurgolf.limits import above, at_least, one_of
 from recurgolf.optim.muon import BUFFER_DTYPES, DECAY_MODES, SCALES, Muon
 from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES
 from recurgolf.optim.numuon import NuMuon
-from recurgolf.optim.roles import ROLES
 from recurgolf.optim.schedule import Schedule
 
 LOOP_LR_SCALES: dict[str, Callable[[int], float]] = {
@@ -24,66 +24,51 @@ LOOP_LR_SCALES: dict[str, Callable[[int], float]] = {
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """What every optimizer has: a rate and a decay per role, AdamW's constants, clips, a schedule.
 
     Decay is decoupled (AdamW's): a step shrinks weights by lr times it.
     """
 
-    matrix_lr: float = 0.04
+    matrix_lr: Annotated[float, at_least(0)] = 0.04
     """Projections of the blocks and elsewhere."""
-    embed_lr: float = 0.05
+    embed_lr: Annotated[float, at_least(0)] = 0.05
     """Embedding tables; tied ones bear a small rate (0.05), untied ones a large one (0.6)."""
-    head_lr: float = 0.008
+    head_lr: Annotated[float, at_least(0)] = 0.008
     """The untied output head."""
-    scalar_lr: float = 0.04
+    scalar_lr: Annotated[float, at_least(0)] = 0.04
     """Gains, gates, mixes, skip weights: every vector and every control tensor."""
-    lora_lr: float = 0.01
+    lora_lr: Annotated[float, at_least(0)] = 0.01
     """Low-rank adapters."""
-    mtp_lr: float = 0.008
+    mtp_lr: Annotated[float, at_least(0)] = 0.008
     """Multi-token heads, which exist in training only."""
 
-    matrix_weight_decay: float = 0.0
-    embed_weight_decay: float = 0.0
-    head_weight_decay: float = 0.0
-    scalar_weight_decay: float = 0.0
-    lora_weight_decay: float = 0.0
-    mtp_weight_decay: float = 0.0
+    matrix_weight_decay: Annotated[float, at_least(0)] = 0.0
+    embed_weight_decay: Annotated[float, at_least(0)] = 0.0
+    head_weight_decay: Annotated[float, at_least(0)] = 0.0
+    scalar_weight_decay: Annotated[float, at_least(0)] = 0.0
+    lora_weight_decay: Annotated[float, at_least(0)] = 0.0
+    mtp_weight_decay: Annotated[float, at_least(0)] = 0.0
 
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: Annotated[float, at_least(0, below=1)] = 0.9
+    beta2: Annotated[float, at_least(0, below=1)] = 0.95
     eps: float = 1e-8
 
-    grad_clip: float = 0.0
+    grad_clip: Annotated[float, at_least(0)] = 0.0
     """Largest gradient norm; 0: no clipping."""
-    clip_scope: str = "group"
+    clip_scope: Annotated[str, one_of("group", "global")] = "group"
     """`group`: every role has its own norm. `global`: one norm over everything."""
-    lora_grad_clip: float | None = None
+    lora_grad_clip: Annotated[float | None, at_least(0)] = None
     """The adapters' own limit, which also takes them out of the global norm; null: grad_clip."""
-    compat_clip_stage: str = "post_sync"
+    compat_clip_stage: Annotated[str, one_of("post_sync", "pre_sync")] = "post_sync"
     """`pre_sync` clips every rank's own gradients before they are averaged (system V)."""
-    lora_warmup_steps: int = 0
+    lora_warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps with gradients over which the adapters' rate grows linearly from 1/n; 0: none."""
-    loop_lr_scale: str = "none"
+    loop_lr_scale: Annotated[str, one_of(LOOP_LR_SCALES)] = "none"
     """`inv_sqrt_passes` divides the matrix rate of looped blocks by the square root of passes."""
 
     # The base class is the default so that any schedule can be composed into its place.
     schedule: Schedule = field(default_factory=Schedule)
-
-    def __post_init__(self) -> None:
-        self._one_of("clip_scope", ("group", "global"))
-        self._one_of("compat_clip_stage", ("post_sync", "pre_sync"))
-        self._one_of("loop_lr_scale", LOOP_LR_SCALES)
-        for name in ("grad_clip", "lora_grad_clip", "lora_warmup_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least 0")
-        for role in ROLES:
-            for name in (f"{role}_lr", f"{role}_weight_decay"):
-                if getattr(self, name) < 0:
-                    raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: from 0 to below 1")
 
     @property
     def muon_roles(self) -> frozenset[str]:
@@ -119,11 +104,6 @@ class OptimizerConfig:
         """The optimizer of the groups in `muon_roles`."""
         raise NotImplementedError
 
-    def _one_of(self, name: str, known: Iterable[str]) -> None:
-        value = getattr(self, name)
-        if value not in known:
-            raise ConfigError(f"optimizer.{name}={value!r}{suggestion(value, known)}")
-
 
 @option("optimizer", "adamw")
 @dataclass
@@ -146,67 +126,42 @@ class AllAdamW(OptimizerConfig):
 class MuonAdam(OptimizerConfig):
     """Muon for matrices, AdamW for the rest; rates of the official baseline."""
 
-    matrix_optimizer: str = "muon"
+    matrix_optimizer: Annotated[str, one_of("muon", "numuon")] = "muon"
     """`muon`, or `numuon`: leading singular directions only, fewer as training goes on."""
-    momentum: float = 0.95
-    momentum_start: float = 0.85
+    momentum: Annotated[float, at_least(0, below=1)] = 0.95
+    momentum_start: Annotated[float, at_least(0, below=1)] = 0.85
     """Momentum at the first step."""
-    momentum_warmup_steps: int = 500
+    momentum_warmup_steps: Annotated[int, at_least(0)] = 500
     """Steps over which momentum grows linearly from start to its value; 0: constant."""
     nesterov: bool = True
-    ns_steps: int = 5
+    ns_steps: Annotated[int, at_least(1)] = 5
     """Newton-Schulz iterations."""
-    ns_arithmetic: str = "scale_first"
+    ns_arithmetic: Annotated[str, one_of(ARITHMETIC)] = "scale_first"
     """Order of rounding: `scale_first` (B0, M, R), `square_first` (V), `fused` (fastest)."""
-    ns_dtype: str = "bf16"
+    ns_dtype: Annotated[str, one_of(DTYPES)] = "bf16"
     """Precision of the iterations: `bf16`, or `float32` where a CPU multiplies that faster."""
     row_normalize: bool = False
     """Unit rows before orthogonalising (MuonEq-R)."""
-    weight_decay_mode: str = "decoupled"
+    weight_decay_mode: Annotated[str, one_of(DECAY_MODES)] = "decoupled"
     """What matrix_weight_decay does: `decoupled`, `coupled_l2` (added to the gradient), `none`."""
-    muon_scale: str = "sqrt_max1"
+    muon_scale: Annotated[str, one_of(SCALES)] = "sqrt_max1"
     """Factor on a matrix's rate: `sqrt_max1` is sqrt(max(1, rows / cols)); `none`."""
-    buffer_dtype: str = "grad"
+    buffer_dtype: Annotated[str, one_of(BUFFER_DTYPES)] = "grad"
     """`bf16` keeps gradient and momentum in bfloat16; `grad` in the gradient's own precision."""
     batch_matrices: bool = True
     """Orthogonalise equal shapes in one call."""
-    lora_optimizer: str = "adamw"
+    lora_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """`muon` gives the adapters' matrices to Muon: their updates then have a fixed size."""
-    mtp_optimizer: str = "adamw"
-    numuon_min_rank: float = 0.25
+    mtp_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    numuon_min_rank: Annotated[float, above(0, at_most=1)] = 0.25
     """Share of singular directions left at the end of training."""
 
     compat_decay_without_grad: bool = False
     """Decoupled decay also for matrices without a gradient (system M)."""
-    compat_shard_rows: int = 0
+    compat_shard_rows: Annotated[int, at_least(0)] = 0
     """Orthogonalise plain matrices in so many row shards (system V on so many GPUs); 0: whole."""
     compat_keep_momentum_after_warmup: bool = False
     """Let Muon's momentum of the warm-up steps leak into training (system V)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("matrix_optimizer", ("muon", "numuon"))
-        self._one_of("ns_arithmetic", ARITHMETIC)
-        self._one_of("ns_dtype", DTYPES)
-        self._one_of("weight_decay_mode", DECAY_MODES)
-        self._one_of("muon_scale", SCALES)
-        self._one_of("buffer_dtype", BUFFER_DTYPES)
-        self._one_of("lora_optimizer", ("adamw", "muon"))
-        self._one_of("mtp_optimizer", ("adamw", "muon"))
-        for name in ("momentum", "momentum_start"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: from 0 to below 1")
-        for name, least in (
-            ("ns_steps", 1),
-            ("momentum_warmup_steps", 0),
-            ("compat_shard_rows", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: at least {least}")
-        if not 0 < self.numuon_min_rank <= 1:
-            raise ConfigError(
-                f"optimizer.numuon_min_rank={self.numuon_min_rank}: a share above 0, at most 1"
-            )
 
     @property
     def muon_roles(self) -> frozenset[str]:

@@ -6,8 +6,10 @@ Rank 0 evaluates it and hands the number round, so that ranks with different clo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import Checked, option
+from recurgolf.limits import at_least
 
 
 def training_fraction(
@@ -21,16 +23,11 @@ def training_fraction(
 
 @option("optimizer/schedule", "constant")
 @dataclass
-class Schedule:
+class Schedule(Checked):
     """A linear warm-up, then 1. The other schedules add what happens at the end."""
 
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps over which the rate grows linearly from 1/n; 0: none."""
-
-    def __post_init__(self) -> None:
-        for name in ("warmup_steps", "warmdown_steps", "warmdown_fraction", "min_lr"):
-            if getattr(self, name, 0) < 0:
-                raise ConfigError(f"optimizer.schedule.{name}={getattr(self, name)}: at least 0")
 
     def lr_scale(
         self,
@@ -62,8 +59,8 @@ class Schedule:
 class StepsSchedule(Schedule):
     """Falls linearly towards 0 over the last steps; a clock has no influence."""
 
-    warmdown_steps: int = 1200
-    min_lr: float = 0.0
+    warmdown_steps: Annotated[int, at_least(0)] = 1200
+    min_lr: Annotated[float, at_least(0)] = 0.0
     """The factor does not fall below this."""
 
     def warmdown(
@@ -80,9 +77,9 @@ class StepsSchedule(Schedule):
 class FractionSchedule(Schedule):
     """Falls linearly towards 0 over the last share of training, in time or else in steps."""
 
-    warmdown_fraction: float = 0.72
+    warmdown_fraction: Annotated[float, at_least(0)] = 0.72
     """Share of training that the fall takes."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, at_least(0)] = 0.0
     """The factor does not fall below this."""
 
     def warmdown(
@@ -104,7 +101,7 @@ class WallclockSchedule(Schedule):
     of the run.
     """
 
-    warmdown_steps: int = 1200
+    warmdown_steps: Annotated[int, at_least(0)] = 1200
 
     def warmdown(
         self, step: int, total_steps: int, elapsed_seconds: float, max_seconds: float | None

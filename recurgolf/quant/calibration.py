@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import above, at_least
 
 
 class TextSource(Protocol):
@@ -32,35 +33,30 @@ class TextSource(Protocol):
 
 
 @dataclass
-class Calibration:
+class Calibration(Checked):
     """How much text the Gram matrices are taken from, and how visits are pooled."""
 
     reads_training_data: ClassVar[bool] = False
     """Whether the challenge counts the time as training."""
 
-    sequences: int = 64
+    sequences: Annotated[int, at_least(1)] = 64
     """Rows of text over all ranks."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, at_least(1)] = None
     """Tokens of a row; null: as in training."""
-    batch: int = 8
+    batch: Annotated[int, at_least(1)] = 8
     """Rows in memory at once; changes no result."""
-    visit_weights: list[float] = field(default_factory=list)
+    visit_weights: Annotated[list[float], at_least(0)] = field(default_factory=list)
     """How much the inputs at the first, second, … visit of a looped block count; the last one
     stands for all later visits. Empty: all visits alike."""
     two_phase: bool = False
     """Quantize what is visited once first, then the looped blocks with inputs from the network
     that is already quantized elsewhere."""
 
-    def check(self) -> None:
-        """Refuse what no text can fulfil."""
-        for name in ("sequences", "seq_len", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"quant.calibration.{name}={value}; at least 1")
-        weights = self.visit_weights
-        if any(w < 0 for w in weights) or (weights and not any(w > 0 for w in weights)):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.visit_weights and not any(self.visit_weights):
             raise ConfigError(
-                f"quant.calibration.visit_weights={weights}; 0 or more each, and one above 0"
+                f"quant.calibration.visit_weights={self.visit_weights}: at least one above 0"
             )
 
     def check_text(self, train_tokens: int, seq_len: int) -> None:
@@ -100,13 +96,8 @@ class SelfGenerated(Calibration):
     average.
     """
 
-    temperature: float = 1.0
+    temperature: Annotated[float, above(0)] = 1.0
     """Below 1 the model repeats what it is sure of, above 1 it wanders."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.temperature > 0:
-            raise ConfigError(f"quant.calibration.temperature={self.temperature}; above 0")
 
     def rows(self, source: TextSource, numbers: Sequence[int], length: int) -> Tensor:
         return source.sampled_rows(numbers, length, self.temperature)

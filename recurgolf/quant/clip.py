@@ -6,15 +6,15 @@ coding, the bytes: a wide clip is a coarse grid whose codes crowd around zero.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recurgolf.config import ConfigError, option
+from recurgolf.config import Checked, option
+from recurgolf.limits import above, at_least, not_empty
 
 # torch.quantile refuses inputs of more than 16 million entries.
 _QUANTILE_ENTRIES = 2**24
@@ -23,11 +23,8 @@ _NODES = (np.arange(16) + 0.5) / 16
 
 
 @dataclass
-class Clip:
+class Clip(Checked):
     """One clip value per row of a weight."""
-
-    def check(self) -> None:
-        """Refuse values that give no grid."""
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         """Largest magnitude that the codes reach, float32 [rows], for a weight [rows, cols].
@@ -79,10 +76,7 @@ class MaxClip(Clip):
 class PercentileClip(Clip):
     """A percentile of the row's magnitudes (the official baseline: 99.99984)."""
 
-    percentile: float = 99.99984
-
-    def check(self) -> None:
-        _check_percentile("percentile", self.percentile)
+    percentile: Annotated[float, above(0, at_most=100)] = 99.99984
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         return _row_quantile(weight, self.percentile / 100.0)
@@ -103,10 +97,7 @@ class SigmaClip(Clip):
     With entropy coding k is the knob of size: at 6 bits about log2(31 / k * 4.13) bits a weight.
     """
 
-    k: float = 12.85
-
-    def check(self) -> None:
-        _check_positive("k", self.k)
+    k: Annotated[float, above(0)] = 12.85
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         return _or_max(self.k * _row_std(weight), weight)
@@ -120,13 +111,9 @@ class SigmaClip(Clip):
 class PercentileSearchClip(Clip):
     """Of several percentiles the one with the least squared error of the whole weight."""
 
-    percentiles: list[float] = field(default_factory=lambda: [99.9, 99.95, 99.99, 99.999, 100.0])
-
-    def check(self) -> None:
-        if not self.percentiles:
-            raise ConfigError("clip percentile_search: percentiles is empty; give at least one")
-        for value in self.percentiles:
-            _check_percentile("percentiles", value)
+    percentiles: Annotated[list[float], not_empty, above(0, at_most=100)] = field(
+        default_factory=lambda: [99.9, 99.95, 99.99, 99.999, 100.0]
+    )
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         return weight.abs().amax(dim=1)
@@ -143,12 +130,9 @@ class PercentileSearchClip(Clip):
 class MeanSigmaClamp(Clip):
     """Clamps a row to mean ± kσ and takes the largest magnitude that is left."""
 
-    k: float = 2.5
+    k: Annotated[float, above(0)] = 2.5
     clamp_vectors: bool = True
     """compat: false lets values of a 1-D tensor beyond mean ± kσ round to codes further out."""
-
-    def check(self) -> None:
-        _check_positive("k", self.k)
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         return _or_max(self.limit(weight, weight).abs().amax(dim=1), weight)
@@ -177,13 +161,8 @@ class HessianSigmaClip(Clip):
     matrix all inputs count alike.
     """
 
-    k: float = 12.85
-    lam: float = 0.175
-
-    def check(self) -> None:
-        _check_positive("k", self.k)
-        if not 0 <= self.lam <= 1:
-            raise ConfigError(f"clip hessian_sigma: lam={self.lam}; a share from 0 to 1")
+    k: Annotated[float, above(0)] = 12.85
+    lam: Annotated[float, at_least(0, at_most=1)] = 0.175
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         importance = weight.new_ones(weight.shape[1]) if gram_diag is None else gram_diag.float()
@@ -206,10 +185,7 @@ class MeanAbsClip(Clip):
     with two symmetric bits the codes are -1, 0, 1 as in BitNet b1.58 (arXiv 2402.17764).
     """
 
-    factor: float = 1.0
-
-    def check(self) -> None:
-        _check_positive("factor", self.factor)
+    factor: Annotated[float, above(0)] = 1.0
 
     def clip_value(self, weight: Tensor, gram_diag: Tensor | None = None) -> Tensor:
         return self.factor * weight.abs().mean(dim=1)
@@ -246,13 +222,3 @@ def _magnitude_quantiles(share: float, cols: int, spread: Any) -> np.ndarray:
     # taken as the beta of the fraction. Magnitudes |x| < m have probability 2 F(m) - 1.
     uniform = stats.beta(place + 1, cols - place).ppf(_NODES)
     return np.asarray(spread.ppf((1 + uniform) / 2))
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"clip: {name}={value}; must be above 0")
-
-
-def _check_percentile(name: str, value: float) -> None:
-    if not 0 < value <= 100:
-        raise ConfigError(f"clip: {name}={value}; a percentile above 0 and at most 100")

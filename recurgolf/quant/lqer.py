@@ -9,11 +9,13 @@ The factors are stored as tensors of their own, one scale per vector, beside the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from recurgolf.config import ConfigError
+from recurgolf.config import Checked
+from recurgolf.limits import at_least
 from recurgolf.quant.clip import MaxClip
 from recurgolf.quant.entropy import predicted_bytes
 from recurgolf.quant.quantized_tensor import LQER_PARTS, QuantizedTensor, Stored
@@ -25,7 +27,7 @@ _MAX_RETRIES = 8
 
 
 @dataclass(frozen=True)
-class LowRankCorrection:
+class LowRankCorrection(Checked):
     """How a correction is stored.
 
     Attributes:
@@ -34,15 +36,9 @@ class LowRankCorrection:
         symmetric: codes without an offset.
     """
 
-    rank: int
-    bits: int | None = 8
+    rank: Annotated[int, at_least(1)]
+    bits: Annotated[int | None, at_least(2, at_most=8)] = 8
     symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lqer_rank={self.rank}; 0 (none) or more")
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise ConfigError(f"lqer_bits={self.bits}; 2 to 8, or null for float16")
 
     def predicted_bytes(self, shape: tuple[int, int]) -> float:
         """Expected coded bytes of both factors for a weight [rows, cols]."""

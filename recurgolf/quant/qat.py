@@ -10,40 +10,31 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.config import Checked, ConfigError, option
+from recurgolf.limits import at_least, one_of
 from recurgolf.looping import LoopPlan
 from recurgolf.quant.clip import MaxClip
 from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import exported, step_sizes
 
-BLOCKS = ("all", "looped")
-
 
 @dataclass
-class Snap:
+class Snap(Checked):
     """Weight snapping: after every step w <- w + a (Q(w) - w), a growing linearly to `strength`.
 
     A few hundredths are enough: with a = 0.05 a weight that its gradient leaves alone comes to
     its grid point within a factor of e every twenty steps.
     """
 
-    strength: float = 0.0
+    strength: Annotated[float, at_least(0, at_most=1)] = 0.0
     """a at the end of training; 0: no snapping."""
-    start_fraction: float = 0.75
+    start_fraction: Annotated[float, at_least(0, below=1)] = 0.75
     """Fraction of training at which a begins to grow from 0."""
-
-    def check(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"quant.qat.snap.strength={self.strength}; from 0 (off) to 1")
-        if not 0 <= self.start_fraction < 1:
-            raise ConfigError(
-                f"quant.qat.snap.start_fraction={self.start_fraction}; a fraction of training, "
-                "from 0 to below 1"
-            )
 
     def at(self, fraction: float) -> float:
         """a at a fraction of training."""
@@ -93,14 +84,10 @@ class UniformNoise(FakeQuantizer):
 
 
 @dataclass
-class Qat:
+class Qat(Checked):
     """Nothing but snapping, which every kind has."""
 
     snap: Snap = field(default_factory=Snap)
-
-    def check(self) -> None:
-        """Refuse fractions and strengths outside their ranges."""
-        self.snap.check()
 
     def check_plan(self, plan: LoopPlan) -> None:
         """Refuse to wait for looped blocks where this plan, the largest, has none."""
@@ -134,23 +121,13 @@ class NoQat(Qat):
 
 @dataclass
 class _Disturbing(Qat):
-    start_fraction: float = 0.0
+    start_fraction: Annotated[float, at_least(0, below=1)] = 0.0
     """Fraction of training from which on the layers see disturbed weights."""
-    blocks: str = "all"
+    blocks: Annotated[str, one_of("all", "looped")] = "all"
     """`all` weights that have a grid, embeddings too, or those of `looped` blocks alone."""
     compat_own_steps: bool = False
     """True (compat, systems K and V): steps of every row's largest entry, without the clip and the
     floor of the export, so that training meets other steps than the file holds."""
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.start_fraction < 1:
-            raise ConfigError(
-                f"quant.qat.start_fraction={self.start_fraction}; a fraction of training, from 0 "
-                "to below 1"
-            )
-        if self.blocks not in BLOCKS:
-            raise ConfigError(f"quant.qat.blocks={self.blocks!r}{suggestion(self.blocks, BLOCKS)}")
 
     def check_plan(self, plan: LoopPlan) -> None:
         if self.blocks == "looped" and not plan.looped_blocks:

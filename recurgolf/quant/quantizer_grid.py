@@ -7,53 +7,45 @@ and groups cannot disagree between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from recurgolf.config import ConfigError
+from recurgolf.config import Checked, ConfigError
+from recurgolf.limits import at_least, one_of
 from recurgolf.quant.clip import Clip, MaxClip
 from recurgolf.quant.quantized_tensor import code_range, per_column
 
 
 @dataclass(frozen=True)
-class QuantizerGrid:
+class QuantizerGrid(Checked):
     """What fixes a grid.
 
     The last three exist to reproduce public systems bit for bit; the defaults are right.
     """
 
-    bits: int
+    bits: Annotated[int, at_least(1, at_most=8)]
     clip: Clip = field(default_factory=MaxClip)
-    group_size: int | None = None
+    group_size: Annotated[int | None, at_least(1)] = None
     """Columns that share a step; None: the whole row."""
     symmetric: bool = True
     """No offset. Two symmetric bits are ternary codes, one is the sign."""
-    scale_floor: str | None = None
+    scale_floor: Annotated[str | None, one_of("inv_qmax")] = None
     """compat: `inv_qmax` never lets a row's step fall below 1 / highest code."""
-    code_scale: str = "stored"
+    code_scale: Annotated[str, one_of("stored", "float32")] = "stored"
     """compat: `float32` rounds with the step before it was rounded to the stored type."""
     vector_zero_scale: float = 0.0
     """compat: the step of an all-zero tensor that is no matrix."""
     scale_dtype: torch.dtype = torch.float16
 
-    def __post_init__(self):
-        if self.bits not in range(1, 9):
-            raise ConfigError(f"quant: bits={self.bits}; codes are 1 to 8 bits wide")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.clip, Clip):
             raise ConfigError(
                 f"quant: clip={self.clip!r}; an object of a class of quant/clip.py, "
                 "as in SigmaClip(12.85)"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(
-                f"quant: group_size={self.group_size}; at least 1, or null for whole rows"
-            )
-        if self.scale_floor not in (None, "inv_qmax"):
-            raise ConfigError(f"quant: scale_floor={self.scale_floor!r}; null or 'inv_qmax'")
-        if self.code_scale not in ("stored", "float32"):
-            raise ConfigError(f"quant: code_scale={self.code_scale!r}; 'stored' or 'float32'")
-        self.clip.check()
 
     @property
     def range(self) -> tuple[int, int]:

@@ -11,9 +11,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
-from recurgolf.config import REGISTRY, ConfigError, from_dict, kind_of, option, suggestion
+from recurgolf.config import (
+    REGISTRY,
+    Checked,
+    ConfigError,
+    from_dict,
+    kind_of,
+    option,
+    suggestion,
+)
+from recurgolf.limits import above, at_least, one_of
 from recurgolf.quant.calibration import Calibration, TrainCalibration
 from recurgolf.quant.clip import Clip
 from recurgolf.quant.lqer import LowRankCorrection
@@ -44,53 +53,51 @@ class TensorRule:
 
 
 @dataclass
-class Rule:
+class Rule(Checked):
     """`pattern` → how the matching tensors are stored."""
 
     pattern: str = "*"
     """Shell pattern over whole parameter names: `embed.*`, `blocks.[0-3].*`."""
     method: str = "rtn"
     """`none` keeps floats, `rtn` rounds, `gptq` rounds with the Gram matrix of the inputs."""
-    bits: int = 6
+    bits: Annotated[int, at_least(1, at_most=8)] = 6
     """1 (sign), 2 (symmetric: ternary) to 8."""
     clip: dict[str, Any] = field(default_factory=lambda: {"kind": "max"})
     """A `quant/clip` option: its `kind` and its fields, `{kind: sigma, k: 12.85}`."""
-    group_size: int | None = None
+    group_size: Annotated[int | None, at_least(1)] = None
     """Columns that share a scale; null: a whole row."""
     symmetric: bool = True
-    keep_dtype: str | None = None
+    keep_dtype: Annotated[str | None, one_of(KEEP_DTYPES)] = None
     """Type of the tensors that this rule keeps; null: `quant.keep_dtype`."""
     optional: bool = False
     """True lets the pattern match nothing; else that is an error."""
-    block_size: int = 128
+    block_size: Annotated[int, at_least(1)] = 128
     """gptq: columns finished before the rest of the matrix hears of their errors."""
-    damping: float = 0.01
+    damping: Annotated[float, above(0)] = 0.01
     """gptq: share of the mean diagonal added to the Gram matrix."""
     act_order: bool = True
     """gptq: columns with the busiest inputs first."""
-    lqer_rank: int = 0
+    lqer_rank: Annotated[int, at_least(0)] = 0
     """Rank of a correction of the rounding error that is stored beside the codes; 0: none."""
-    lqer_bits: int | None = 8
+    lqer_bits: Annotated[int | None, at_least(2, at_most=8)] = 8
     """Width of the correction's own codes; null: float16."""
     lqer_symmetric: bool = True
     """False gives the correction's codes an offset per vector."""
-    scale_floor: str | None = None
+    scale_floor: Annotated[str | None, one_of("inv_qmax")] = None
     """compat: `inv_qmax`, the step floor of the official baseline; it coarsens small rows."""
-    code_scale: str = "stored"
+    code_scale: Annotated[str, one_of("stored", "float32")] = "stored"
     """compat: `float32` rounds with the step before it became float16."""
 
     def resolve(self, keep_dtype: str) -> TensorRule:
-        """Check the rule and build what it says.
+        """What the rule says, built.
 
         Raises:
-            ConfigError: an unknown method, clip or type, or numbers that make no grid.
+            ConfigError: an unknown method or clip, or a clip's numbers that make no grid.
         """
         methods = REGISTRY.get("quant/method", {})
         if self.method not in methods:
             raise self._error(f"method={self.method!r}{suggestion(self.method, methods)}")
         keep = self.keep_dtype or keep_dtype
-        if keep not in KEEP_DTYPES:
-            raise self._error(f"keep_dtype={keep!r}{suggestion(keep, KEEP_DTYPES)}")
         if self.method == "none":
             return TensorRule("none", keep_dtype=keep)
         try:
@@ -122,16 +129,16 @@ def clip_from(spec: Mapping[str, Any]) -> Clip:
 
 
 @dataclass
-class Quant:
+class Quant(Checked):
     """How the weights become the file: ordered rules, and what is too small for them."""
 
     rules: list[Rule] = field(default_factory=list)
     """First match wins; a matrix above the thresholds that no rule matches is an error."""
-    keep_float_max_numel: int = 65536
+    keep_float_max_numel: Annotated[int, at_least(0)] = 65536
     """Matrices of at most so many entries stay floats."""
-    keep_float_max_side: int = 16
+    keep_float_max_side: Annotated[int, at_least(0)] = 16
     """Matrices whose smaller side is at most this stay floats: adapters, mixes, per-visit rows."""
-    keep_dtype: str = "float16"
+    keep_dtype: Annotated[str, one_of(KEEP_DTYPES)] = "float16"
     """`float16`, `float32` or `bfloat16`: the type of what stays float."""
     fill_budget: bool = False
     """True: bits and clips of the rules are replaced, per group of layers, so that the file just
@@ -143,6 +150,7 @@ class Quant:
     """What training knows of it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.calibration) is Calibration:
             self.calibration = TrainCalibration()
         if type(self.qat) is Qat:
@@ -150,15 +158,6 @@ class Quant:
 
     def check(self) -> None:
         """Refuse rules that contradict themselves, before any weight exists."""
-        self.calibration.check()
-        self.qat.check()
-        for name in ("keep_float_max_numel", "keep_float_max_side"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"quant.{name}={getattr(self, name)}; at least 0")
-        if self.keep_dtype not in KEEP_DTYPES:
-            raise ConfigError(
-                f"quant.keep_dtype={self.keep_dtype!r}{suggestion(self.keep_dtype, KEEP_DTYPES)}"
-            )
         for rule in self.rules:
             rule.resolve(self.keep_dtype)
         if self.fill_budget and type(self.qat) is not NoQat:

@@ -27,8 +27,8 @@ from recurgolf.log import Bar, Log, time_left
 from recurgolf.looping import LoopPlan
 from recurgolf.optim import build as build_optimizers
 from recurgolf.optim import training_fraction
+from recurgolf.record import NoTracker, RunIdentity
 from recurgolf.run import Run
-from recurgolf.tracker import NoTracker, RunIdentity
 from recurgolf.training import checkpoint, faults, non_finite, resume, state
 from recurgolf.training.base import start_from_base
 from recurgolf.training.clock import CapWatch, Clock

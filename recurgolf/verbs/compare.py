@@ -7,14 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from recurgolf.compare.comparison import METRICS, TESTS, Comparison, Rules, as_json, compare, spread
+from recurgolf.compare.comparison import METRICS, TESTS, Comparison, Rules, as_json, compare
 from recurgolf.compare.runs import ABSENT, Group, seed_list
 from recurgolf.compare.statistics import MARGIN_NATS, Test
-from recurgolf.compare.sweep import plus_minus
+from recurgolf.compare.sweep import table
 
 EPILOG = """\
   recurgolf compare outputs/sweeps/2026-11-23_20-57-15 --baseline lora.rank=0
@@ -53,31 +51,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def show(found: Comparison, console: Console) -> None:
     """Print a comparison."""
-    console.print(settings_table(found))
+    console.print(table(found.groups, found.rules.metric, found.baseline, failed=False))
     for line in lines(found):
         console.print(line, markup=False)
-
-
-def settings_table(found: Comparison) -> Table:
-    """One row per setting, the baseline first."""
-    metric = found.rules.metric
-    grid = Table(box=box.SIMPLE_HEAD)
-    grid.add_column("setting", overflow="fold", min_width=24)
-    for name in ("n", metric, "artifact bytes", "over budget"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for group in found.groups:
-        base = " (baseline)" if group is found.baseline else ""
-        over = sum(not run.summary["within_budget"] for run in group.runs if run.summary)
-        grid.add_row(
-            group.label + base,
-            str(len(group.runs)),
-            *(
-                _cell(group, name, form)
-                for name, form in ((metric, ".4f"), ("artifact_bytes", ",.0f"))
-            ),
-            str(over),
-        )
-    return grid
 
 
 def lines(found: Comparison) -> list[str]:
@@ -136,10 +112,6 @@ def _what_differs(groups: Sequence[Group]) -> list[str]:
     for key in groups[0].differs:
         text.append(f"  {key}: " + " | ".join(g.differs.get(key, ABSENT) for g in groups))
     return text
-
-
-def _cell(group: Group, name: str, form: str) -> str:
-    return plus_minus(*spread(group.values(name)), form) if group.runs else "-"
 
 
 def _range(values: Sequence[float]) -> str:

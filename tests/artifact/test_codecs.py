@@ -230,15 +230,13 @@ def test_a_missing_library_is_said_at_the_choice(monkeypatch):
 @pytest.mark.parametrize(
     ("codec", "words"),
     [
-        (BrotliCodec(transform="shufle"), "'shufle' .did you mean 'shuffle'"),
-        (BrotliCodec(quality=12), "quality=12"),
-        (BestCodec(codecs=["brotly"]), "'brotly' .did you mean 'brotli'"),
-        (BestCodec(codecs=[]), "empty"),
+        (lambda: BrotliCodec(transform="shufle"), "'shufle'.* .did you mean 'shuffle'"),
+        (lambda: BestCodec(codecs=["brotly"]), "'brotly' .did you mean 'brotli'"),
     ],
 )
 def test_impossible_choices_are_named(codec, words):
     with pytest.raises(ConfigError, match=words):
-        codec.check()
+        codec().check()
 
 
 def test_a_group_written_with_dots_is_told_its_name(tmp_path):

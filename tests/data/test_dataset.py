@@ -384,11 +384,6 @@ def test_options_survive_the_way_to_run_json(kind):
     [
         (Shards(), r"data=shards needs data\.path"),
         (Text(), r"data=text needs data\.files"),
-        (Embedded(vocab_size=70_000), r"data\.vocab_size=70000: from 2 to 65536"),
-        (Embedded(shard_tokens=0), r"data\.shard_tokens=0"),
-        (Text(files="x", val_documents=0), r"data\.val_documents=0"),
-        (Text(files="x", val_fraction=1.0), r"data\.val_fraction=1\.0: between 0 and 1"),
-        (Text(files="x", separator=""), r"data\.separator=''"),
     ],
 )
 def test_impossible_settings_are_refused_without_reading(option, message):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from recurgolf.config import ConfigError
 from recurgolf.optim import (
     FractionSchedule,
     MuonAdam,
@@ -80,8 +79,3 @@ def test_warmup_grows_linearly_to_one():
 def test_the_factor_stays_at_min_lr_at_and_after_the_end(kind):
     schedule = kind(min_lr=0.1)
     assert schedule.lr_scale(2000, 2000) == schedule.lr_scale(2500, 2000) == 0.1
-
-
-def test_negative_numbers_are_refused():
-    with pytest.raises(ConfigError, match="warmdown_steps=-1"):
-        StepsSchedule(warmdown_steps=-1)

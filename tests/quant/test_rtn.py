@@ -275,9 +275,6 @@ def test_noise_stays_within_half_a_step_and_is_fresh():
         ({"bits": 9}, "bits=9"),
         ({"bits": 0}, "bits=0"),
         ({"bits": 6, "group_size": 0}, "group_size=0"),
-        ({"bits": 6, "clip": SigmaClip(-1.0)}, "k=-1"),
-        ({"bits": 6, "clip": PercentileClip(120.0)}, "percentile=120"),
-        ({"bits": 6, "clip": PercentileSearchClip([])}, "empty"),
         ({"bits": 6, "scale_floor": "yes"}, "scale_floor='yes'"),
     ],
 )

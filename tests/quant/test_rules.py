@@ -75,14 +75,11 @@ def test_small_and_thin_matrices_stay_float_and_thresholds_move():
     [
         (Quant([Rule("embed.*")], 0), "no quant rule matches 'blocks.0.attn.q_proj.weight'"),
         (Quant([Rule("embd.weight"), Rule("*")]), "'embd.weight' matches no.*'embed.weight'"),
-        (Quant([Rule(bits=9)]), r"'\*': quant: bits=9; codes are 1 to 8"),
         (Quant([Rule(method="gtpq")]), "method='gtpq' .*'gptq'"),
         (Quant([Rule(clip={"kind": "sigm", "k": 3.0})]), "no clip of kind 'sigm' .*'sigma'"),
         (Quant([Rule(clip={"kind": "sigma", "kk": 3.0})]), "no field 'kk' .*'k'"),
         (Quant([Rule(clip={"k": 3.0})]), "clip needs a kind"),
-        (Quant([Rule(group_size=-1)]), "group_size=-1"),
-        (Quant([Rule()], keep_dtype="fp16"), "keep_dtype='fp16'"),
-        (Quant([Rule()], keep_float_max_numel=-1), "keep_float_max_numel=-1"),
+        (Quant([Rule(clip={"kind": "sigma", "k": 0.0})]), r"'\*': quant.clip.k=0.0: above 0"),
     ],
 )
 def test_contradictions_are_named_before_any_weight(quant, words):

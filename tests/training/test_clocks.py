@@ -48,16 +48,16 @@ def test_a_cap_counts_its_phases_and_no_others():
 @pytest.mark.parametrize(
     "name, cap, words",
     [
-        ("evaluation", Cap(5, ["evaluaton"]), "did you mean 'evaluation'"),
-        ("evaluation", Cap(None, ["evaluation"]), "more than 0"),
-        ("evaluation", Cap(5, []), "is empty"),
-        ("training", Cap(7, ["training"]), "leave the former out"),
-        ("training", Cap(None, ["checkpoint"]), "lacks 'training'"),
+        ("evaluation", lambda: Cap(5, ["evaluaton"]), "did you mean 'evaluation'"),
+        ("evaluation", lambda: Cap(None, ["evaluation"]), "seconds=null: above 0"),
+        ("evaluation", lambda: Cap(5, []), "must not be empty"),
+        ("training", lambda: Cap(7, ["training"]), "leave the former out"),
+        ("training", lambda: Cap(None, ["checkpoint"]), "lacks 'training'"),
     ],
 )
 def test_caps_that_cannot_be_are_refused(name, cap, words):
     with pytest.raises(ConfigError, match=words):
-        Budget(train_seconds=10, caps={name: cap})
+        Budget(train_seconds=10, caps={name: cap()})
 
 
 def test_the_challenge_has_two_caps_of_ten_minutes():

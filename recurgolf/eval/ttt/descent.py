@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError
+from recurgolf.config import Checked, ConfigError
 from recurgolf.eval.protocol import AllReduce, ScoredModel
 from recurgolf.eval.text import Text
+from recurgolf.limits import at_least
 from recurgolf.looping import Looping, LoopPlan
 
 EXTRA_HEADS = "mtp."
@@ -22,16 +23,16 @@ EXTRA_HEADS = "mtp."
 
 
 @dataclass
-class Descent:
+class Descent(Checked):
     """How weights learn from text that has been scored. Momentum is kept from chunk to chunk."""
 
-    lr: float = 0.005
-    momentum: float = 0.9
-    epochs: int = 1
+    lr: Annotated[float, at_least(0)] = 0.005
+    momentum: Annotated[float, at_least(0, below=1)] = 0.9
+    epochs: Annotated[int, at_least(1)] = 1
     """How often each chunk is gone through."""
-    clip: float = 1.0
+    clip: Annotated[float, at_least(0)] = 1.0
     """Largest norm of the gradient over all trained parameters; 0: any."""
-    batch_sequences: int = 32
+    batch_sequences: Annotated[int, at_least(1)] = 32
     """Rows per step, over all ranks."""
     cosine: bool = True
     """Let the rate fall from chunk to chunk, to zero at the last; false: keep it."""
@@ -39,16 +40,6 @@ class Descent:
     """Patterns of parameter names that learn, as in `blocks.*.mlp.*`."""
     freeze: list[str] = field(default_factory=list)
     """Patterns of those among them that do not."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_sequences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"eval.sgd.{name}={getattr(self, name)}: at least 1")
-        for name in ("lr", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"eval.sgd.{name}={getattr(self, name)}: 0 or more")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"eval.sgd.momentum={self.momentum}: from 0 to below 1")
 
     def check_model(self, model: Any, looping: Looping) -> None:
         """Refuse patterns that no parameter has, before the model exists."""

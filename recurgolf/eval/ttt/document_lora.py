@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from recurgolf.eval.protocol import AllReduce, Eval, Progress, ScoredModel
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import borrowed, share_of
 from recurgolf.eval.ttt.row_adapters import DocumentLora, Readers, row_adapters
+from recurgolf.limits import at_least
 from recurgolf.looping import Looping
 
 
@@ -25,16 +26,11 @@ from recurgolf.looping import Looping
 class DocumentLoraEval(Eval):
     """Every document by itself, with an adapter that learns from what it has scored of it."""
 
-    batch_documents: int = 64
+    batch_documents: Annotated[int, at_least(1)] = 64
     """Documents read side by side; changes speed and memory alone, unless adapter.warm."""
     adapter: DocumentLora = field(default_factory=DocumentLora)
 
     within_documents: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_documents < 1:
-            raise ConfigError(f"eval.batch_documents={self.batch_documents}: at least 1")
 
     def check(self, num_targets: int, seq_len: int) -> None:
         if num_targets < 1:

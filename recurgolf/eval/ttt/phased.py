@@ -9,13 +9,14 @@ nothing is trained.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from recurgolf.config import ConfigError, option
 from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.eval.ttt.document_lora import DocumentLoraEval, Reading
+from recurgolf.limits import at_least
 from recurgolf.looping import Looping
 
 
@@ -24,14 +25,9 @@ from recurgolf.looping import Looping
 class PhasedEval(DocumentLoraEval):
     """An adapter per document, and SGD on all weights after every phase of documents."""
 
-    phases: int = 3
+    phases: Annotated[int, at_least(1)] = 3
     """Runs of as equally many documents as possible."""
     sgd: Descent = field(default_factory=Descent)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.phases < 1:
-            raise ConfigError(f"eval.phases={self.phases}: at least 1")
 
     def check_model(self, model: Any, looping: Looping) -> None:
         super().check_model(model, looping)

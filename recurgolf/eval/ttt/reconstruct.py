@@ -19,7 +19,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, ba
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import borrowed, share_of
 from recurgolf.eval.windows import SlidingEval
+from recurgolf.limits import at_least
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.model.norm import rms_norm
 
@@ -39,18 +40,11 @@ from recurgolf.model.norm import rms_norm
 class ReconstructEval(SlidingEval):
     """Sliding windows; inside of each the MLPs learn, chunk by chunk, to reproduce the states."""
 
-    chunk_tokens: int = 64
+    chunk_tokens: Annotated[int, at_least(1)] = 64
     """Inputs between two steps."""
-    lr: float = 0.01
+    lr: Annotated[float, at_least(0)] = 0.01
     blocks: list[int] | None = None
     """Blocks whose MLP learns; null: all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chunk_tokens < 1:
-            raise ConfigError(f"eval.chunk_tokens={self.chunk_tokens}: at least 1")
-        if self.lr < 0:
-            raise ConfigError(f"eval.lr={self.lr}: 0 or more")
 
     def check_model(self, model: Any, looping: Looping) -> None:
         super().check_model(model, looping)

@@ -15,15 +15,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurgolf.config import ConfigError
+from recurgolf.config import Checked, ConfigError
 from recurgolf.eval.protocol import ScoredModel
 from recurgolf.eval.text import ScoreAccumulator, Text
+from recurgolf.limits import at_least, not_empty
 from recurgolf.looping import LoopPlan, Visit
 
 BETAS = (0.9, 0.999)
@@ -36,31 +37,24 @@ Site = tuple[int, str]
 
 
 @dataclass
-class DocumentLora:
+class DocumentLora(Checked):
     """The adapters of documents and how they learn (AdamW)."""
 
-    rank: int = 8
+    rank: Annotated[int, at_least(1)] = 8
     alpha: float | None = None
     """Scale is alpha / rank; null: 1."""
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    targets: Annotated[list[str], not_empty] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Projections of the blocks, named as in lora.targets; each block takes those that it has."""
-    lr: float = 0.001
-    weight_decay: float = 0.0
-    steps: int = 1
+    lr: Annotated[float, at_least(0)] = 0.001
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    steps: Annotated[int, at_least(1)] = 1
     """Gradient steps per chunk."""
-    chunk_tokens: int = 64
+    chunk_tokens: Annotated[int, at_least(1)] = 64
     """Targets between two steps."""
     warm: bool = False
     """Keep A from document to document."""
     seed: int = 0
     """Of A's first values, U(+-1/sqrt(in))."""
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"eval.adapter.{name}={getattr(self, name)}: at least 1")
-        if not self.targets:
-            raise ConfigError("eval.adapter.targets is empty: name some projections")
 
     @property
     def scale(self) -> float:

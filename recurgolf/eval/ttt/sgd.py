@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -22,6 +22,7 @@ from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, ba
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed, share_of
 from recurgolf.eval.windows import SlidingEval
+from recurgolf.limits import at_least
 from recurgolf.looping import Looping
 
 
@@ -30,14 +31,12 @@ from recurgolf.looping import Looping
 class SgdEval(SlidingEval):
     """Sliding windows by a model that trains on every chunk behind its scores."""
 
-    chunk_tokens: int = 32768
+    chunk_tokens: Annotated[int, at_least(1)] = 32768
     """Targets between two trainings."""
     sgd: Descent = field(default_factory=Descent)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk_tokens < 1:
-            raise ConfigError(f"eval.chunk_tokens={self.chunk_tokens}: at least 1")
         if self.compat_skip_head:
             raise ConfigError(
                 "eval.compat_skip_head leaves targets unscored that test-time training would learn"

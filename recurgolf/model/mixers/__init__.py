@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from recurgolf.config import import_modules
+from recurgolf.config import Checked, import_modules
 
 
 @dataclass
-class Mixer:
+class Mixer(Checked):
     """The configuration of a mixer; `build` gives a module `mixer(x, inputs: VisitInputs)`."""
 
     def check(self, dim: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option
+from recurgolf.limits import at_least
 from recurgolf.model.linear import Linear
 from recurgolf.model.mixers import Mixer
 from recurgolf.model.norm import rms_norm
@@ -21,9 +23,9 @@ from recurgolf.model.visit import VisitInputs
 class AttentionConfig(Mixer):
     """Softmax attention (formulae: the official baseline; XSA and partial RoPE are options)."""
 
-    num_heads: int | None = None
+    num_heads: Annotated[int | None, at_least(1)] = None
     """Query heads; null: one per 64 channels of model.dim."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int | None, at_least(1)] = None
     """Key and value heads (grouped-query attention, 2305.13245); null: half as many as query
     heads, or one where that does not divide them."""
     q_gain_init: float = 1.5
@@ -42,10 +44,6 @@ class AttentionConfig(Mixer):
 
     def check(self, dim: int) -> None:
         queries, keys = self.heads(dim)
-        if queries < 1 or keys < 1:
-            raise ConfigError(
-                f"model.mixer.num_heads={queries}, model.mixer.num_kv_heads={keys}: at least 1"
-            )
         even = 0 if dim % 2 else dim // 2
         if dim % queries:
             raise ConfigError(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option, suggestion
+from recurgolf.limits import at_least
 from recurgolf.model.linear import Linear, init_linear
 from recurgolf.model.mixers import Mixer
 from recurgolf.model.mixers.delta_rule import gated_delta_rule
@@ -41,25 +42,22 @@ class GatedDeltaNetConfig(Mixer):
     queries, in the proportions of the paper (values twice as wide as keys).
     """
 
-    num_key_heads: int = 2
-    num_value_heads: int = 4
+    num_key_heads: Annotated[int, at_least(1)] = 2
+    num_value_heads: Annotated[int, at_least(1)] = 4
     """A multiple of num_key_heads; decay and writing strength are per value head."""
-    key_head_dim: int = 0
+    key_head_dim: Annotated[int, at_least(0)] = 0
     """0: 3/8 of model.dim over all key heads, to the nearest multiple of 8."""
-    value_head_dim: int = 0
+    value_head_dim: Annotated[int, at_least(0)] = 0
     """0: 3/4 of model.dim over all value heads, to the nearest multiple of 8."""
-    conv_size: int = 4
+    conv_size: Annotated[int, at_least(1)] = 4
     """Tokens seen by the causal convolution before the rule, the current one included."""
     norm_eps: float = 1e-6
     """Under the root of the norm behind the rule."""
-    chunk_size: int = 64
+    chunk_size: Annotated[int, at_least(1)] = 64
     """Tokens solved at once; time and memory only, the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        least = {"num_key_heads": 1, "num_value_heads": 1, "conv_size": 1, "chunk_size": 1}
-        for name, smallest in {**least, "key_head_dim": 0, "value_head_dim": 0}.items():
-            if getattr(self, name) < smallest:
-                raise ConfigError(f"model.mixer.{name}={getattr(self, name)}: at least {smallest}")
+        super().__post_init__()
         if self.num_value_heads % self.num_key_heads:
             raise ConfigError(
                 f"model.mixer.num_value_heads={self.num_value_heads} is not a multiple of "
