@@ -1,6 +1,7 @@
 # make train : environment, data, and one default run on the CPU
-# make test  : environment and the tests
-# Both may be repeated; what is already there is not done again.
+# make test  : environment and the tests, on all processors
+# make lint  : environment and what reads the code without running it
+# All may be repeated; what is already there is not done again.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ train: setup
 	@$(BIN)/recurgolf
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 setup: $(READY)
 
@@ -26,6 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo --no-cache
 
 clean:
 	rm -rf $(VENV)

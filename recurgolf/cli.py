@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -139,6 +138,8 @@ def _train_command(arguments: list[str]) -> int:
         except Exception as error:
             # Kept for later: Hydra would print its own account of it, and end a sweep here.
             if multirun:
+                from recurgolf.compare.sweep import note_failure
+
                 note_failure(folder, error)
             outcomes.append(error)
             return None
@@ -192,17 +193,6 @@ def _train_under_torchrun(overrides: list[str], folder: Path | None) -> int:
     summary = launch(run, output)
     over = not summary.within_budget and environment_rank() == 0
     return EXIT_OVER_BUDGET if over else 0
-
-
-def note_failure(folder: Path, error: Exception) -> None:
-    """Leave the cause in the job's folder, where the table at the end finds it."""
-    from recurgolf.compare.sweep import FAILURE
-
-    refused = isinstance(error, ConfigError)
-    cause = str(error) if refused else f"{type(error).__name__}: {error}"
-    first = cause.splitlines()[0] if cause else type(error).__name__
-    (folder / FAILURE).write_text(f"{first}\n\n{traceback.format_exc()}")
-    print(f"recurgolf: this job failed: {first}", file=sys.stderr)
 
 
 class SweepTable(Callback):

@@ -45,6 +45,8 @@ from recurgolf.config import (
     to_object,
 )
 from recurgolf.overrides import (
+    Choice,
+    Interval,
     added_keys,
     as_overrides,
     check_overrides,
@@ -53,7 +55,6 @@ from recurgolf.overrides import (
 )
 
 if TYPE_CHECKING:
-    from recurgolf.compare.search import Choice, Interval
     from recurgolf.run import Run
 
 COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
@@ -180,8 +181,6 @@ def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice 
     Raises:
         ConfigError: an interval without width, or a logarithmic one that reaches zero.
     """
-    from recurgolf.compare.search import Choice, Interval
-
     check_overrides(overrides, group_names())
     with hydra_initialized():
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recurgolf.config import ConfigError
+
+if TYPE_CHECKING:
+    import optuna
 
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
@@ -120,3 +124,28 @@ def quoted(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{quoted(item)}" for key, item in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values, as they are written in an override."""
+
+    values: tuple[str, ...]
+
+    def suggest(self, trial: optuna.Trial, key: str) -> str:
+        return str(trial.suggest_categorical(key, list(self.values)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Any number between two, ends included; `log` spreads the trials over orders of magnitude."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def suggest(self, trial: optuna.Trial, key: str) -> str:
+        if self.whole:
+            return str(trial.suggest_int(key, int(self.low), int(self.high), log=self.log))
+        return repr(trial.suggest_float(key, self.low, self.high, log=self.log))

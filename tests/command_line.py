@@ -86,9 +86,10 @@ def serve() -> None:
 
     import recurgolf.cli
     import recurgolf.training.launch
-    import recurgolf.verbs.evaluate  # noqa: F401
+    import recurgolf.verbs.evaluate
 
     torch.set_num_threads(1)
+    recurgolf.compose(["experiment=smoke"])  # Hydra's parser takes half a second the first time.
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

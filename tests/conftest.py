@@ -1,11 +1,20 @@
-"""What every test shares: one thread, and no writing outside the test's own folder."""
+"""What every test shares: one thread, one data cache, no writing outside its own folder."""
 
 import os
 
 import pytest
 import torch
+from workers import shared_folder, turn
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Tests marked `serial` have the machine to themselves, fixtures included."""
+    folder = shared_folder(item.config._tmp_path_factory)
+    with turn(folder, alone=item.get_closest_marker("serial") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +36,11 @@ def own_folders(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory):
-    """One data cache for the whole session, empty at its start."""
+    """One data cache for the whole session and all of its workers, empty at its start."""
     before = os.environ.get("RECURGOLF_CACHE")
-    os.environ["RECURGOLF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache = shared_folder(tmp_path_factory) / "cache"
+    cache.mkdir(exist_ok=True)
+    os.environ["RECURGOLF_CACHE"] = str(cache)
     yield
     if before is None:
         del os.environ["RECURGOLF_CACHE"]

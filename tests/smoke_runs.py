@@ -1,13 +1,15 @@
-"""Finished runs that several tests look at, each made once per test session."""
+"""Finished runs that several tests look at, each made once for all workers of a test session."""
 
 import functools
+import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from command_line import Ended, recurgolf
+from workers import locked
 
 from recurgolf import compose
 from recurgolf.data.corpus import embedded_corpus
@@ -26,8 +28,10 @@ def session_folder() -> Path:
 def small_text() -> Path:
     """A file with 300 documents of the embedded text, one JSON object a line."""
     path = session_folder() / "small_text.jsonl"
-    documents = embedded_corpus().read().train[:300]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            documents = embedded_corpus().read().train[:300]
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
 
 
@@ -83,15 +87,20 @@ class RunFolder:
 
 
 def train(*overrides: str, attempt: int = 0) -> RunFolder:
-    """A finished run; the same arguments give the same folder again."""
+    """A finished run; the same arguments give the same folder again, so only read it."""
     return _train(overrides, attempt)
 
 
 @functools.cache
 def _train(overrides: tuple[str, ...], attempt: int) -> RunFolder:
-    name = re.sub(r"[^\w.=-]+", "_", f"{attempt}_{'_'.join(overrides)}")[:120]
+    words = f"{attempt}_{'_'.join(overrides)}"
+    name = re.sub(r"[^\w.=-]+", "_", words)[:100] + hashlib.sha1(words.encode()).hexdigest()[:8]
     path = session_folder() / "runs" / name
     path.parent.mkdir(exist_ok=True)
-    ended = recurgolf(*small(*overrides), f"hydra.run.dir='{path}'", cwd=session_folder())
-    assert ended.code in (0, 3), (ended.code, ended.out, ended.err)
-    return RunFolder(path, ended)
+    said = path.with_name(f"{name}.ended")
+    with locked(path.with_name(f"{name}.lock")):
+        if not said.exists():
+            ended = recurgolf(*small(*overrides), f"hydra.run.dir='{path}'", cwd=session_folder())
+            assert ended.code in (0, 3), (ended.code, ended.out, ended.err)
+            said.write_text(json.dumps(asdict(ended)))
+    return RunFolder(path, Ended(**json.loads(said.read_text())))

@@ -185,6 +185,7 @@ def is_running(pid: int) -> bool:
     return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_service_that_dies_or_hangs_does_not_stop_the_run(tmp_path, capfd, blow):
     tracker = OfflineTracking(finish_timeout_seconds=2.0).build(identity(), tmp_path)
@@ -203,6 +204,7 @@ def test_a_service_that_dies_or_hangs_does_not_stop_the_run(tmp_path, capfd, blo
     wait_for(lambda: not is_running(keeper) and not is_running(service))
 
 
+@pytest.mark.serial
 def test_a_keeper_that_hangs_before_it_starts_costs_no_time_until_the_end(tmp_path, capfd):
     tracker = OfflineTracking(finish_timeout_seconds=1.0).build(identity(), tmp_path)
     os.kill(wandb_of(tracker)._process.pid, signal.SIGSTOP)
@@ -215,6 +217,7 @@ def test_a_keeper_that_hangs_before_it_starts_costs_no_time_until_the_end(tmp_pa
     assert err.count("W&B:") == 1 and "does not keep up" in err
 
 
+@pytest.mark.serial
 def test_logging_takes_less_than_a_millisecond(tmp_path):
     with OfflineTracking().build(identity(), tmp_path) as tracker:
         metrics = {f"loop/visit{n}": n / 7 for n in range(30)}
@@ -312,6 +315,7 @@ class WandbRequest(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.serial
 def test_a_server_that_falls_silent_mid_run_does_not_stop_it(tmp_path, monkeypatch, capfd):
     server = WandbServer()
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)

@@ -23,6 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from recurgolf.config import ConfigError, suggestion
+from recurgolf.overrides import Choice, Interval
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
 from recurgolf.training.summary import FILE as SUMMARY
@@ -33,31 +34,6 @@ OBJECTIVES = ("val_bpb", "artifact_bytes", "train_seconds", "params")
 STUDY, RESULT = "study.db", "search.json"
 _POLL_SECONDS = 0.5
 _OVER_BUDGET = 3
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of some values, as they are written in an override."""
-
-    values: tuple[str, ...]
-
-    def suggest(self, trial: optuna.Trial, key: str) -> str:
-        return str(trial.suggest_categorical(key, list(self.values)))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Any number between two, ends included; `log` spreads the trials over orders of magnitude."""
-
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
-    def suggest(self, trial: optuna.Trial, key: str) -> str:
-        if self.whole:
-            return str(trial.suggest_int(key, int(self.low), int(self.high), log=self.log))
-        return repr(trial.suggest_float(key, self.low, self.high, log=self.log))
 
 
 @dataclass(frozen=True)

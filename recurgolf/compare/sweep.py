@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,21 @@ from rich.console import Console
 from rich.table import Table
 
 from recurgolf.compare.runs import FoundRun, Group, read_run
+from recurgolf.config import ConfigError
 from recurgolf.overrides import is_seed
 from recurgolf.training.summary import FILE as SUMMARY
 
 FAILURE = "failure.txt"
 """In the folder of a job that failed: the cause in its first line, then the traceback."""
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Leave the cause in the job's folder, where the table at the end finds it."""
+    refused = isinstance(error, ConfigError)
+    cause = str(error) if refused else f"{type(error).__name__}: {error}"
+    first = cause.splitlines()[0] if cause else type(error).__name__
+    (folder / FAILURE).write_text(f"{first}\n\n{traceback.format_exc()}")
+    print(f"recurgolf: this job failed: {first}", file=sys.stderr)
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import recurgolf
+from recurgolf.composing import compose
 from recurgolf.config import ConfigError, import_modules, suggestion
 from recurgolf.importers import gated_delta_layer
 from recurgolf.importers.settings import read_settings, without_bearing
@@ -177,7 +177,7 @@ def run_of(system: System, settings: Mapping[str, Any], overrides: Sequence[str]
         goes = name in exchanged or name.startswith(tuple(f"{group}." for group in exchanged))
         if not goes or name in _OF_ALL_OPTIONS:
             said.append(f"{key}={written(value)}")
-    return recurgolf.compose([f"experiment={system.experiment}", *said, *overrides])
+    return compose([f"experiment={system.experiment}", *said, *overrides])
 
 
 def _load_system(

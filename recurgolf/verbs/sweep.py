@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from recurgolf.compare.sweep import FAILURE, finish_sweep
+from recurgolf.compare.sweep import FAILURE, finish_sweep, note_failure
 from recurgolf.config import ConfigError
 from recurgolf.run import Run
 from recurgolf.training.launch import launch
@@ -113,8 +113,6 @@ def unfinished(run: Run, folder: Path) -> str | None:
 
 def run_job(job: Job) -> int:
     """Run a job in its folder, from its newest checkpoint where it has one of the same Run."""
-    from recurgolf.cli import note_failure
-
     job.folder.mkdir(parents=True, exist_ok=True)
     noted = job.folder / ".hydra" / "overrides.yaml"
     noted.parent.mkdir(exist_ok=True)

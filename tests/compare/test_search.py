@@ -8,9 +8,10 @@ import pytest
 from command_line import recurgolf
 from optuna.trial import TrialState, create_trial
 
-from recurgolf.compare.search import Choice, Interval, Search, hopeless
+from recurgolf.compare.search import Search, hopeless
 from recurgolf.composing import search_space
 from recurgolf.config import ConfigError
+from recurgolf.overrides import Choice, Interval
 
 TRIALS = [
     *("search", "experiment=smoke", "tracker=none", "trainer.steps=8", "trainer.val_every=4"),

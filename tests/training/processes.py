@@ -133,9 +133,10 @@ def serve() -> None:
 
     import recurgolf.cli
     import recurgolf.training.launch
-    import recurgolf.verbs.resume  # noqa: F401
+    import recurgolf.verbs.resume
 
     torch.set_num_threads(1)
+    recurgolf.compose(["experiment=smoke"])  # Hydra's parser takes half a second the first time.
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in commands:

@@ -15,6 +15,7 @@ from recurgolf.training.distributed import Ranks
 from recurgolf.training.trainer import Trainer
 
 
+@pytest.mark.serial
 def test_phases_add_up_and_do_not_overlap():
     clock = Clock()
     began = time.perf_counter()
@@ -85,6 +86,7 @@ def test_a_cap_that_will_be_broken_is_told_once():
     assert "take fewer windows" in said[0]
 
 
+@pytest.mark.serial
 def test_a_run_that_the_clock_will_cut_short_says_so_long_before_and_what_it_used():
     run = train("budget.train_seconds=2", "trainer.steps=5000", "trainer.log_every=10")
     foreseen = run.ended.out.index("training will take about")
