@@ -26,10 +26,10 @@ from recurgolf.artifact.reader import (
     MAGIC,
     MAX_HEADER_BYTES,
     MAX_HEADER_RATIO,
-    MAX_RAW_BYTES,
     PREFIX,
     VERSION,
     Piece,
+    raw_limit,
     sections_of,
 )
 from recurgolf.disk import writing
@@ -130,8 +130,6 @@ def pack_bytes(
     entries = [_entry(name, tensors[name], kinds) for name in sorted(tensors)]
     layout = sections_of([(name, kinds[kind], shape) for name, kind, shape in entries])
     total = sum(piece.num_bytes for pieces in layout for piece in pieces)
-    if total > MAX_RAW_BYTES:
-        raise ValueError(f"artifact: tensors of {total} bytes; the format holds {MAX_RAW_BYTES}")
     sections, payloads, rows = [], [], []
     shares: dict[str, float] = {}
     for pieces in layout:
@@ -160,6 +158,11 @@ def pack_bytes(
         )
     header = {"kinds": kinds, "metadata": metadata, "sections": sections, "tensors": entries}
     data = _file(_canonical(header), payloads)
+    if total > raw_limit(len(data)):
+        raise ValueError(
+            f"artifact: tensors of {total} bytes in a file of {len(data)}; it holds at most "
+            f"{raw_limit(len(data))}"
+        )
     header_bytes = len(data) - sum(map(len, payloads))
     return data, PackTable(len(data), header_bytes, rows, shares)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from recurgolf.artifact.reader import Artifact, ArtifactError, load
-from recurgolf.config import from_dict
+from recurgolf.config import from_dict, to_dict
 from recurgolf.data.dataset import ValidationData, open_validation
 from recurgolf.eval.protocol import Eval, ScoredModel, score
 from recurgolf.eval.text import Text
@@ -25,6 +25,9 @@ from recurgolf.looping import Looping
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model
 from recurgolf.quant.quantized_tensor import dequantize_state
+
+MAX_VISITS = 2**12
+MAX_SEQ_LEN = 2**20
 
 
 @dataclass(kw_only=True)
@@ -48,6 +51,7 @@ def rebuild(artifact: Artifact) -> Scorable:
     """
     data = artifact.metadata
     try:
+        _check_sizes(data, len(artifact.tensors))
         config = from_dict(Model, data["model"])
         looping = from_dict(Looping, data["looping"])
         lora = from_dict(LoRA, data["lora"])
@@ -56,10 +60,42 @@ def rebuild(artifact: Artifact) -> Scorable:
         with torch.device("meta"):
             model = config.build(plan)
             model.adapters = lora.build(config.projections, plan)
-        model.load_state_dict(dequantize_state(artifact.tensors), strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"the artifact holds no model of this version: {error}") from None
+        weights = dequantize_state(artifact.tensors)
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        model.load_state_dict(weights, strict=True, assign=True)
+    except Exception as error:
+        # Parts fail in ways of their own on settings that no Run could have written.
+        raise ArtifactError(
+            f"the artifact holds no model of this version: {type(error).__name__}: {error}"
+        ) from None
     return Scorable(model.eval(), looping, int(data["seq_len"]), protocol=protocol, metadata=data)
+
+
+def _check_sizes(data: Mapping[str, Any], num_tensors: int) -> None:
+    """Bound what a header asks for before anything is made: every block has a tensor at least."""
+    blocks, passes = data["model"]["num_blocks"], data["eval"].get("passes")
+    counts = [*data["looping"].values(), *(passes if isinstance(passes, list) else [passes])]
+    visits = blocks * max([1, *(count for count in counts if isinstance(count, (int, float)))])
+    if blocks > num_tensors or visits > MAX_VISITS or data["seq_len"] > MAX_SEQ_LEN:
+        raise ValueError(f"{blocks} blocks, {visits} visits, seq_len {data['seq_len']}: too many")
+
+
+def check_run(metadata: Mapping[str, Any], run: Any) -> None:
+    """Refuse a header that is not of the Run beside it: they would be scored differently."""
+    for key, part in (("model", run.model), ("looping", run.looping), ("lora", run.lora)):
+        theirs = to_dict(from_dict(type(part), metadata[key]))
+        for name, value in to_dict(part).items():
+            if theirs.get(name) != value and name not in ("init", "mtp_heads"):
+                raise ArtifactError(
+                    f"its header says {key}.{name}={theirs.get(name)!r}, run.json {value!r}"
+                )
+    for key, value in (("seq_len", run.trainer.seq_len), ("data_vocab_size", run.data.vocab_size)):
+        if metadata[key] != value:
+            raise ArtifactError(f"its header says {key}={metadata[key]!r}, run.json {value!r}")
+    if from_dict(Eval, metadata["eval"]) != run.eval.alone:
+        raise ArtifactError("its header says another eval than run.json")
 
 
 def check_data(metadata: Mapping[str, Any], dataset: ValidationData) -> None:

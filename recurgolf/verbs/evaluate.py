@@ -9,9 +9,10 @@ from pathlib import Path
 
 from recurgolf.artifact import ArtifactError, load
 from recurgolf.artifact.decode import MissingLibrary
-from recurgolf.artifact.score import Scorable, check_data, rebuild, text_of
+from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild, text_of
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
+from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
@@ -42,13 +43,15 @@ def main(arguments: Sequence[str]) -> int:
         "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
     )
     asked = parser.parse_intermixed_args(arguments)
-    run, protocols = _asked(Run.read(asked.folder), asked.overrides)
+    finished = Run.read(asked.folder)
+    run, protocols = _asked(finished, asked.overrides)
     log = Log(None, stderr=asked.json)
     path = asked.folder / "artifact.bin"
     if not path.exists():
         raise ConfigError(f"{asked.folder} has no artifact.bin: the run did not finish")
     try:
         scorable = rebuild(load(path))
+        check_run(scorable.metadata, finished)
         dataset = run.data.prepare(log.line)
         check_data(scorable.metadata, dataset)
     except (ArtifactError, MissingLibrary) as error:
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if dataset.fingerprint != scorable.metadata["text"]:
         log.line(f"{dataset.folder}: another text than the run's own; figures do not compare")
     found = _scored(scorable, dataset, protocols, log)
+    check_unchanged(dataset.files)
     entries = {name: entry_of(score, dataset) for name, score in found.items()}
     for name, score in found.items():
         raw = entries[name].get("raw_bytes")

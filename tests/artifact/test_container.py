@@ -255,7 +255,7 @@ def grow_codes(header, payloads):
     ("change", "words"),
     [
         (set_in("tensors", 0, 2, value=[2**40, 2**40]), "at most"),
-        (set_in("tensors", 0, 2, value=[2**14, 2**14]), "were announced"),
+        (set_in("tensors", 0, 2, value=[2**11, 2**11]), "were announced"),
         (set_in("tensors", 0, 2, value=[-1]), "shape .* not possible"),
         (set_in("tensors", 0, 2, value=[1.5]), "shape .* not possible"),
         (set_in("tensors", 0, 2, value=[1] * 99), "shape .* not possible"),
