@@ -23,14 +23,14 @@ from recurgolf.composing import (
     check_sweep,
     compose,
     compose_parts,
-    conf_folder,
     explain,
     hydra_initialized,
     is_bug,
     prepared,
 )
+from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
-from recurgolf.help import VERBS, help_text
+from recurgolf.help import VERBS, group_help, help_text
 from recurgolf.overrides import config_dir, group_of, split_arguments
 from recurgolf.training.faults import RunFailed, is_full_disk
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
-        code = _refused(explain(error, arguments))
+        code = _refused(explain(error, arguments, config_dir(arguments)))
     except OSError as error:
         if error.filename is None and not is_full_disk(error):
             raise
@@ -86,7 +86,9 @@ def _dispatch(arguments: list[str]) -> int:
             f"unknown verb {verb!r}{suggestion(verb, VERBS)}; an override is written key=value"
         )
     if {"-h", "--help"} & set(arguments) and verb in ("train", "plan"):
-        print(help_text(conf_folder()))
+        folder = config_dir(arguments)
+        asked = [group_help(a, folder) for a in rest if a in options(folder)]
+        print("\n\n".join(asked) or help_text(folder))
         return 0
     # Modules of one's own beside the place where the command is typed are importable.
     if os.getcwd() not in sys.path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
@@ -33,6 +33,15 @@ from hydra.errors import (
 )
 from hydra.plugins.config_source import ConfigResult
 
+from recurgolf.conf import (
+    SYSTEMS,
+    PageOption,
+    conf_folder,
+    group_names,
+    options,
+    read_yaml,
+    system_options,
+)
 from recurgolf.config import (
     CONFIG_LIBRARY_ERRORS,
     REGISTRY,
@@ -60,18 +69,11 @@ if TYPE_CHECKING:
 COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
 
 
-def conf_folder() -> Path:
-    """The YAML: beside the modules in an installed package, beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    inside = here / "conf"
-    return inside if inside.is_dir() else here.parent / "conf"
-
-
 def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
     """Checked overrides, imported plugins and registered schemas: what composing needs."""
     check_overrides(overrides, group_names())
     load_plugins(plugin_modules(folder) if folder else ())
-    register()
+    register(folder)
     Plugins.instance()  # which registers Hydra's own sources, and would refuse to replace ours
     SourcesRegistry.instance().types["file"] = _Yaml
     return folder
@@ -113,7 +115,7 @@ def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
-        raise ConfigError(explain(error, overrides)) from None
+        raise ConfigError(explain(error, overrides, folder)) from None
 
 
 def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
@@ -240,22 +242,46 @@ def built(config: Any, path: str = "") -> Any:
     return found
 
 
-def register() -> None:
-    """Hand every registered dataclass to Hydra, as schema/<group>/<kind>."""
+class _Store(dict):
+    """What Hydra's store holds. Hydra would copy all of it for every composition; its loads copy
+    what they need anyway."""
+
+    systems: Sequence[PageOption] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Store:
+        return self
+
+
+def register(folder: Path | None = None) -> None:
+    """Hand Hydra the schemas, as schema/<group>/<kind>, and the options on the pages of systems.
+
+    Args:
+        folder: a user's own, whose pages are read as well.
+    """
     from recurgolf.run import Run
 
     store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=Run)
+    if not isinstance(store.repo, _Store):
+        store.repo = _Store(store.repo)
+    _register_schema("schema", "run", Run)
     for group, kinds in REGISTRY.items():
         for kind, cls in kinds.items():
             if dataclasses.is_dataclass(cls):
-                store.store(group=f"schema/{group}", name=kind, node=cls)
+                _register_schema(f"schema/{group}", kind, cls)
+    systems = system_options(folder)
+    if systems is not store.repo.systems:
+        for option in store.repo.systems:
+            group = functools.reduce(dict.__getitem__, option.group.split("/"), store.repo)
+            del group[f"{option.name}.yaml"]
+        for option in systems:
+            package = "_global_" if option.group == "experiment" else None
+            store.store(option.name, option.content, option.group, package)
+        store.repo.systems = systems
 
 
-def group_names() -> list[str]:
-    """The config groups of the package, `model/mixer` where nested."""
-    conf = conf_folder()
-    return sorted(str(p.relative_to(conf)) for p in conf.rglob("*") if p.is_dir())
+@functools.cache
+def _register_schema(group: str, kind: str, cls: type) -> None:
+    ConfigStore.instance().store(kind, cls, group)
 
 
 def plugin_modules(folder: Path) -> list[str]:
@@ -267,10 +293,7 @@ def plugin_modules(folder: Path) -> list[str]:
         sys.path.insert(0, str(folder))
     modules: list[str] = []
     for path in sorted(folder.rglob("*.yaml")):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
         named = content.get("plugins") if isinstance(content, dict) else None
         named = [named] if isinstance(named, str) else named or []
         modules += [name for name in named if name not in modules]
@@ -282,11 +305,12 @@ def is_bug(error: BaseException) -> bool:
     return "Could not create instance" in str(error)
 
 
-def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+def explain(error: BaseException, overrides: Sequence[str] = (), folder: Path | None = None) -> str:
     """What Hydra or OmegaConf refused, in one or two lines, with the nearest right name.
 
     Args:
         overrides: of the command line; the groups they choose say which keys there are.
+        folder: a user's own, whose options are known as well.
     """
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -296,7 +320,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     texts = [str(e) for e in chain]
     whole = "\n".join(texts)
     if isinstance(error, MissingConfigException):
-        return _unknown_option(whole)
+        return _unknown_option(whole, folder)
     several = re.search(r"Ambiguous value for argument '([^']+)'", whole)
     if several:
         key, _, values = several.group(1).partition("=")
@@ -307,29 +331,30 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     key = re.search(r"full_key: (\S+)", whole)
     override = re.search(r"[Cc]ould not override '([^']+)'", whole)
     if override and (unknown or isinstance(error, ConfigCompositionException)):
-        return _unknown_key(override.group(1), overrides)
+        return _unknown_key(override.group(1), overrides, folder)
     if unknown and key:
-        return _unknown_key(key.group(1), overrides)
+        return _unknown_key(key.group(1), overrides, folder)
     if key:
         return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     return " ".join(lines[:2])
 
 
-def _unknown_option(text: str) -> str:
-    match = re.search(r"[Cc]ould not find '([^']+)'", text)
+def _unknown_option(text: str, folder: Path | None) -> str:
+    match = re.search(r"[Cc]ould not (?:find|load) '([^']+)'", text)
     if match is None:
         return text.splitlines()[0]
     group, _, name = match.group(1).rpartition("/")
-    known = [p.stem for p in (conf_folder() / group).glob("*.yaml")]
-    return f"{group}={name}: no such option{suggestion(name, known)}"
+    return f"{group}={name}: no such option{suggestion(name, options(folder).get(group, []))}"
 
 
-def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+def _unknown_key(key: str, overrides: Sequence[str], folder: Path | None) -> str:
+    if key == SYSTEMS:
+        return "the pages in conf/systems are chosen by experiment=NAME, their parts by group=NAME"
     groups = group_names()
     chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
     parent, _, name = key.rpartition(".")
-    with hydra_initialized():
+    with hydra_initialized(folder):
         try:
             config = hydra.compose("config", overrides=chosen)
         except COMPOSE_ERRORS:

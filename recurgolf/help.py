@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recurgolf.conf import about, options, parts_of_systems
+
 VERBS = {
     "train": "compose a run, train it, pack it, score the file (the default)",
     "plan": "parameters, visits, FLOPs and predicted bytes, before any training",
@@ -28,26 +30,42 @@ _EXAMPLES = """\
 """
 
 
-def help_text(conf: Path) -> str:
-    """Verbs, groups with their options, and three examples."""
+def help_text(folder: Path | None = None) -> str:
+    """Verbs, groups with their options, systems with their groups, and three examples.
+
+    Args:
+        folder: a user's own, whose options are listed as well.
+    """
+    systems = parts_of_systems(folder)
     verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
-    folders = sorted(p for p in conf.rglob("*") if p.is_dir() and p.name != "hydra")
     groups = "\n".join(
-        f"  {f.relative_to(conf)!s:<20} {', '.join(sorted(p.stem for p in f.glob('*.yaml')))}"
-        for f in folders
-        if any(f.glob("*.yaml"))
+        f"  {group:<20} {', '.join(name for name in names if name not in systems)}"
+        for group, names in options(folder).items()
+        if group != "hydra"
     )
+    parts = "\n".join(f"  {name:<28} {', '.join(groups)}" for name, groups in systems.items())
     return (
         "recurgolf: depth-recurrent language models within a byte budget\n\n"
         "usage: recurgolf [VERB] [group=option] [key=value] ...\n\n"
         f"verbs\n{verbs}\n\n"
         f"groups and their options (group=option)\n{groups}\n\n"
+        "systems (experiment=system), and the groups of which they have an option of their own "
+        f"(group=system)\n{parts}\n\n"
         "every key of an option can be set: group.key=value; a wrong one names the nearest right "
         "one\n\n"
         f"examples\n{_EXAMPLES}\n"
         "flags\n"
+        "  --help GROUP        what every option of a group is\n"
         "  -m, --multirun      run every combination of comma-separated values\n"
         "  --config-dir DIR    a folder with YAML of your own (see README)\n"
         "  --cfg job           print the composed configuration and stop\n"
         "  --hydra-help        what else Hydra can do\n"
     )
+
+
+def group_help(group: str, folder: Path | None = None) -> str:
+    """Every option of a group with what its YAML says of it."""
+    lines = [f"{group}=OPTION\n"]
+    for name in options(folder)[group]:
+        lines.append(f"  {name:<28} {about(group, name, folder)}".rstrip())
+    return "\n".join(lines)

@@ -52,7 +52,12 @@ EXPERIMENTS = {
     "looped": ["looping=middle", "looping.passes=3", "lora=rank1"],
 }
 SIZES = {
-    "cuda": ["model=baseline", "trainer=gpu", "trainer.devices=1", "trainer.grad_accum=8"],
+    "cuda": [
+        "model=parameter_golf_baseline",
+        "trainer=gpu",
+        "trainer.devices=1",
+        "trainer.grad_accum=8",
+    ],
     "cpu": ["model=nano", "trainer.seq_len=64", "trainer.batch_tokens=512"],
 }
 BFLOAT16_NATS = 0.02

@@ -11,7 +11,8 @@ import yaml
 from smoke_runs import composed
 
 from recurgolf import compose
-from recurgolf.composing import conf_folder, register
+from recurgolf.composing import register
+from recurgolf.conf import SYSTEMS, conf_folder, options, system_options
 from recurgolf.config import REGISTRY, ConfigError
 from recurgolf.eval import PlainEval
 from recurgolf.looping import NoLooping
@@ -23,6 +24,10 @@ from recurgolf.run import Run
 
 CONF = conf_folder()
 FILES = sorted(p for p in CONF.glob("*/**/*.yaml") if p.relative_to(CONF).parts[0] != "hydra")
+PAGES = [path for path in FILES if path.parent.name == SYSTEMS]
+OPTIONS = {g: names for g, names in options().items() if g.partition("/")[0] != "hydra"}
+EXPERIMENTS = OPTIONS["experiment"]
+FINGERPRINTS = json.loads((Path(__file__).parent / "fixtures" / "fingerprints.json").read_text())
 
 
 def name_of(path: Path) -> str:
@@ -52,7 +57,8 @@ def first_of_sweep(word: str) -> str:
 def test_the_commands_of_a_file_compose_and_round_trip(path):
     lines = commands(path)
     assert lines, "a YAML begins with the command that uses it: # recurgolf group=option ..."
-    option = f"{name_of(path.parent)}={path.stem}"
+    group = "experiment" if path in PAGES else name_of(path.parent)
+    option = f"{group}={path.stem}"
     if not any(option in line for line in lines):
         lines.append([*lines[0], option])
     for line in lines:
@@ -63,19 +69,25 @@ def test_the_commands_of_a_file_compose_and_round_trip(path):
         assert again.fingerprint == run.fingerprint
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_says_nothing_that_its_schema_says_already(path):
-    content = yaml.safe_load(path.read_text())
-    opening = (content.get("defaults") or [""])[0]
-    if path.parent.name == "budget":
-        return  # its numbers are what the file is named after
-    if path.parent.name in ("experiment", "hydra"):
-        return
-    changes_another = (path.parent / f"{opening}.yaml").is_file()
-    while (path.parent / f"{opening}.yaml").is_file():
-        given = yaml.safe_load((path.parent / f"{opening}.yaml").read_text())
-        assert not {k for k, v in content.items() if k != "defaults" and given.get(k) == v}
-        opening = given["defaults"][0]
+CONTENTS = {
+    (name_of(path.parent), path.stem): yaml.safe_load(path.read_text())
+    for path in FILES
+    if path not in PAGES
+} | {(option.group, option.name): option.content for option in system_options()}
+# A budget's numbers are what it is named after; an experiment has no schema of its own.
+SETTINGS = [key for key in CONTENTS if key[0] not in ("budget", "experiment")]
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_an_option_says_nothing_that_its_schema_says_already(group, name):
+    content = CONTENTS[group, name]
+    opening = content["defaults"][0]
+    changes_another = (group, opening) in CONTENTS
+    inherited = {}
+    while (group, opening) in CONTENTS:
+        inherited = {**CONTENTS[group, opening], **inherited}
+        opening = CONTENTS[group, opening]["defaults"][0]
+    assert not {k for k, v in content.items() if k != "defaults" and inherited.get(k) == v}
     match = re.fullmatch(
         r"/schema/(.+)/([^/]+)@_here_", opening if isinstance(opening, str) else ""
     )
@@ -92,8 +104,8 @@ def test_every_registered_option_has_a_file_that_uses_it():
     register()
     used = {
         match.groups()
-        for path in FILES
-        for match in re.finditer(r"/schema/(.+?)/([^/@]+)@_here_", path.read_text())
+        for content in CONTENTS.values()
+        for match in re.finditer(r"/schema/(.+?)/([^/@]+)@_here_", str(content.get("defaults")))
     }
     # Kinds within a list (rules of a quantizer) are chosen by their `kind`, not by a file.
     for group, kinds in REGISTRY.items():
@@ -101,16 +113,27 @@ def test_every_registered_option_has_a_file_that_uses_it():
             assert {(group, kind) for kind in kinds} <= used
 
 
-EXPERIMENTS = [p.stem for p in FILES if p.parent.name == "experiment"]
-EXCHANGED = ("looping", "lora", "averaging", "quant", "optimizer", "eval", "model", "model/mixer")
-ROUNDS = 3
+def test_every_experiment_is_the_recorded_one():
+    """A fingerprint moves only with the meaning of a run: then the recording is made anew."""
+    assert {name: composed(f"experiment={name}").fingerprint for name in EXPERIMENTS} == (
+        FINGERPRINTS["experiments"]
+    )
+
+
+@pytest.mark.parametrize("line", FINGERPRINTS["exchanges"])
+def test_an_exchanged_option_gives_the_recorded_run(line):
+    assert compose(shlex.split(line)).fingerprint == FINGERPRINTS["exchanges"][line]
+
+
+EXCHANGED = [group for group in OPTIONS if group.partition("/")[0] not in ("experiment", "tracker")]
 
 
 def exchanges(experiment):
     """Options for all groups at once: every experiment meets others, all of them meet several."""
-    known = {group: sorted(p.stem for p in (CONF / group).glob("*.yaml")) for group in EXCHANGED}
-    for turn in range(ROUNDS):
-        number = EXPERIMENTS.index(experiment) * ROUNDS + turn
+    known = {group: OPTIONS[group] for group in EXCHANGED if group.partition("/")[0] != "data"}
+    turns = max(map(len, known.values())) // len(EXPERIMENTS) + 1
+    for turn in range(turns):
+        number = EXPERIMENTS.index(experiment) * turns + turn
         yield [f"{group}={names[number % len(names)]}" for group, names in known.items()]
 
 
@@ -130,8 +153,8 @@ def test_exchanging_options_never_leaves_a_key_behind(experiment):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_option_can_be_exchanged_alone(experiment):
-    for group in (*EXCHANGED, "data", "data/loader", "optimizer/schedule", "artifact/codec"):
-        for name in sorted(p.stem for p in (CONF / group).glob("*.yaml")):
+    for group in EXCHANGED:
+        for name in OPTIONS[group]:
             try:
                 compose([f"experiment={experiment}", f"{group}={name}"])
             except ConfigError as error:
@@ -141,7 +164,9 @@ def test_every_option_can_be_exchanged_alone(experiment):
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "_" in name])
 def test_an_exchanged_option_keeps_nothing_of_the_one_it_replaces(experiment):
     plain = ["looping=none", "lora=none", "averaging=none", "quant=none", "optimizer=adamw"]
-    run = compose([f"experiment={experiment}", *plain, "model=baseline", "eval=plain"])
+    run = compose(
+        [f"experiment={experiment}", *plain, "model=parameter_golf_baseline", "eval=plain"]
+    )
     assert run.looping == NoLooping()
     assert run.lora == LoRA()
     assert run.averaging == NoAveraging()

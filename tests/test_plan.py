@@ -8,7 +8,7 @@ from command_line import recurgolf, recurgolf_process
 from smoke_runs import composed, small, train
 
 from recurgolf.artifact import load, pack
-from recurgolf.composing import conf_folder
+from recurgolf.conf import options
 from recurgolf.config import REGISTRY
 from recurgolf.plan import make_plan, plan_table, shapes_of
 from recurgolf.quant import (
@@ -22,7 +22,7 @@ from recurgolf.quant import (
 )
 from recurgolf.run import Run
 
-EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
+EXPERIMENTS = options()["experiment"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -86,7 +86,8 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
     A key alone changes the run's own option; a group (`quant=int8`, `quant/calibration=train`)
     starts from that option's YAML.
     """
-    from recurgolf.composing import compose, conf_folder
+    from recurgolf.composing import compose
+    from recurgolf.conf import options
 
     keys = [override.partition("=")[0] for override in overrides]
     parts = {key.split(".")[0].split("/")[0]: key for key in keys}
@@ -100,8 +101,8 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
     for part in parts:
         option = getattr(run, part)
         kind = kind_of(option) if hasattr(type(option), "kind") else ""
-        # Where the YAML of a kind has another name, all values are given anyway.
-        own += [f"{part}={kind}"] if (conf_folder() / part / f"{kind}.yaml").exists() else []
+        # Where no option is named after the kind, all values are given anyway.
+        own += [f"{part}={kind}"] if kind in options().get(part, ()) else []
         values = {k: v for k, v in to_dict(option).items() if k not in _mappings(option)}
         own += as_overrides(part, values)
     kept = [o for o in own if not _is_below(o.partition("=")[0], chosen)]

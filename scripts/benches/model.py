@@ -16,7 +16,7 @@ from recurgolf.run import Run
 def main(asked: argparse.Namespace) -> None:
     """The composed baseline against the same network written out by hand."""
     run = recurgolf.compose(
-        ["model=baseline", "model.num_blocks=4", "model.dim=256", *asked.overrides]
+        ["model=parameter_golf_baseline", "model.num_blocks=4", "model.dim=256", *asked.overrides]
     )
     plan = run.plan(0.0)
     composed = run.build_model()

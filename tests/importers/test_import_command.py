@@ -131,7 +131,8 @@ def model_bytes(table):
 def test_a_quantizer_may_be_chosen_at_once(tmp_path):
     exact, small = tmp_path / "exact", tmp_path / "small"
     command("baseline", exact).finished()
-    command("baseline", small, "quant=int8_floored", "quant.keep_float_max_numel=0").finished()
+    eight_bits = ["quant=parameter_golf_baseline", "quant.keep_float_max_numel=0"]
+    command("baseline", small, *eight_bits).finished()
     sizes = [(path / "artifact.bin").stat().st_size for path in (exact, small)]
     assert sizes[1] < 0.4 * sizes[0]
     recurgolf("evaluate", small, cwd=tmp_path).finished()

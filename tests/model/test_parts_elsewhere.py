@@ -73,7 +73,10 @@ DELTA_MIXES = {
         "looping=segment",
         "model.skips=unet_gated",
     ],
-    "the widths of the official baseline's frame": ["model=baseline", "model/mixer=gated_deltanet"],
+    "the widths of the official baseline's frame": [
+        "model=parameter_golf_baseline",
+        "model/mixer=gated_deltanet",
+    ],
 }
 
 

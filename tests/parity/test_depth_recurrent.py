@@ -12,7 +12,7 @@ from recurgolf.optim import build
 from recurgolf.optim.numuon import NuMuon
 from recurgolf.quant import dequantize, rtn_quantize
 
-READINGS = {"residual": [], "per projection": ["lora=projections"]}
+READINGS = {"residual": [], "per projection": ["lora=attention", "lora.visits=all"]}
 
 
 def composed(*overrides):

@@ -49,12 +49,12 @@ def test_full_size_has_the_published_number_of_parameters(experiment):
     ("reading", "adapters"),
     [
         ("lora=residual", 55_296),
-        ("lora=projections", 193_536),
+        ("lora=attention lora.visits=all", 193_536),
         ("lora.targets=[q_proj,v_proj]", 96_768),
     ],
 )
 def test_both_readings_of_the_depth_recurrent_adapters(reading, adapters):
-    run = recurgolf.compose(["experiment=depth_recurrent_qat", reading])
+    run = recurgolf.compose(["experiment=depth_recurrent_qat", *reading.split()])
     with torch.device("meta"):
         model = run.build_model()
     assert count(model.adapters) == adapters

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from smoke_runs import RunFolder, small, train
 from torch.testing import assert_close
 
-from recurgolf.composing import conf_folder
+from recurgolf.conf import conf_folder
 from recurgolf.config import ConfigError
 from recurgolf.training import checkpoint, launch
 from recurgolf.training.distributed import file_ranks

@@ -13,7 +13,7 @@ from command_line import recurgolf
 from smoke_runs import composed, train
 
 from recurgolf.artifact.code import code_of
-from recurgolf.composing import conf_folder
+from recurgolf.conf import options
 from recurgolf.config import to_dict
 from recurgolf.standalone import console
 from recurgolf.verbs.export_check import run_alone
@@ -160,11 +160,11 @@ def test_the_run_can_count_the_program_that_trains(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((conf_folder() / "experiment").glob("*.yaml")), ids=str)
-def test_every_experiment_s_program_starts_alone(path, tmp_path):
+@pytest.mark.parametrize("experiment", options()["experiment"])
+def test_every_experiment_s_program_starts_alone(experiment, tmp_path):
     from recurgolf.artifact.code import training_code_of
 
-    run = composed(f"experiment={path.stem}")
+    run = composed(f"experiment={experiment}")
     for name, code in (("score.py", code_of(run)), ("train_gpt.py", training_code_of(run))):
         (tmp_path / name).write_text(code.source)
         done = run_alone(tmp_path / name, ["--help"])
