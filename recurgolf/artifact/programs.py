@@ -23,7 +23,7 @@ def replaced(run: Run) -> dict[Target, Target]:
     pairs = {
         "artifact.code:codes_of": "code:codes_of",
         "artifact.code:code_of": "code:code_of",
-        "audit:audit_and_show": "stubs:nothing",
+        "audit:audit_at_the_end": "stubs:nothing",
         "artifact.ledger:predict": "code:predict",
         "config:suggestion": "stubs:no_words",
         "data.byte_count:check_texts": "stubs:nothing",
@@ -36,6 +36,7 @@ def replaced(run: Run) -> dict[Target, Target]:
         "plan:make_plan": "stubs:make_plan",
         "plan:check_ending": "stubs:nothing",
         "record:JsonlTracker": "stubs:JsonlTracker",
+        "seal:seal": "stubs:nothing",
         "training.clock:CapWatch": "stubs:CapWatch",
         "training.clock:cap_lines": "stubs:no_figures",
         "training.clock:caps_used": "stubs:no_figures",

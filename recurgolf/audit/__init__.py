@@ -3,20 +3,21 @@
     found = audit_run(Path("outputs/demo/..."))
     found.write(folder / "audit.json")
 
-Seven checks, each with a number, a verdict and one line: causality, normalised,
-score_before_update, single_pass (`prediction`), bytes, separation, limits (`accounts`).
+Nine checks, each with a number, a verdict and one line: causality, normalised,
+score_before_update, single_pass (`prediction`), bytes, separation, limits (`accounts`), rescored
+(`isolated`) and files (`finished_run`, `recurgolf.seal`).
 """
 
 from recurgolf.audit.check import Audit, Check
-from recurgolf.audit.finished_run import FILE, audit_run, prediction_checks, validation_text
-from recurgolf.audit.report import audit_and_show
+from recurgolf.audit.finished_run import FILE, audit_run, validation_text
+from recurgolf.audit.report import audit_and_show, audit_at_the_end
 
 __all__ = [
     "FILE",
     "Audit",
     "Check",
     "audit_and_show",
+    "audit_at_the_end",
     "audit_run",
-    "prediction_checks",
     "validation_text",
 ]

@@ -1,4 +1,4 @@
-"""Checks 5 to 7: bytes of text, documents that training shares with validation, clocks and sizes.
+"""Checks of what is counted: bytes of text, text shared with training, clocks and sizes.
 
 Everything is counted again from files: the text is decoded, the artifact measured, seconds taken
 from the ledger of phases and held against the budget's caps.
@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from recurgolf.audit.check import FAIL, PASS, Check
-from recurgolf.audit.separation import NEAR, Shared, shingle_share
+from recurgolf.audit.separation import Overlap, overlap_with_rows
 from recurgolf.budget import TRAINING, Budget
 from recurgolf.data.byte_count import ByteCount, decoded_bytes
+from recurgolf.data.normalizer import normalizer_of
 from recurgolf.data.shards import Tokens
 from recurgolf.data.tokenizer import Tokenizer
+from recurgolf.eval.text import Text
 
 PUBLIC_DOCUMENTS = 50_000
 PUBLIC_BYTES = 151_080_891
@@ -27,6 +29,13 @@ PUBLIC_SLACK = 1e-4
 """The exports of several tokenizers differ by their ragged tails."""
 PUBLIC_TOKENS = {1024: (62_021_632, 1024), 8192: (40_540_160, 2048)}
 """Vocabulary -> usable targets of its public export, and the row length they are whole rows of."""
+
+RAW_SLACK = 1e-3
+"""Share by which decoded text may be longer than the raw text: NFKC spells some signs out."""
+RAW_RANGE = 0.02
+"""Share by which told bytes of a raw text that is not here may exceed the decoded text."""
+SHARED = 0.01
+"""Share of validation bytes that honest text has in common with training: set phrases, tables."""
 
 WRITTEN = (TRAINING, "checkpoint")
 """Phases that may end a step behind the cap that ends training."""
@@ -42,6 +51,8 @@ class ValidationText:
         documents: number of documents.
         entry: the data set's statistics in its manifest, {} without one.
         name: of the data set.
+        raw_bytes: of the raw text, counted again; None where the raw text is not here.
+        told_raw_bytes: as the data set says; by them val_bpb_raw was divided.
     """
 
     tokens: Tokens
@@ -51,22 +62,29 @@ class ValidationText:
     documents: int
     entry: Mapping[str, Any]
     name: str
+    raw_bytes: int | None = None
+    told_raw_bytes: int | None = None
 
 
-def byte_check(text: ValidationText, evals: Mapping[str, Mapping[str, float]]) -> Check:
-    """Decode the validation text and compare: table, manifest, public totals, and every score.
+def byte_check(
+    text: ValidationText,
+    evals: Mapping[str, Mapping[str, float]],
+    times: Mapping[str, np.ndarray] | None = None,
+) -> Check:
+    """Decode the validation text and compare: table, sidecar, manifest, raw text, public totals,
+    and the divisor of every score.
 
     Args:
         evals: `evals` of summary.json.
+        times: protocol -> how often each target was scored, where that was measured.
     """
     counted = text.byte_count.total(text.tokens)
     decoded = decoded_bytes(text.tokens, text.tokenizer)
     wrong: list[str] = []
     if counted != decoded:
         wrong.append(f"the table counts {counted:,} bytes, the decoded text has {decoded:,}")
-    total = counted
-    if text.sidecar is not None:
-        total = int(np.asarray(text.sidecar).astype(np.int64).sum())
+    total = counted if text.sidecar is None else int(np.asarray(text.sidecar, np.int64).sum())
+    wrong += _against_raw(text, decoded, total)
     known = {"tokens_val": len(text.tokens), "docs_val": text.documents}
     for key, found in known.items():
         if key in text.entry and int(text.entry[key]) != found:
@@ -79,11 +97,52 @@ def byte_check(text: ValidationText, evals: Mapping[str, Mapping[str, float]]) -
             wrong.append(f"{name} scored {tokens:,} targets of {targets:,}")
         if size > total or (tokens == targets and size != total):
             wrong.append(f"{name} divided by {size:,} bytes, the text has {total:,}")
+        elif times is not None and name in times and len(times[name]):
+            own = bytes_of(text, times[name])
+            if size != own:
+                wrong.append(f"{name} divided by {size:,} bytes, its targets have {own:,}")
     line = f"bytes that table and decoded text differ by; {decoded:,} bytes in {targets:,} targets"
     if text.sidecar is not None:
         line += f", {total:,} by the sidecar"
+    if text.raw_bytes is not None:
+        line += f", {text.raw_bytes:,} in the raw text"
     line = "; ".join([line, *wrong])
     return Check("bytes", abs(counted - decoded), FAIL if wrong else PASS, line)
+
+
+def bytes_of(text: ValidationText, times: np.ndarray) -> int:
+    """Bytes of the targets that were scored, every one as often as it was."""
+    whole = Text(text.tokens, text.byte_count, text.sidecar)
+    return int((whole.bytes_of(0, whole.num_targets) * times).sum())
+
+
+def _against_raw(text: ValidationText, decoded: int, total: int) -> list[str]:
+    """Where decoded text, sidecar and manifest count more than the text before the tokenizer."""
+    wrong = []
+    rewritten = normalizer_of(text.tokenizer.path)
+    raw, told = text.raw_bytes, text.told_raw_bytes
+    if raw is not None:
+        if decoded > raw * (1 + RAW_SLACK):
+            how = f" (its normalizer: {rewritten})" if rewritten else ""
+            wrong.append(
+                f"the tokenizer makes {decoded:,} bytes of {raw:,} of raw text{how}, so val_bpb is "
+                "not bits per byte of that text"
+            )
+        if told is not None and told != raw:
+            wrong.append(f"the manifest says {told:,} bytes of raw text, there are {raw:,}")
+    elif rewritten:
+        wrong.append(
+            f"the tokenizer rewrites text ({rewritten}), and the raw text is not here to count"
+        )
+    elif told is not None and told > decoded * (1 + RAW_RANGE):
+        wrong.append(
+            f"the manifest says {told:,} bytes of raw text, which is not here, but it decodes to "
+            f"{decoded:,}"
+        )
+    most = decoded if raw is None else max(raw, decoded)
+    if total > most * (1 if raw is None else 1 + RAW_SLACK):
+        wrong.append(f"the sidecar counts {total:,} bytes, the text has {most:,}")
+    return wrong
 
 
 def _public_totals(text: ValidationText, total: int) -> list[str]:
@@ -102,27 +161,33 @@ def _public_totals(text: ValidationText, total: int) -> list[str]:
 
 
 def separation_check(
-    shared: Shared, calibration: Sequence[Tokens], val_tokens: Tokens, bos_id: int
+    overlap: Overlap,
+    calibration: Sequence[Tokens],
+    val_tokens: Tokens,
+    bos_id: int,
+    sizes: np.ndarray | None = None,
 ) -> Check:
     """Judge what training and calibration share with validation.
 
     Args:
         calibration: rows of tokens that the quantizer was calibrated on; empty without any.
+        sizes: bytes of every validation token; None: all count alike.
     """
-    touching = sum(share >= NEAR for share in shingle_share(calibration, val_tokens, bos_id))
-    found = len(shared.exact) + len(shared.near) + touching
+    weight = np.ones(len(val_tokens)) if sizes is None else sizes
+    share = float(weight[overlap.seen].sum() / max(weight.sum(), 1))
+    touching = overlap_with_rows(calibration, val_tokens, bos_id)
     line = (
-        f"documents that training shares with validation: {len(shared.exact)} the same, "
-        f"{len(shared.near)} nearly the same, of {shared.train_documents:,} and "
-        f"{shared.val_documents:,}"
+        f"share of the validation bytes that stand in {overlap.train_tokens:,} tokens of training "
+        f"text, whole, in parts or with gaps (at most {SHARED:g}); {overlap.whole:,} documents are "
+        "in both"
     )
     if len(calibration):
         line += f"; {touching} of {len(calibration)} calibration rows looked at are validation text"
-    examples = [*shared.exact.items(), *((a, b) for a, (b, _) in shared.near.items())]
-    if examples:
-        ours, theirs = examples[0]
-        line += f"; training document {ours} is validation document {theirs}"
-    return Check("separation", found, FAIL if found else PASS, line)
+    if overlap.examples and share > SHARED:
+        block, where = overlap.examples[0]
+        line += f"; the first: block {block} of validation, near token {where:,} of training"
+    wrong = share > SHARED or overlap.whole or touching
+    return Check("separation", round(share, 6), FAIL if wrong else PASS, line)
 
 
 def limits_check(

@@ -1,152 +1,265 @@
-"""A finished run under audit: its artifact, its data, its ledgers, and the seven checks."""
+"""A finished run under audit: its files, its score measured again, and what the score may know."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import os
+import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from recurgolf.artifact import ArtifactError, load
-from recurgolf.artifact.code import PACKED_NAME
-from recurgolf.artifact.decode import MissingLibrary
-from recurgolf.artifact.score import check_data, rebuild, text_of
+from recurgolf.artifact.code import COUNTED
+from recurgolf.artifact.score import text_of
 from recurgolf.audit.accounts import (
     ValidationText,
     byte_check,
     limits_check,
     separation_check,
 )
-from recurgolf.audit.check import FAIL, NOT_APPLICABLE, PASS, Audit, Check, not_applicable
-from recurgolf.audit.prediction import causality, normalised, score_before_update, single_pass
-from recurgolf.audit.reduced_text import trial
-from recurgolf.audit.separation import shared_documents
-from recurgolf.config import ConfigError, from_dict, kind_of
-from recurgolf.data import Dataset
-from recurgolf.data.calibration_text import CalibrationText
-from recurgolf.data.shards import Tokens
-from recurgolf.eval import Eval, ScoredModel, Text
-from recurgolf.eval.several import FOLDER as SCORES
-from recurgolf.eval.several import kept_settings, named_protocols
-from recurgolf.run import Run
+from recurgolf.audit.check import FAIL, PASS, Audit, Check, not_applicable
+from recurgolf.audit.isolated import Rescored, differences, rescore
+from recurgolf.audit.prediction import POSITIONS, prediction_checks, worst_of
+from recurgolf.audit.scorer import Scored
+from recurgolf.audit.scoring_process import scoring_process
+from recurgolf.audit.separation import overlap_with_training
+from recurgolf.budget import Budget
+from recurgolf.config import REGISTRY, ConfigError, from_dict
+from recurgolf.data import Data, DataError, Dataset
+from recurgolf.data.dataset import open_dataset, raw_text_bytes
+from recurgolf.seal import AUDIT as FILE
+from recurgolf.seal import broken, signature_of, strangers
 
-FILE = "audit.json"
-CALIBRATION_ROWS = 64
-"""Rows of calibration text that are made again and looked at."""
+ROUNDING = 1e-5
+"""Share by which a score may differ on another machine, or with several ranks."""
 
 Say = Callable[[str], None]
 
 
-def audit_run(folder: Path, say: Say = lambda line: None) -> Audit:
+def audit_run(
+    folder: Path,
+    say: Say = lambda line: None,
+    *,
+    positions: int = POSITIONS,
+    chance: str | None = None,
+    trust: bool = False,
+) -> Audit:
     """Audit a finished run by its folder; several ranks' runs are audited by one process.
+
+    This process imports no plugin of the run: what a plugin takes part in happens in another one
+    (`scoring_process`), which hands over arrays.
 
     Args:
         say: told what is being done, a line at a time.
+        positions: changed texts that causality is measured on; time is proportional to it.
+        chance: where the audit looks, in hex, as an earlier one printed it; None: the system's
+            source of chance, so that no artifact can know.
+        trust: run plugins that are not installed, and a score.py of another version.
 
     Raises:
-        ConfigError: no finished run, a damaged artifact, or data that are not the run's.
+        ConfigError: no finished run, a damaged artifact, data that are not the run's, or plugins
+            that lie beside the run and are not trusted.
     """
-    began, run, path = time.perf_counter(), Run.read(folder), folder / "artifact.bin"
-    if not path.exists():
+    began, config = time.perf_counter(), _run_json(folder)
+    if not (folder / "artifact.bin").exists():
         raise ConfigError(f"{folder} has no artifact.bin: the run did not finish")
-    try:
-        scored_model = rebuild(load(path))
-        dataset = run.data.prepare(say)
-        check_data(scored_model.metadata, dataset)
-    except (ArtifactError, MissingLibrary) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    summary = _read(folder / "summary.json")
-    protocols = protocols_of(run, folder)
-    checks = prediction_checks(protocols, scored_model, text_of(dataset), say)
+    check_trusted(config.get("plugins") or [], trust, f"audit {folder}")
+    summary, chance = _read(folder / "summary.json"), chance or os.urandom(16).hex()
+    threads = int((summary.get("environment") or {}).get("threads") or 1)
+    found: list[list[Check]] = []
+    scored: dict[str, Scored] = {}
+    scorings = 0
+    with scoring_process(folder, threads) as process:
+        facts = process.facts
+        dataset = open_dataset(Path(facts["data"]), Path(facts["tokenizer"]), facts["vocab_size"])
+        text = text_of(dataset)
+        say("audit: scoring again with the counted program alone ...")
+        again = _rescored(folder, facts, threads, trust)
+        for number, (name, scorer) in enumerate(process.scorers.items()):
+            seconds = (summary.get("evals") or {}).get(name, {}).get("seconds", 0.0)
+            say(f"audit: {name} on changed text (about {2 * positions + 1} x {seconds:.0f} s) ...")
+            places = np.random.default_rng([*bytes.fromhex(chance), number])
+            checks, trials = prediction_checks(scorer, text, places, positions)
+            found.append(checks)
+            scored[name], scorings = trials.plain, scorings + trials.scorings
+        calibration = process.calibration()
+    names = list(scored)
+    checks = [worst_of(own, names) for own in zip(*found, strict=True)]
+    say(f"audit: comparing {dataset.train_tokens:,} training tokens with validation ...")
     checks += [
-        byte_check(validation_text(dataset), summary.get("evals", {})),
-        _separation(run, scored_model, dataset, say),
-        _limits(run, folder, summary),
+        byte_check(
+            validation_text(dataset, raw_bytes_of(config, dataset)),
+            summary.get("evals") or {},
+            {name: one.times for name, one in scored.items()},
+        ),
+        _separation(dataset, calibration),
+        _limits(folder, config, summary, facts["code"]),
+        rescored_check(summary, again, scored, facts, config),
+        files_check(folder, config, summary, facts, dataset),
     ]
-    facts = {
-        "fingerprint": run.fingerprint,
-        "text": dataset.fingerprint,
-        "protocols": list(protocols),
-        "seconds": round(time.perf_counter() - began, 3),
-    }
-    return Audit(checks, facts)
+    return Audit(
+        checks,
+        {
+            "fingerprint": facts["fingerprint"],
+            "signature": signature_of(folder),
+            "text": dataset.fingerprint,
+            "protocols": names,
+            "plugins": facts["plugins"],
+            "chance": chance,
+            "positions": positions,
+            "scorings": scorings,
+            "seconds": round(time.perf_counter() - began, 3),
+        },
+    )
 
 
-def protocols_of(run: Run, folder: Path) -> dict[str, Eval]:
-    """All that a run has been scored by, at its end and by `recurgolf evaluate` since.
+def check_trusted(plugins: Iterable[str], trust: bool, command: str) -> None:
+    """Refuse plugins that are not installed: a folder that somebody sent may hold anything.
 
-    Numbers of passes are left out: they change the model's depth, not what a protocol may know.
+    Raises:
+        ConfigError: naming them, and the way to allow them.
     """
-    asked = [run.eval.alone, *(item.alone for item in run.eval.also)]
-    for path in sorted((folder / SCORES).glob("*.npz")):
-        asked.append(from_dict(Eval, {**kept_settings(path)[0], "passes": None}))
-    return named_protocols(asked, run.trainer.seq_len)
+    foreign = {name: where for name in plugins if (where := _foreign(name)) is not None}
+    if foreign and not trust:
+        listed = ", ".join(f"{name} ({where})" for name, where in foreign.items())
+        raise ConfigError(
+            f"the run names plugins that are not installed: {listed}; `recurgolf {command} --trust`"
+            " runs their code"
+        )
 
 
-def prediction_checks(
-    protocols: Sequence[Eval] | Mapping[str, Eval],
-    scored_model: ScoredModel,
-    text: Text,
-    say: Say = lambda line: None,
-    seed: int = 0,
-) -> list[Check]:
-    """Checks 1 to 4 over every protocol; of each check the worst finding, with its protocol.
+def plugins_of(folder: Path) -> list[str]:
+    """The plugins that a run's run.json names; nothing is imported."""
+    return list(_run_json(folder).get("plugins") or [])
+
+
+def _foreign(name: str) -> str | None:
+    """Where a module lies that is not installed; None for one that is."""
+    top = name.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
+    where = next((str(place) for place in places if place), None)
+    if where is None:
+        return "not found"
+    installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")]
+    home = [os.path.realpath(path) for path in installed]
+    inside = any(os.path.realpath(where).startswith(path + os.sep) for path in home)
+    return None if inside else where
+
+
+def _rescored(folder: Path, facts: Mapping[str, Any], threads: int, trust: bool) -> Rescored:
+    program = COUNTED[facts["code"]]
+    path = folder / program
+    if path.is_file() and not trust:
+        own = hashlib.sha256(path.read_bytes()).hexdigest()
+        if own != facts["program"]:
+            return Rescored(
+                {},
+                f"{program} is not the program that this version packs for the run; it is run "
+                "only with --trust",
+                "",
+            )
+    data, tokenizer = Path(facts["data"]), Path(facts["tokenizer"])
+    return rescore(folder, facts["code"], data, tokenizer, facts["kind"], threads)
+
+
+def rescored_check(
+    summary: Mapping[str, Any],
+    again: Rescored,
+    scored: Mapping[str, Scored],
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> Check:
+    """Hold every figure of the score against the counted program's, and against trials' baseline.
 
     Args:
-        protocols: by name, or called by their kinds.
+        scored: protocol -> scoring of the real text in the trials.
     """
-    if isinstance(protocols, Mapping):
-        names, protocols = list(protocols), list(protocols.values())
-    else:
-        names = [kind_of(protocol) for protocol in protocols]
-    found: list[list[Check]] = []
-    was_training = scored_model.model.training
-    scored_model.model.eval()
-    try:
-        for name, protocol in zip(names, protocols, strict=True):
-            say(f"audit: {name} on changed text ...")
-            found.append(_prediction_checks(protocol, scored_model, text, seed))
-    finally:
-        scored_model.model.train(was_training)
-    return [_worst(checks, names) for checks in zip(*found, strict=True)]
+    evals, kind = summary.get("evals") or {}, facts["kind"]
+    told, wrong = evals.get(kind) or {}, []
+    where = summary.get("environment") or {}
+    elsewhere = where.get("ranks", 1) > 1 or (config.get("trainer") or {}).get("device") != "cpu"
+    tolerance = ROUNDING if elsewhere else 0.0
+    if not summary:
+        wrong.append("there is no summary.json: nothing says what was scored")
+    if again.error:
+        wrong.append(again.error)
+    elif summary:
+        wrong += differences(again.entry, told, tolerance)
+        headline = {"val_bpb": "val_bpb", "val_loss": "val_loss", "val_tokens": "tokens"}
+        for key, of in {**headline, "val_bytes": "bytes"}.items():
+            if summary.get(key) != told.get(of):
+                wrong.append(f"{key} is {summary.get(key)!r}, evals has {told.get(of)!r}")
+    for name, one in scored.items():
+        if name in evals and not one.error:
+            wrong += [f"{name}: {text}" for text in differences(one.entry, evals[name], tolerance)]
+    number = None
+    if again.entry and isinstance(told.get("val_bpb"), float):
+        number = abs(again.entry["val_bpb"] - told["val_bpb"])
+    bpb = f" {again.entry['val_bpb']!r}" if again.entry else " nothing"
+    line = (
+        f"difference of val_bpb from summary.json: {COUNTED[facts['code']]} and artifact.bin alone "
+        f"in a folder give{bpb}"
+    )
+    if again.network:
+        line += f", {again.network}"
+    line += ", every digit the same" if not tolerance else f", to {tolerance:g} of it"
+    if wrong:
+        line = line.replace(", every digit the same", "")
+    return Check("rescored", number, FAIL if wrong else PASS, "; ".join([line, *wrong]))
 
 
-def _prediction_checks(
-    protocol: Eval, scored_model: ScoredModel, text: Text, seed: int
-) -> list[Check]:
-    tried = trial(protocol, scored_model, text)
-    passed_once = single_pass(tried)
-    if passed_once.number is None:
-        others = ("causality", "normalised", "score_before_update")
-        return [*(not_applicable(name, passed_once.line) for name in others), passed_once]
-    chance = np.random.default_rng(seed)
-    with torch.no_grad():
-        return [
-            causality(tried, chance),
-            normalised(tried, chance),
-            score_before_update(tried, chance),
-            passed_once,
-        ]
+def files_check(
+    folder: Path,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    dataset: Dataset,
+) -> Check:
+    """Whether the files are those that one run left together, and no others."""
+    wrong = broken(folder)
+    beside = strangers(folder)
+    if beside:
+        wrong.append(f"beside the run lies what no run leaves and no count knows: {beside[0]}")
+        wrong[-1] += f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+    header, own = facts["header"], facts["fingerprint"]
+    made = {"artifact.bin": header.get("fingerprint"), "summary.json": summary.get("fingerprint")}
+    for name, fingerprint in made.items():
+        if fingerprint != own:
+            wrong.append(f"{name} is of run {fingerprint}, run.json of run {own}")
+    for part in facts["parts"]:
+        if header.get(part) != facts["parts"][part]:
+            wrong.append(f"artifact.bin has another {part} than run.json")
+    texts = {
+        "artifact.bin": header.get("text"),
+        "summary.json": (summary.get("text") or {}).get("fingerprint"),
+    }
+    for name, text in texts.items():
+        if text != dataset.fingerprint:
+            wrong.append(f"{name} tells of another validation text than the one in the data")
+    budget = (config.get("budget") or {}).get("artifact_bytes")
+    for key, value in {"budget_bytes": budget, "seed": config.get("seed")}.items():
+        if summary and summary.get(key) != value:
+            wrong.append(f"summary.json says {key}={summary.get(key)}, run.json {value}")
+    line = "files that are not as one run left them together under its seal; plugins: "
+    line += ", ".join(f"{k} from {v}" for k, v in facts["plugins"].items()) or "none"
+    return Check("files", len(wrong), FAIL if wrong else PASS, "; ".join([line, *wrong]))
 
 
-def _worst(checks: Sequence[Check], protocols: Sequence[str]) -> Check:
-    order = {FAIL: 2, NOT_APPLICABLE: 1, PASS: 0}
-    ranked = [
-        (order[check.verdict], check.number or 0.0, -place) for place, check in enumerate(checks)
-    ]
-    worst = checks[ranked.index(max(ranked))]
-    if len(checks) == 1:
-        return worst
-    line = f"{protocols[checks.index(worst)]}: {worst.line}"
-    return Check(worst.name, worst.number, worst.verdict, line)
+def validation_text(dataset: Dataset, raw_bytes: int | None = None) -> ValidationText:
+    """What the byte check looks at, of a data set.
 
-
-def validation_text(dataset: Dataset) -> ValidationText:
-    """What the byte check looks at, of a data set."""
+    Args:
+        raw_bytes: of the raw text, counted; None where it is not here.
+    """
     entries: list[Any] = dataset.manifest.get("datasets") or []
     entry = next((e for e in entries if e.get("name") == dataset.name), {})
     return ValidationText(
@@ -157,44 +270,68 @@ def validation_text(dataset: Dataset) -> ValidationText:
         dataset.val_documents,
         entry.get("stats") or {},
         dataset.name,
+        raw_bytes,
+        dataset.val_raw_bytes,
     )
 
 
-def _separation(run: Run, scored_model: ScoredModel, dataset: Dataset, say: Say) -> Check:
+def raw_bytes_of(config: Mapping[str, Any], dataset: Dataset) -> int | None:
+    """UTF-8 bytes of the raw validation text, counted from the text itself; None without it."""
+    node = config.get("data") or {}
+    known = REGISTRY["data"].get(node.get("kind", ""))
+    if known is not None and hasattr(known, "corpus"):
+        try:
+            documents: Any = from_dict(Data, node).corpus().read()  # type: ignore[attr-defined]
+            return sum(len(text.encode()) for text in documents.validation)
+        except (DataError, OSError):
+            return None
+    return raw_text_bytes(dataset)
+
+
+def _separation(dataset: Dataset, calibration: list[np.ndarray]) -> Check:
     if not dataset.train_shards:
         return not_applicable("separation", "the data set has no training shards to compare with")
-    say(f"audit: comparing {dataset.train_tokens:,} training tokens with validation ...")
     tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
-    shared = shared_documents(tokens, dataset.train_shards, bos)
-    return separation_check(shared, calibration_rows(run, scored_model, dataset), tokens, bos)
+    overlap = overlap_with_training(tokens, dataset.train_shards, bos)
+    sizes = np.concatenate(([0], text_of(dataset).bytes_of(0, len(tokens) - 1)))
+    return separation_check(overlap, calibration, tokens, bos, sizes)
 
 
-def calibration_rows(run: Run, scored_model: ScoredModel, dataset: Dataset) -> list[Tokens]:
-    """Rows that the run's quantizer was calibrated on, made again; empty where it needs none."""
-    calibration = run.quant.calibration
-    if not calibration.reads_training_data or all(r.method != "gptq" for r in run.quant.rules):
-        return []
-    length = calibration.seq_len or run.trainer.seq_len
-    count = min(calibration.sequences, CALIBRATION_ROWS)
-    numbers = np.linspace(0, calibration.sequences - 1, count).astype(int).tolist()
-    model, plan = scored_model.model, scored_model.plan()
-    seeds = run.seed_of("data"), run.seed_of("noise")
-    source = CalibrationText(dataset, model, plan, *seeds, run.data.vocab_size)
-    return list(calibration.rows(source, numbers, length).numpy().astype(np.uint16))
-
-
-def _limits(run: Run, folder: Path, summary: dict[str, Any]) -> Check:
+def _limits(
+    folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any], code: str
+) -> Check:
     if not summary:
-        return not_applicable("limits", f"{folder} has no summary.json: no ledger of its clocks")
+        return Check("limits", None, FAIL, "no summary.json: no ledger of the run's clocks")
     steps = max(int(summary.get("steps", 1)), 1)
     return limits_check(
-        run.budget,
-        summary.get("seconds", {}),
+        from_dict(Budget, config.get("budget") or {}),
+        summary.get("seconds") or {},
         float(summary.get("train_seconds", 0.0)) / steps,
-        {name: folder / name for name in ("artifact.bin", PACKED_NAME)},
-        {"artifact_bytes": summary["artifact_bytes"]},
+        {name: folder / name for name in ("artifact.bin", COUNTED[code])},
+        {"artifact_bytes": summary.get("artifact_bytes", 0)},
     )
+
+
+def _run_json(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "run.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'run.json'} is damaged: it holds no object")
+    return config
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+__all__ = ["FILE", "audit_run", "check_trusted", "plugins_of", "validation_text"]

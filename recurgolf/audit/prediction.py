@@ -1,67 +1,158 @@
 """Checks 1 to 4: what a protocol may know when it predicts, measured from outside.
 
-A protocol and its model are a black box that turns tokens into nats per target. Changing tokens and
-looking at which nats move shows what a score depends on; no flag is read and no code is looked at
-(conditions C1 to C4 of the challenge's "Field Guide to Valid Submissions").
+A protocol and its model are a box that turns tokens into nats per target (`scorer`). Changing
+tokens of the whole validation text and looking at which nats move shows what a score depends on; no
+flag is read and no code is looked at (conditions C1 to C4 of the challenge's "Field Guide to Valid
+Submissions").
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-import torch
 
-from recurgolf.audit.check import FAIL, PASS, Check, judged, not_applicable
-from recurgolf.audit.reduced_text import Trial
-from recurgolf.eval import ScoreAccumulator
+from recurgolf.audit.check import FAIL, NOT_APPLICABLE, PASS, Check, judged, not_applicable
+from recurgolf.audit.copies import Copies, Mass, examine_copies
+from recurgolf.audit.scorer import Scored, Scorer
+from recurgolf.eval.text import Text
 
 MOVED = 5e-5
 """Nats by which a score may differ for rounding alone: float32, in other batches."""
 MASS = 2e-3
-"""How far from 1 the sum of probabilities may be."""
-CUTS = 9
-"""Places from which on the text is changed."""
-HEAVIEST, SAMPLED, EXACT_UP_TO = 12, 20, 48
-"""Tokens tried at one position: the likeliest, and a sample of the others; all of a vocabulary up
-to the last number."""
+"""How far beyond 1 rounding may take a sum of probabilities."""
+POSITIONS = 8
+"""Changed texts that causality is measured on; the other checks follow."""
+BETS = 2048
+"""Targets that are bet on in one scoring, at most."""
+BETWEEN_BETS = 16
+"""Targets per bet in the windows that are chosen for them."""
+STAKES = (0.02, 0.1, 0.3, 0.9)
+ODDS = 6.0
+"""Bets that turn 1 into ten to this power do not happen to a player without an edge: their chance
+is 10^-6 (Ville's inequality)."""
+EVEN = 0.1
+"""Share of every bet spread over the whole vocabulary."""
+
+Say = Callable[[str], None]
 
 
-def causality(trial: Trial, chance: np.random.Generator) -> Check:
+@dataclass
+class Trials:
+    """One protocol under trial.
+
+    Attributes:
+        tokens: the real text.
+        bos: token that begins a document, None where there is none.
+        plain: the real text's scoring.
+        scorings: how many have been made.
+    """
+
+    scorer: Scorer
+    tokens: np.ndarray
+    bos: int | None
+    chance: np.random.Generator
+    plain: Scored = field(init=False)
+    scorings: int = 0
+
+    def __post_init__(self) -> None:
+        self.plain = self.scored(self.tokens)
+
+    def scored(self, tokens: np.ndarray) -> Scored:
+        self.scorings += 1
+        return self.scorer.score(tokens)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - 1
+
+    def changed(self, first: int, stop: int) -> np.ndarray:
+        """The text with tokens `first` to `stop` - 1 replaced; documents begin where they did."""
+        tokens = np.array(self.tokens)
+        tokens[first:stop] = self.replaced(tokens[first:stop])
+        return tokens
+
+    def replaced(self, part: np.ndarray) -> np.ndarray:
+        """Other tokens of the text in the place of these; BOS stays."""
+        ordinary = self.ordinary
+        drawn = self.chance.choice(ordinary, size=len(part))
+        same = drawn == part
+        drawn[same] = ordinary[(np.searchsorted(ordinary, part[same]) + 1) % len(ordinary)]
+        return drawn if self.bos is None else np.where(part == self.bos, part, drawn)
+
+    @property
+    def ordinary(self) -> np.ndarray:
+        """Tokens that the text has, BOS left out."""
+        found = np.unique(self.tokens)
+        return found if self.bos is None else found[found != self.bos]
+
+
+def prediction_checks(
+    scorer: Scorer,
+    text: Text,
+    chance: np.random.Generator | None = None,
+    positions: int = POSITIONS,
+) -> tuple[list[Check], Trials]:
+    """Checks 1 to 4 of one protocol, and the trials with the real text's scoring.
+
+    Args:
+        chance: says where; None: from the system's source.
+        positions: changed texts for causality; others follow: twice as many take twice as long.
+    """
+    trials = Trials(scorer, np.array(text.tokens), text.bos, chance or np.random.default_rng())
+    once = single_pass(trials, text)
+    if trials.plain.error or not trials.plain.times.max():
+        others = ("causality", "normalised", "score_before_update")
+        return [*(not_applicable(name, once.line) for name in others), once], trials
+    copies = Copies()
+    for _ in range(max(1, positions // 4)):
+        examine_copies(trials, copies)
+    return [
+        causality(trials, positions, copies),
+        normalised(trials, copies, max(1, positions // 4)),
+        score_before_update(trials, max(1, positions // 2)),
+        once,
+    ], trials
+
+
+def causality(trials: Trials, count: int, copies: Copies) -> Check:
     """Change everything behind a cut: no score up to the cut may move."""
-    plain = trial.scored(trial.text.tokens).target_nats
-    worst, where, edges = 0.0, 0, trial.edges()
-    cuts = _cuts(edges, trial.text.num_targets, chance)
+    worst, where, cuts = 0.0, "", _cuts(trials, count)
     for cut in cuts:
-        tokens = _changed(trial, cut + 2, len(trial.text.tokens), chance)
-        moved = _moved(trial.scored(tokens).target_nats, plain, cut + 1)
+        found = trials.scored(trials.changed(cut + 2, len(trials.tokens)))
+        moved = _moved(found, trials.plain, cut + 1)
         if not moved <= worst:
-            worst, where = moved, cut
+            worst, where = moved, f"; worst with the text changed behind target {cut:,}"
     line = (
         f"nats by which a score moves at most when all later tokens are replaced; {len(cuts)} cuts "
-        f"over {trial.text.num_targets} targets, among them edges of windows and chunks"
+        f"through {trials.num_targets:,} targets, at edges of windows, chunks and documents and "
+        "anywhere"
     )
-    if worst > MOVED or worst != worst:
-        line += f"; worst with the text changed behind target {where}"
-    return judged("causality", worst, MOVED, line)
+    if copies.compared:
+        line += f", and {copies.compared:,} more in copies of one stretch, at every row of a window"
+        if not copies.moved <= worst:
+            worst = copies.moved
+            where = f"; worst with the text changed behind row {copies.row} of a stretch"
+    return judged("causality", worst, MOVED, line + (where if not worst <= MOVED else ""))
 
 
-def score_before_update(trial: Trial, chance: np.random.Generator) -> Check:
+def score_before_update(trials: Trials, count: int) -> Check:
     """Replace the rest of a target's own chunk, the target included: what came before it stays.
 
     The text behind the chunk is left as it is, so that only learning from the chunk can show.
     """
-    plain = trial.scored(trial.text.tokens).target_nats
-    edges = [*trial.edges(), trial.text.num_targets]
+    edges = [*trials.scorer.hints.edges, trials.num_targets]
     chunks = [(a, b) for a, b in pairwise(edges) if b - a > 1]
-    if len(chunks) > CUTS:
-        chunks = [chunks[i] for i in np.linspace(0, len(chunks) - 1, CUTS).astype(int)]
+    if len(chunks) > count:
+        chosen = np.sort(trials.chance.choice(len(chunks), count, replace=False))
+        chunks = [chunks[i] for i in chosen]
     worst = 0.0
     for first, stop in chunks:
-        target = first + (stop - first) // 2
-        tokens = _changed(trial, target + 1, stop + 1, chance)
-        worst = _worse(worst, _moved(trial.scored(tokens).target_nats, plain, target))
+        target = int(trials.chance.integers(first + 1, stop))
+        found = trials.scored(trials.changed(target + 1, stop + 1))
+        worst = _worse(worst, _moved(found, trials.plain, target))
     return judged(
         "score_before_update",
         worst,
@@ -71,142 +162,135 @@ def score_before_update(trial: Trial, chance: np.random.Generator) -> Check:
     )
 
 
-def normalised(trial: Trial, chance: np.random.Generator, positions: int = 2) -> Check:
-    """Put every token in a target's place: their probabilities must sum to one.
+def normalised(trials: Trials, copies: Copies, count: int) -> Check:
+    """Put other tokens in a target's place: all their probabilities may be 1 in sum, not more.
 
-    A score that has seen its target (by a leak, by learning from it first, or by choosing the
-    better of two predictions) gives too much mass to whatever stands there. Of a large vocabulary
-    the likeliest tokens are tried and others drawn by the model's own distribution; where the
-    protocol's probabilities are proportional to it, as those of a fixed model are, the sum is
-    exact all the same.
+    Two kinds of evidence. The probabilities of *different* tokens in the place of one target, with
+    the same text before it, add up to a lower bound of what the score gives away there: above 1 is
+    proof. And at thousands of targets all over the text a token is drawn from a known distribution
+    g and the score's probability p is compared: a score that is a distribution pays p / g, 1 on
+    average at most, so a gambler who keeps staking a share on it does not get rich.
     """
-    size = trial.scored_model.model.config.vocab_size
-    scored = trial.scored(trial.text.tokens).scored > 0
-    edges = trial.edges()
-    # A target in the middle of a chunk, and the first one of a chunk.
-    candidates = [*(edge + 1 for edge in reversed(edges)), *reversed(edges)]
-    late = [p for p in candidates if p >= 2 * trial.length and p < len(scored) and scored[p]]
-    late = late or np.flatnonzero(scored)[-1:].tolist()
-    if not late:
-        return not_applicable("normalised", "the protocol scores no target of the stretch")
-    chosen = list(dict.fromkeys([late[0], *late[len(late) // 2 :]]))[:positions]
-    worst, tried = 0.0, 0
-    for place in chosen:
-        mass, spread, count = _mass(trial, place, size, chance)
-        tried += count
-        worst = _worse(worst, max(abs(mass - 1) - 4 * spread, 0.0))
-    how = "every token" if size <= EXACT_UP_TO else f"{tried // len(chosen)} tokens"
-    return judged(
-        "normalised",
-        worst,
-        MASS,
-        f"how far from 1, at most, the probabilities of {how} of {size} in the place of "
-        f"{len(chosen)} targets are in sum, beyond four standard errors",
+    paid = np.concatenate([_bets(trials) for _ in range(count)])
+    growth = [np.log1p(stake * (paid - 1)).sum() for stake in STAKES]
+    odds = float(np.logaddexp.reduce(growth) - np.log(len(STAKES))) / np.log(10)
+    mean = float(paid.mean()) if len(paid) else 0.0
+    bets = (
+        f"at {len(paid):,} random targets a drawn token has {mean:.4f} times its share on average, "
+        f"odds of 10^{odds:.1f} to 1 against a sum of at most 1 (proof from 10^{ODDS:.0f})"
     )
-
-
-def single_pass(trial: Trial) -> Check:
-    """Count how often every target is scored, and in which order."""
-    try:
-        accumulator = trial.scored(trial.text.tokens)
-    except ValueError as error:
-        return Check("single_pass", None, FAIL, f"the protocol could not be run: {error}")
-    most, left_out = int(accumulator.scored.max()), int((accumulator.scored == 0).sum())
-    if not most:
-        return not_applicable("single_pass", "the protocol scores no target of the stretch")
-    back = _out_of_order(accumulator)
-    verdict = PASS if most == 1 and back == 0 else FAIL
+    rich = not odds < ODDS
+    worst = copies.heaviest
+    if worst is None:
+        why = copies.why or "the text is too short for copies of a stretch"
+        line = f"probability of a token in a target's place against its share; {bets}; {why}"
+        return Check("normalised", mean, FAIL if rich else PASS, line)
+    wrong = any(_wrong(mass) for mass in copies.masses)
     line = (
-        f"times that a target is scored at most; {int((accumulator.scored > 1).sum())} more than "
-        f"once, {back} behind a later target of their document, "
-        f"{left_out} of {len(accumulator.scored)} never"
+        f"sum of the probabilities of {_tried(worst)} in the place of one target, the largest of "
+        f"{len(copies.masses)} places, a lower bound of what the score gives away; {bets}"
     )
-    return Check("single_pass", most, verdict, line)
+    return Check("normalised", worst.total, FAIL if wrong or rich else PASS, line)
 
 
-def _out_of_order(accumulator: ScoreAccumulator) -> int:
+def _wrong(mass: Mass) -> bool:
+    """More than 1 is too much whatever was tried; less is, too, where every token was."""
+    return not mass.total <= 1 + MASS or (mass.tried == mass.of and mass.total < 1 - MASS)
+
+
+def _tried(mass: Mass) -> str:
+    if mass.tried == mass.of:
+        return f"all {mass.of:,} tokens"
+    return f"{mass.tried:,} of {mass.of:,} tokens, the likeliest and others,"
+
+
+def single_pass(trials: Trials, text: Text) -> Check:
+    """Count how often every target is scored, which are left out, and in which order."""
+    plain = trials.plain
+    if plain.error:
+        return Check("single_pass", None, FAIL, f"the protocol could not be run: {plain.error}")
+    most, count = int(plain.times.max()), len(plain.times)
+    if not most:
+        return Check("single_pass", 0, FAIL, "the protocol scores no target")
+    back = _out_of_order(plain, text)
+    scored = np.flatnonzero(plain.times)
+    head, tail = int(scored[0]), count - 1 - int(scored[-1])
+    holes = int((plain.times[head : count - tail] == 0).sum())
+    length = trials.scorer.hints.length
+    wrong = most > 1 or back or holes or max(head, tail) >= length
+    line = (
+        f"times that a target is scored at most; {int((plain.times > 1).sum()):,} more than once, "
+        f"{back:,} behind a later target of their document, {count - len(scored):,} of {count:,} "
+        f"never"
+    )
+    if head or tail or holes:
+        line += (
+            f" ({head:,} at the beginning, {tail:,} at the end, where less than a window of "
+            f"{length:,} may be ragged; {holes:,} in between, where none may)"
+        )
+    return Check("single_pass", most, FAIL if wrong else PASS, line)
+
+
+def _out_of_order(plain: Scored, text: Text) -> int:
     """Targets entered after one that follows them in the same document."""
     back = 0
-    starts = [*accumulator.text.starts.tolist(), accumulator.text.num_targets]
-    for start, stop in pairwise(starts):
-        turns = accumulator.turn[start:stop][accumulator.scored[start:stop] > 0]
+    for start, stop in pairwise([*text.starts.tolist(), text.num_targets]):
+        turns = plain.turn[start:stop][plain.times[start:stop] > 0]
         if len(turns):
             latest = np.minimum.accumulate(turns[::-1])[::-1]
             back += int((turns > latest).sum())
     return back
 
 
-def _mass(
-    trial: Trial, place: int, size: int, chance: np.random.Generator
-) -> tuple[float, float, int]:
-    """Sum of the probabilities of all tokens as target `place`, its standard error, and runs."""
-    tokens = trial.text.tokens.copy()
-    whole = (place // trial.length + 1) * trial.length + 1
-    for stop in (place + 2, whole):
-        # A shorter text does as well, if the protocol still scores the target at its end.
-        if stop <= len(tokens) and trial.scored(tokens[:stop]).scored[place]:
-            tokens = tokens[:stop]
-            break
-
-    def probability(token: int) -> float:
-        tokens[place + 1] = token
-        return float(np.exp(-trial.scored(tokens).target_nats[place]))
-
-    if size <= EXACT_UP_TO:
-        return sum(probability(token) for token in range(size)), 0.0, size
-    guess = _distribution(trial, place)
-    order = np.argsort(-guess, kind="stable")
-    top, rest = order[:HEAVIEST], order[HEAVIEST:]
-    sure = sum(probability(int(token)) for token in top)
-    left = guess[rest].sum()
-    drawn = chance.choice(rest, size=SAMPLED, p=guess[rest] / left)
-    weights = np.array([probability(int(token)) / guess[token] for token in drawn]) * left
-    spread = float(weights.std(ddof=1) / np.sqrt(SAMPLED))
-    return sure + float(weights.mean()), spread, HEAVIEST + SAMPLED
-
-
-@torch.no_grad()
-def _distribution(trial: Trial, place: int) -> np.ndarray:
-    """The model's own prediction of a target from its window, nowhere zero; float64 [v]."""
-    scored_model, start = trial.scored_model, max(0, place + 1 - trial.length)
-    with contextlib.suppress(NotImplementedError):
-        windows = trial.protocol.windows(trial.text, trial.length)
-        start = next((w.start for w in windows if w.first <= place < w.stop), start)
-    ids = trial.text.ids(start, place + 1)[None].to(scored_model.device)
-    hidden = scored_model.model.hidden(ids, scored_model.plan(trial.protocol.passes))
-    shares = torch.softmax(scored_model.model.logits(hidden)[0, -1].double(), dim=-1).cpu().numpy()
-    shares = np.maximum(shares, 1e-9)
-    return shares / shares.sum()
+def _bets(trials: Trials) -> np.ndarray:
+    """What tokens drawn at random targets have of probability, in units of their drawn share."""
+    chance, size = trials.chance, trials.scorer.hints.vocab_size
+    length = min(trials.scorer.hints.length, trials.num_targets)
+    each = max(1, length // BETWEEN_BETS)
+    phase = int(chance.integers(0, max(1, trials.num_targets % length + 1)))
+    grid = np.arange(phase, trials.num_targets - length + 1, length)
+    starts = chance.choice(grid, min(len(grid), -(-BETS // each)), replace=False)
+    offsets = np.stack([chance.choice(length, each, replace=False) for _ in starts])
+    shares = trials.scorer.guess(trials.tokens, starts, offsets).astype(np.float64)
+    shares = shares.reshape(-1, size)
+    places = (starts[:, None] + offsets).reshape(-1)
+    allowed = np.ones(size, dtype=bool)
+    if trials.bos is not None:
+        # Documents are to begin where they did.
+        allowed[trials.bos] = False
+        kept = trials.tokens[places + 1] != trials.bos
+        shares, places = shares[kept], places[kept]
+    shares = np.where(allowed, np.nan_to_num(shares), 0) + 1e-12 * allowed
+    shares /= shares.sum(1, keepdims=True)
+    shares = (1 - EVEN) * shares + EVEN * allowed / allowed.sum()
+    drawn = (shares.cumsum(1) < chance.random((len(shares), 1))).sum(1).clip(0, size - 1)
+    # A rounding error at the very end of the sum may point at a token without a share.
+    drawn = np.where(allowed[drawn], drawn, shares.argmax(1))
+    tokens = np.array(trials.tokens)
+    tokens[places + 1] = drawn
+    found = trials.scored(tokens)
+    if found.error:
+        return np.array([np.inf])
+    share = shares[np.arange(len(drawn)), drawn]
+    paid = np.exp(-found.nats[places]) / share
+    return np.where(np.isnan(paid), np.inf, paid)[found.times[places] > 0]
 
 
-def _cuts(edges: list[int], num_targets: int, chance: np.random.Generator) -> list[int]:
-    """Targets behind which the text is changed: at edges, beside them, and anywhere."""
-    near = [edge + step for edge in edges[1:] for step in (-1, 0)]
-    if len(near) > CUTS - 3:
-        near = [near[i] for i in np.linspace(0, len(near) - 1, CUTS - 3).astype(int)]
-    anywhere = chance.integers(0, num_targets - 2, size=3).tolist()
-    return sorted({min(max(cut, 0), num_targets - 2) for cut in (*near, *anywhere)})
+def _cuts(trials: Trials, count: int) -> list[int]:
+    """Targets behind which the text is changed: half at edges or beside them, half anywhere."""
+    last = trials.num_targets - 2
+    edges = [edge for edge in trials.scorer.hints.edges if edge]
+    near = trials.chance.choice(edges, min(len(edges), count // 2), replace=False) if edges else []
+    beside = [int(edge) - int(trials.chance.integers(0, 2)) for edge in near]
+    anywhere = trials.chance.integers(0, last + 1, size=count - len(beside)).tolist()
+    return sorted({min(max(cut, 0), last) for cut in (*beside, *anywhere)})
 
 
-def _changed(trial: Trial, first: int, stop: int, chance: np.random.Generator) -> np.ndarray:
-    """The stretch with tokens `first` to `stop` - 1 replaced; documents begin where they did."""
-    tokens, text = trial.text.tokens.copy(), trial.text
-    ordinary = np.unique(tokens if text.bos is None else tokens[tokens != text.bos])
-    part = tokens[first:stop]
-    replaced = chance.choice(ordinary, size=len(part))
-    # Every one differs from what stood there.
-    same = replaced == part
-    places = np.searchsorted(ordinary, part[same])
-    replaced[same] = ordinary[(places + 1) % len(ordinary)]
-    tokens[first:stop] = (
-        replaced if text.bos is None else np.where(part == text.bos, part, replaced)
-    )
-    return tokens
-
-
-def _moved(nats: np.ndarray, plain: np.ndarray, count: int) -> float:
-    """Largest difference among the first `count` targets; not a number counts as infinite."""
-    difference = np.abs(nats[:count] - plain[:count])
+def _moved(found: Scored, plain: Scored, count: int) -> float:
+    """Largest difference among the first `count` targets; no number counts as infinite."""
+    if found.error:
+        return float("inf")
+    difference = np.abs(found.nats[:count] - plain.nats[:count])
     if not len(difference):
         return 0.0
     return float("inf") if np.isnan(difference).any() else float(difference.max())
@@ -214,3 +298,16 @@ def _moved(nats: np.ndarray, plain: np.ndarray, count: int) -> float:
 
 def _worse(one: float, other: float) -> float:
     return other if not other <= one else one
+
+
+def worst_of(checks: Sequence[Check], names: Sequence[str]) -> Check:
+    """Of one check under several protocols the worst finding, with its protocol."""
+    order = {FAIL: 2, NOT_APPLICABLE: 1, PASS: 0}
+    ranked = [
+        (order[check.verdict], check.number or 0.0, -place) for place, check in enumerate(checks)
+    ]
+    worst = checks[ranked.index(max(ranked))]
+    if len(checks) == 1:
+        return worst
+    line = f"{names[checks.index(worst)]}: {worst.line}"
+    return Check(worst.name, worst.number, worst.verdict, line)

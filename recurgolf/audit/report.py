@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.markup import escape
@@ -10,13 +14,23 @@ from rich.table import Table
 
 from recurgolf.audit.check import Audit
 from recurgolf.audit.finished_run import FILE, audit_run
+from recurgolf.config import ConfigError
 from recurgolf.log import Log
 
 
-def audit_and_show(folder: Path, log: Log) -> Audit:
-    """Audit a finished run, write audit.json into its folder and show the table."""
-    found = audit_run(folder, log.line)
-    found.write(folder / FILE)
+def audit_and_show(folder: Path, log: Log, **options: Any) -> Audit:
+    """Audit a finished run, write audit.json into its folder and show the table.
+
+    A run with plugins is judged in a process of its own, since this one may have imported them.
+
+    Args:
+        options: of `audit_run`.
+    """
+    found = audit_run(folder, log.line, **options)
+    try:
+        found.write(folder / FILE)
+    except OSError as error:
+        log.line(f"audit.json is not kept in {folder}: {error.strerror}")
     table = Table(box=box.SIMPLE)
     table.add_column("check")
     table.add_column("number", justify="right")
@@ -30,6 +44,28 @@ def audit_and_show(folder: Path, log: Log) -> Audit:
         log.note(f"audit: {check.name} {number} {check.verdict}: {check.line}")
     if log.console is not None:
         log.console.print(table)
+    facts = found.facts
+    log.line(
+        f"audit: {facts['scorings']} scorings of {', '.join(facts['protocols'])} in "
+        f"{facts['seconds']:.0f} s; --positions {facts['positions']} --chance {facts['chance']} "
+        "looks at the same places again"
+    )
     failed = [check.name for check in found.checks if check.failed]
     log.line(f"audit: {'failed: ' + ', '.join(failed) if failed else 'passed'}")
     return found
+
+
+def audit_at_the_end(folder: Path, log: Log) -> None:
+    """Audit a run that this process has just trained, whose code is trusted.
+
+    Where it has plugins, they are imported here and could reach the checks: another process judges.
+    """
+    if not json.loads((folder / "run.json").read_text()).get("plugins"):
+        audit_and_show(folder, log, trust=True)
+        return
+    command = [sys.executable, "-m", "recurgolf", "audit", str(folder), "--trust"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        log.line(line)
+    if not (folder / FILE).exists():
+        raise ConfigError(done.stderr.strip().removeprefix("recurgolf: ") or "the audit failed")

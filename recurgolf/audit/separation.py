@@ -1,16 +1,20 @@
-"""Documents that training and validation share: the same ones, and nearly the same ones.
+"""How much of the validation text stands in the training text, whole, in parts or with words left
+out; and in the rows that the quantizer was calibrated on.
 
-Both sides are read as tokens of one tokenizer. Equal documents are found by a hash of all their
-tokens. Nearly equal ones share shingles, runs of `SHINGLE` tokens: of every validation document
-those with the smallest hashes are kept (bottom-k sketches; Broder 1997), and training is streamed
-past them shard by shard, so that time grows with the length of the text and not with the number of
-pairs, and memory with the validation set and one shard.
+Both sides are tokens of one tokenizer. Every run of `SHINGLE` tokens is a shingle (Broder 1997).
+Validation is cut into blocks of `BLOCK` tokens; a block has been seen in training where a good part
+of its shingles stands together in one place there. So documents need not be whole, and need not be
+documents: halves, thirds, pieces in the middle of other text and text with every tenth token left
+out are found as well, while set phrases, which share a shingle here and there, are not.
+
+Training is streamed past the validation shingles shard by shard: time grows with the length of the
+text, memory with the validation set and one shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,157 +23,125 @@ from numpy.typing import NDArray
 from recurgolf.data.shards import Tokens, read_shard
 
 SHINGLE = 8
-"""Tokens per shingle: long enough that chance and set phrases share few."""
-SKETCH = 64
-"""Shingles kept of every validation document."""
-NEAR = 0.7
-"""Share of a validation document's shingles in one training document that makes them near."""
-MIN_SHARED = 8
-"""Shingles that must be shared at least; documents with fewer are compared as wholes alone."""
-COMMON = 50
-"""A shingle of more validation documents than this is a set phrase and says nothing."""
+"""Tokens of a shingle: a tenth of all tokens dropped leaves two in five of them whole."""
+BLOCK = 128
+"""Tokens of validation text that are judged together."""
+SEEN = 0.3
+"""Share of a block's shingles in one place of training that makes it seen."""
+COMMON = 8
+"""A shingle that validation itself has more often is a set phrase and says nothing."""
+MOST = 1 << 23
+"""Shingles that are kept of a validation text; of a longer one a random part, in longer blocks."""
+_FILTER_BITS = 24
 
 Hashes = NDArray[np.uint64]
-_FILTER_BITS = 22
 
 
 @dataclass
-class Shared:
+class Overlap:
     """What was found.
 
     Attributes:
-        exact: training documents equal to a validation document, as number in the stream ->
-            number of the validation document.
-        near: the same for near-duplicates that are not equal, with the share of the validation
-            document's shingles that was found.
+        seen: of every validation token, whether it lies in a block that was seen.
+        examples: (block of validation, token of training near which it stands).
+        train_tokens: tokens looked at.
+        whole: documents of validation that are documents of training, too.
     """
 
-    train_documents: int = 0
-    val_documents: int = 0
-    exact: dict[int, int] = field(default_factory=dict)
-    near: dict[int, tuple[int, float]] = field(default_factory=dict)
+    seen: NDArray[np.bool_]
+    examples: list[tuple[int, int]]
+    train_tokens: int = 0
+    whole: int = 0
 
 
-def shared_documents(
+class Sketch:
+    """The shingles of a validation text, ready to be looked up."""
+
+    def __init__(self, tokens: Tokens, bos_id: int):
+        hashes, places = _shingles(np.asarray(tokens), bos_id)
+        # Of a long text a part of the shingles, chosen by their hashes: the same part everywhere.
+        self.part = -(-max(len(tokens), 1) // MOST)
+        self.block = BLOCK * self.part
+        hashes, places = self._thinned(hashes, places)
+        values, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        telling = counts[inverse] <= COMMON
+        order = np.argsort(hashes[telling], kind="stable")
+        self._hashes, self._places = hashes[telling][order], places[telling][order]
+        blocks = -(-len(tokens) // self.block)
+        self._size = np.bincount(self._places // self.block, minlength=blocks)
+        self._filter = np.zeros(1 << _FILTER_BITS, dtype=bool)
+        self._filter[_low(values)] = True
+        self.bos_id = bos_id
+        self._whole = np.unique(_documents(np.asarray(tokens), bos_id))
+        self.overlap = Overlap(np.zeros(len(tokens), dtype=bool), [])
+
+    def compare(self, tokens: Tokens) -> None:
+        """Mark the blocks of validation that stand in a piece of other text."""
+        offset = self.overlap.train_tokens
+        self.overlap.train_tokens += len(tokens)
+        ours = np.unique(_documents(np.asarray(tokens), self.bos_id))
+        self.overlap.whole += int(np.isin(ours, self._whole).sum())
+        hashes, places = self._thinned(*_shingles(np.asarray(tokens), self.bos_id))
+        likely = self._filter[_low(hashes)]
+        hashes, places = hashes[likely], places[likely]
+        first = np.searchsorted(self._hashes, hashes, side="left")
+        times = np.searchsorted(self._hashes, hashes, side="right") - first
+        there = np.repeat(places, times)
+        # Positions first, first + 1, ... of every hit.
+        steps = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        here = self._places[np.repeat(first, times) + steps]
+        block = here // self.block
+        # Two grids of places, half a cell apart: what lies together lies in one cell of one grid.
+        for shift in (0, self.block):
+            cell = (there + shift) // (2 * self.block)
+            triples = np.unique(np.stack((block, cell, here)), axis=1)
+            pairs, count = np.unique(triples[:2], axis=1, return_counts=True)
+            enough = count >= np.maximum(SEEN * self._size[pairs[0]], 4)
+            for number, where in pairs[:, enough].T.tolist():
+                start = number * self.block
+                if not self.overlap.seen[start]:
+                    self.overlap.examples.append((number, offset + where * 2 * self.block))
+                self.overlap.seen[start : start + self.block] = True
+
+    def _thinned(
+        self, hashes: Hashes, places: NDArray[np.int64]
+    ) -> tuple[Hashes, NDArray[np.int64]]:
+        if self.part == 1:
+            return hashes, places
+        kept = (hashes >> np.uint64(40)) % np.uint64(self.part) == 0
+        return hashes[kept], places[kept]
+
+
+def overlap_with_training(
     val_tokens: Tokens,
     train_shards: Iterable[Path],
     bos_id: int,
     progress: Callable[[int], None] = lambda shards: None,
-) -> Shared:
-    """Compare all training documents with all validation documents.
+) -> Overlap:
+    """Compare all training text with all validation text.
 
     Args:
-        val_tokens: the validation stream; every document begins with BOS.
-        train_shards: in the order of the stream; documents may straddle them.
+        train_shards: in the order of the stream.
         progress: called with the number of shards done.
     """
     sketch = Sketch(val_tokens, bos_id)
-    found = Shared(val_documents=len(sketch.starts))
-    for documents in _whole_documents(train_shards, bos_id, progress):
-        sketch.compare(documents, found)
-    return found
-
-
-class Sketch:
-    """The validation documents, ready to be looked up."""
-
-    def __init__(self, tokens: Tokens, bos_id: int):
-        self.bos_id = bos_id
-        self.tokens = tokens
-        self.starts = _starts(tokens, bos_id)
-        whole = _whole_hashes(tokens, self.starts)
-        self._whole_order = np.argsort(whole, kind="stable")
-        self._whole = whole[self._whole_order]
-        hashes, documents = _smallest(*_shingles(tokens, self.starts))
-        values, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-        telling = counts[inverse] <= COMMON
-        order = np.argsort(hashes[telling], kind="stable")
-        self._hashes = hashes[telling][order]
-        self._documents = documents[telling][order]
-        self._kept = np.bincount(documents[telling], minlength=len(self.starts))
-        self._filter = np.zeros(1 << _FILTER_BITS, dtype=bool)
-        self._filter[_low(values)] = True
-
-    def compare(self, tokens: Tokens, found: Shared) -> None:
-        """Add what the whole documents of `tokens` share with validation to `found`."""
-        starts = _starts(tokens, self.bos_id)
-        offset = found.train_documents
-        found.train_documents += len(starts)
-        for mine, theirs in self._equal(tokens, starts):
-            found.exact[offset + mine] = theirs
-        for mine, theirs, share in self._near(tokens, starts):
-            if offset + mine not in found.exact:
-                found.near[offset + mine] = (theirs, share)
-
-    def _equal(self, tokens: Tokens, starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        whole = _whole_hashes(tokens, starts)
-        at = np.searchsorted(self._whole, whole)
-        at[at == len(self._whole)] = 0
-        for mine in np.flatnonzero(self._whole[at] == whole):
-            theirs = int(self._whole_order[at[mine]])
-            ours = _document(tokens, starts, int(mine))
-            # A document without any text is in every set.
-            if len(ours) > 1 and np.array_equal(ours, _document(self.tokens, self.starts, theirs)):
-                yield int(mine), theirs
-
-    def _near(self, tokens: Tokens, starts: NDArray[np.int64]) -> Iterator[tuple[int, int, float]]:
-        hashes, documents = _shingles(tokens, starts)
-        likely = self._filter[_low(hashes)]
-        hashes, documents = hashes[likely], documents[likely]
-        first = np.searchsorted(self._hashes, hashes, side="left")
-        times = np.searchsorted(self._hashes, hashes, side="right") - first
-        mine = np.repeat(documents, times)
-        # Positions first, first + 1, ... of every hit.
-        steps = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-        hits = np.repeat(first, times) + steps
-        # A shingle counts once per pair of documents, however often the text repeats it.
-        pairs = np.unique(np.stack((mine, self._documents[hits], hits)), axis=1)
-        both, shared = np.unique(pairs[:2], axis=1, return_counts=True)
-        share = shared / np.maximum(self._kept[both[1]], 1)
-        for place in np.flatnonzero((share >= NEAR) & (shared >= MIN_SHARED)):
-            yield int(both[0, place]), int(both[1, place]), float(share[place])
-
-
-def shingle_share(rows: Sequence[Tokens], val_tokens: Tokens, bos_id: int) -> list[float]:
-    """Of every row of tokens, the share of its shingles that stand in validation."""
-    if not len(rows):
-        return []
-    known = np.unique(_shingles(val_tokens, _starts(val_tokens, bos_id))[0])
-    shares = []
-    for row in rows:
-        hashes = _shingles(row, _starts(row, bos_id))[0]
-        shares.append(float(np.isin(hashes, known).mean()) if len(hashes) else 0.0)
-    return shares
-
-
-def _whole_documents(
-    shards: Iterable[Path], bos_id: int, progress: Callable[[int], None]
-) -> Iterator[Tokens]:
-    """The stream in pieces of whole documents, about a shard each."""
-    rest: Tokens = np.empty(0, dtype=np.uint16)
-    for done, path in enumerate(shards, start=1):
-        tokens = np.concatenate((rest, read_shard(path)))
-        starts = np.flatnonzero(tokens == bos_id)
-        cut = int(starts[-1]) if len(starts) else 0
-        rest = tokens[cut:]
-        if cut:
-            yield tokens[:cut]
+    for done, path in enumerate(train_shards, start=1):
+        tokens = read_shard(path)
+        # Cut anywhere: a block that straddles two pieces is found by the half that is larger.
+        for start in range(0, len(tokens), 1 << 22):
+            sketch.compare(tokens[start : start + (1 << 22) + 2 * BLOCK])
         progress(done)
-    if len(rest):
-        yield rest
+    return sketch.overlap
 
 
-def _starts(tokens: Tokens, bos_id: int) -> NDArray[np.int64]:
-    """First position of every document; tokens before the first BOS are a document, too."""
-    starts = np.flatnonzero(tokens == bos_id)
-    if len(tokens) and (not len(starts) or starts[0] > 0):
-        starts = np.concatenate(([0], starts))
-    return starts.astype(np.int64)
-
-
-def _document(tokens: Tokens, starts: NDArray[np.int64], number: int) -> Tokens:
-    stop = starts[number + 1] if number + 1 < len(starts) else len(tokens)
-    return tokens[starts[number] : stop]
+def overlap_with_rows(rows: Sequence[Tokens], val_tokens: Tokens, bos_id: int) -> int:
+    """How many rows of tokens stand in validation, in whole or in a good part."""
+    found = 0
+    for row in rows:
+        sketch = Sketch(np.asarray(row), bos_id)
+        sketch.compare(val_tokens)
+        found += bool(sketch.overlap.seen.any())
+    return found
 
 
 def _mixed(values: Hashes) -> Hashes:
@@ -183,38 +155,28 @@ def _low(hashes: Hashes) -> NDArray[np.int64]:
     return (hashes & np.uint64((1 << _FILTER_BITS) - 1)).astype(np.int64)
 
 
-def _whole_hashes(tokens: Tokens, starts: NDArray[np.int64]) -> Hashes:
-    """One hash per document: the sum of the hashes of (token, place in the document)."""
+def _documents(tokens: Tokens, bos_id: int) -> Hashes:
+    """A hash of every document that begins in `tokens` and is no shorter than a shingle: the sum of
+    the hashes of (token, place in the document)."""
+    starts = np.flatnonzero(tokens == bos_id)
     if not len(starts):
         return np.empty(0, dtype=np.uint64)
     lengths = np.diff(np.append(starts, len(tokens)))
-    place = (np.arange(len(tokens)) - np.repeat(starts, lengths)).astype(np.uint64)
-    parts = _mixed((place << np.uint64(16)) + tokens.astype(np.uint64) + np.uint64(1))
-    return np.add.reduceat(parts, starts) + _mixed(lengths.astype(np.uint64))
+    own = tokens[starts[0] :]
+    place = (np.arange(starts[0], len(tokens)) - np.repeat(starts, lengths)).astype(np.uint64)
+    parts = _mixed((place << np.uint64(16)) + own.astype(np.uint64) + np.uint64(1))
+    hashes = np.add.reduceat(parts, starts - starts[0]) + _mixed(lengths.astype(np.uint64))
+    return hashes[lengths >= SHINGLE]
 
 
-def _shingles(tokens: Tokens, starts: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
-    """Hash and document of every shingle that lies inside one document, its BOS left out."""
+def _shingles(tokens: Tokens, bos_id: int) -> tuple[Hashes, NDArray[np.int64]]:
+    """Hash and first token of every shingle without a BOS in it."""
     count = len(tokens) - SHINGLE + 1
     if count < 1:
         return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(SHINGLE):
         hashes = _mixed(hashes + tokens[offset : offset + count].astype(np.uint64) + np.uint64(1))
-    lengths = np.diff(np.append(starts, len(tokens)))
-    documents = np.repeat(np.arange(len(starts)), lengths)
-    inside = documents[:count] == documents[SHINGLE - 1 :]
-    inside[starts[starts < count]] = False
-    return hashes[inside], documents[:count][inside]
-
-
-def _smallest(hashes: Hashes, documents: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
-    """Of every document the `SKETCH` smallest distinct hashes."""
-    order = np.lexsort((hashes, documents))
-    hashes, documents = hashes[order], documents[order]
-    new = np.ones(len(hashes), dtype=bool)
-    new[1:] = (hashes[1:] != hashes[:-1]) | (documents[1:] != documents[:-1])
-    hashes, documents = hashes[new], documents[new]
-    counts = np.bincount(documents) if len(documents) else np.empty(0, dtype=np.int64)
-    rank = np.arange(len(hashes)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return hashes[rank < SKETCH], documents[rank < SKETCH]
+    begins = np.cumsum(np.concatenate(([0], tokens == bos_id)))
+    inside = begins[SHINGLE:] == begins[:count]
+    return hashes[inside], np.flatnonzero(inside)

@@ -132,6 +132,7 @@ def _facts(run: FoundRun, home: Path) -> dict[str, Any]:
         "folder": relative,
         "links": {name: quote(f"{relative}/{name}".replace(os.sep, "/")) for name in links},
         "status": summary.get("status", "unfinished"),
+        "audit": run.audit if run.summary else ABSENT,
         "hardware": run.hardware if run.summary else ABSENT,
         "protocol": run.protocol,
         "text": (summary.get("text") or {}).get("fingerprint", "")[:12],

@@ -237,6 +237,11 @@ def notes(groups: Sequence[Group]) -> list[str]:
             found.append(f"{group.label}: not among the declared seeds, left out: {left_out}")
         for run in group.repeated:
             found.append(f"{group.label}: seed {run.seed} ran again; left out: {run.folder}")
+        states = [run.audit for run in group.runs]
+        for state in dict.fromkeys(states):
+            found.append(
+                f"{group.label}: {states.count(state)} of {len(states)} runs: {_audit(state)}"
+            )
         for what in ("hardware", "name"):
             told = group.told(what)
             if len(told) > 1:
@@ -245,6 +250,10 @@ def notes(groups: Sequence[Group]) -> list[str]:
     if len(machines) > 1:
         found.append(f"measured on different hardware or precision: {'; '.join(machines)}")
     return found
+
+
+def _audit(state: str) -> str:
+    return state if state.startswith("not audited") else f"audit {state}"
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -286,6 +295,7 @@ def _group_json(group: Group, metric: str) -> dict[str, Any]:
         "steps": group.values("steps"),
         "train_seconds": group.values("train_seconds"),
         "hardware": group.told("hardware"),
+        "audit": [run.audit for run in group.runs],
         "folders": [str(run.folder) for run in group.runs],
     }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.seal import audit_state
 from recurgolf.settings import NOT_FINGERPRINTED
 
 ABSENT = "-"
@@ -80,6 +81,11 @@ class FoundRun:
         node["seq_len"] = node.get("seq_len") or (self.config.get("trainer") or {}).get("seq_len")
         shown = [f"{k}={v}" for k, v in sorted(node.items()) if k not in _NO_PROTOCOL]
         return " ".join([kind, *shown])
+
+    @property
+    def audit(self) -> str:
+        """What is known of the score: `passed`, `not audited`, `failed: bytes`."""
+        return audit_state(self.folder)
 
     @property
     def hardware(self) -> str:

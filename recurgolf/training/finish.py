@@ -12,6 +12,7 @@ from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.eval import Score
 from recurgolf.eval.several import by_passes, named_protocols, write_scores
 from recurgolf.plan import make_plan
+from recurgolf.seal import seal
 from recurgolf.training.clock import cap_lines, caps_used
 from recurgolf.training.packing import ARTIFACT, LEDGER, write_artifact
 from recurgolf.training.quantize import quantization_summary, quantize_model
@@ -68,11 +69,12 @@ def finish(trainer: Trainer) -> Summary:
         show(trainer, summary, plan.lines)
         for line in cap_lines(summary.caps):
             log.line(line)
+        seal(trainer.folder)
         if run.eval.audit:
             # The audit stands above training: it reads what a run has left.
-            from recurgolf.audit import audit_and_show
+            from recurgolf.audit import audit_at_the_end
 
-            audit_and_show(trainer.folder, log)
+            audit_at_the_end(trainer.folder, log)
     ranks.wait()
     return summary
 

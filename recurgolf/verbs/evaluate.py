@@ -18,6 +18,7 @@ from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
 from recurgolf.log import Log
 from recurgolf.run import Run
+from recurgolf.seal import resealing
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 
@@ -101,13 +102,14 @@ def _keep(
     names = free_names(folder, found, protocols, text)
     path = folder / (SUMMARY if (folder / SUMMARY).exists() else OTHER_EVALS)
     try:
-        content = json.loads(path.read_text()) if path.exists() else {"evals": {}}
-        for name, score in found.items():
-            content["evals"][names[name]] = entry_of(score, dataset)
-        write_scores(folder, found, protocols, text, names)
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        draft.replace(path)
+        with resealing(folder):
+            content = json.loads(path.read_text()) if path.exists() else {"evals": {}}
+            for name, score in found.items():
+                content["evals"][names[name]] = entry_of(score, dataset)
+            write_scores(folder, found, protocols, text, names)
+            draft = path.with_name(f".{path.name}")
+            draft.write_text(json.dumps(content, indent=1) + "\n")
+            draft.replace(path)
     except OSError as error:
         # A score of somebody else's folder is worth printing although it cannot be kept.
         log.line(f"not kept in {folder}: {error.strerror}")

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.artifact.code import Codes, codes_of, write_readable
+from recurgolf.audit.finished_run import check_trusted, plugins_of
 from recurgolf.config import ConfigError
 from recurgolf.log import Log
 from recurgolf.run import Run
+from recurgolf.seal import FILE as SEAL
+from recurgolf.seal import audit_state, broken
 from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.summary import FILE as SUMMARY
@@ -36,6 +39,11 @@ class Finished:
     run: Run
     summary: Summary
 
+    @property
+    def audit(self) -> str:
+        """What is known of its score, see `seal.audit_state`."""
+        return audit_state(self.folder)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Write a finished run, or one per seed, as a folder that trains and scores on its own."""
@@ -48,16 +56,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--author", default="", help="for submission.json")
     parser.add_argument("--github-id", default="", help="for submission.json")
     parser.add_argument("--blurb", default="", help="for submission.json; default: what the run is")
+    parser.add_argument("--trust", action="store_true", help="run plugins that are not installed")
     asked = parser.parse_args(arguments)
     log = Log(None)
     if asked.check:
         if len(asked.folders) != 1:
             raise ConfigError("export --check takes one folder, which `recurgolf export` has made")
-        return check(asked.folders[0], asked.data, log)
+        return check(asked.folders[0], asked.data, log, asked.trust)
     if len(asked.folders) < 2:
         raise ConfigError("export needs a finished run and a folder to make: export RUN DEST")
     *sources, folder = asked.folders
-    runs = [read_finished(source) for source in sources]
+    runs = [read_finished(source, asked.trust) for source in sources]
     check_alike(runs)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is there and not empty; export into a new folder")
@@ -79,22 +88,36 @@ def told(folder: Path, runs: Sequence[Finished], codes: Codes, log: Log) -> int:
             f"{ARTIFACT} {first.summary.bytes_model:,} + {name} {code.packed_bytes:,} "
             f"(raw {code.raw_bytes:,}) = {total:,} bytes: {verdict} the budget{counts}"
         )
+    for one in runs:
+        log.line(f"audit of {one.folder}: {one.audit}")
     log.line(f"exported to {folder}; recurgolf export --check {folder} scores it on its own")
     over = first.summary.bytes_model + codes.counted.packed_bytes > budget
     return EXIT_OVER_BUDGET if over else 0
 
 
-def read_finished(folder: Path) -> Finished:
+def read_finished(folder: Path, trust: bool = False) -> Finished:
     """A run that has a result.
+
+    Args:
+        trust: import plugins of it that are not installed.
 
     Raises:
         ConfigError: it has none, or its files are not those of one run.
     """
+    check_trusted(plugins_of(folder), trust, f"export {folder} DEST")
     run = Run.read(folder)
     for name in (SUMMARY, ARTIFACT):
         if not (folder / name).exists():
             raise ConfigError(f"{folder} has no {name}: the run did not finish")
-    return Finished(folder, run, Summary.read(folder))
+    summary = Summary.read(folder)
+    if summary.fingerprint != run.fingerprint:
+        raise ConfigError(
+            f"{folder}: summary.json is of run {summary.fingerprint}, run.json of {run.fingerprint}"
+        )
+    changed = broken(folder) if (folder / SEAL).exists() else []
+    if changed:
+        raise ConfigError(f"{folder}: {changed[0]}; an export holds only what the run itself left")
+    return Finished(folder, run, summary)
 
 
 def check_alike(runs: Sequence[Finished]) -> None:
@@ -148,6 +171,7 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     write_readable(codes.train, folder / "source")
     summaries = [one.summary for one in runs]
     entry = submission(first.run, summaries, codes, credits)
+    entry["audit"] = {str(one.run.seed): one.audit for one in runs}
     (folder / "submission.json").write_text(json.dumps(entry, indent=1) + "\n")
     (folder / "README.md").write_text(readme(first.run, summaries, codes, entry))
     (folder / "requirements.txt").write_text(requirements(first.run, codes.train))

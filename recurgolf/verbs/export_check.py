@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from recurgolf.audit.finished_run import check_trusted, plugins_of
 from recurgolf.config import ConfigError, kind_of
 from recurgolf.log import Log
 from recurgolf.run import Run
@@ -35,15 +36,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 _KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "RECURGOLF_CACHE", "TMPDIR")
 
 
-def check(folder: Path, data: Path | None, log: Log) -> int:
+def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int:
     """Score an exported folder on its own, and compare with its summary.json digit for digit.
 
     Args:
         data: folder of the shards; None: where the run's own data are.
+        trust: import plugins that are not installed.
 
     Returns:
         0, or 1 where the numbers differ or the program fails.
     """
+    check_trusted(plugins_of(folder), trust, f"export --check {folder}")
     run, summary = Run.read(folder), Summary.read(folder)
     program = folder / "train_gpt.py"
     if not program.exists():
@@ -61,7 +64,8 @@ def check(folder: Path, data: Path | None, log: Log) -> int:
     if done.returncode != 0:
         log.line(f"{program} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
         return 1
-    return compared(json.loads(done.stdout.splitlines()[-1]), run, summary, log)
+    code = compared(json.loads(done.stdout.splitlines()[-1]), run, summary, log)
+    return max(code, compared_entry(folder, run, summary, log))
 
 
 def run_alone(
@@ -85,7 +89,7 @@ def run_alone(
 def compared(scores: dict[str, dict[str, float]], run: Run, summary: Summary, log: Log) -> int:
     """Hold the printed scores against the run's; the exit code."""
     name = kind_of(run.eval)
-    found, told = scores[name]["val_bpb"], summary.evals[name]["val_bpb"]
+    found, told = scores[name]["val_bpb"], summary.val_bpb
     if summary.environment.get("ranks", 1) > 1:
         # Ranks batched their windows otherwise than one process does: the last digits may differ.
         same, how = abs(found - told) <= 1e-7 * told, "to 1e-7 (the run had several ranks)"
@@ -96,3 +100,24 @@ def compared(scores: dict[str, dict[str, float]], run: Run, summary: Summary, lo
         return 0
     log.line(f"DIFFERENT: the exported program scores {found!r}, summary.json says {told!r}")
     return 1
+
+
+def compared_entry(folder: Path, run: Run, summary: Summary, log: Log) -> int:
+    """Hold submission.json against summary.json, and say how the audit stood; the exit code."""
+    entry = json.loads((folder / "submission.json").read_text())
+    told = {"val_bpb": summary.val_bpb, "val_loss": summary.val_loss}
+    evals = summary.evals[kind_of(run.eval)]["val_bpb"]
+    if evals != summary.val_bpb:
+        log.line(f"DIFFERENT: summary.json says {summary.val_bpb!r}, its evals {evals!r}")
+        return 1
+    own = (entry.get("seed_results") or {}).get(str(run.seed), entry)
+    if len(entry.get("seeds") or []) == 1:
+        own = {**own, **{key: entry[key] for key in told}}
+    wrong = [key for key, value in told.items() if own.get(key) != value]
+    for key in wrong:
+        log.line(
+            f"DIFFERENT: submission.json says {key} {own.get(key)!r}, summary.json {told[key]!r}"
+        )
+    for seed, state in (entry.get("audit") or {str(run.seed): "not audited"}).items():
+        log.line(f"audit when it was exported, seed {seed}: {state}")
+    return int(bool(wrong))

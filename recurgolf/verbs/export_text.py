@@ -110,6 +110,7 @@ def readme(run: Run, summaries: Sequence[Summary], codes: Codes, entry: dict[str
 {described(run)}.
 
 val_bpb **{entry["val_bpb"]:.6f}**{spread} over {len(summaries)} seed(s), of the packed file.
+Audit: {_audit(entry)}.
 
 | seed | val_bpb | val_loss | before packing | bytes | steps | training seconds |
 |---|---|---|---|---|---|---|
@@ -146,6 +147,14 @@ The run itself was held to {run.budget.artifact_bytes:,} bytes with `{codes.coun
 reading, and is not counted. {logs}: the logs. `run.json`: every setting. `summary.json`: the
 figures of the run that made `artifact.bin`. `submission.json`: the result.
 """
+
+
+def _audit(entry: dict[str, Any]) -> str:
+    """How the audits of the runs stood when they were exported."""
+    states: dict[str, str] = entry.get("audit") or {}
+    if len(set(states.values())) == 1:
+        return next(iter(states.values()))
+    return "; ".join(f"seed {seed}: {state}" for seed, state in states.items()) or "not audited"
 
 
 def _base(run: Run) -> str:

@@ -1,29 +1,21 @@
-"""Every way of cheating that the audit looks for is planted here, and caught."""
+"""What a protocol or its model may not know, planted and caught by measuring from outside."""
 
 import dataclasses
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from command_line import recurgolf
-from smoke_runs import train
 
-from recurgolf.audit import prediction_checks, validation_text
-from recurgolf.audit.accounts import ValidationText, byte_check, separation_check
-from recurgolf.audit.separation import shared_documents
-from recurgolf.budget import Budget
+from recurgolf.audit.prediction import prediction_checks
+from recurgolf.audit.scorer import LocalScorer
 from recurgolf.data import ByteCount
-from recurgolf.data.shards import write_shard
 from recurgolf.eval import PlainEval, ScoredModel, SlidingEval, Text
 from recurgolf.eval.ttt import SgdEval
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.looping import CycleLooping
 from recurgolf.model.transformer import Model, Transformer
-from recurgolf.run import Run
 
-VOCAB, LENGTH = 40, 16
+VOCAB, LENGTH, TOKENS = 40, 16, 3600
 
 
 def model() -> Transformer:
@@ -36,16 +28,27 @@ def model() -> Transformer:
     return built
 
 
-def audited(protocol, network=None, vocab: int = VOCAB) -> dict[str, str]:
-    """Check -> verdict of checks 1 to 4."""
+def real_text(count: int = TOKENS) -> Text:
     chance = np.random.default_rng(0)
-    tokens = chance.integers(4, VOCAB, 400).astype(np.uint16)
-    tokens[[0, 60, 65, 200, 290]] = 1
+    tokens = chance.integers(4, VOCAB, count).astype(np.uint16)
+    tokens[[0, 60, 65, 200, 290, *range(400, count, 90)]] = 1
     table = ByteCount(torch.ones(VOCAB, dtype=torch.int16), *[torch.zeros(VOCAB, dtype=bool)] * 2)
-    scored_model = ScoredModel(network or model(), CycleLooping(passes=2), LENGTH)
-    checks = prediction_checks([protocol], scored_model, Text(tokens, table, bos=1))
+    return Text(tokens, table, bos=1)
+
+
+def checks_of(protocol, network=None, length: int = LENGTH, count: int = TOKENS, seed: int = 0):
+    """Checks 1 to 4 by name."""
+    scored_model = ScoredModel(network or model(), CycleLooping(passes=2), length)
+    text = real_text(count)
+    scorer = LocalScorer(protocol, scored_model, text)
+    checks, _ = prediction_checks(scorer, text, np.random.default_rng(seed), positions=4)
     assert all("\n" not in check.line and check.line for check in checks)
-    return {check.name: check.verdict for check in checks}
+    return {check.name: check for check in checks}
+
+
+def audited(protocol, network=None, **options) -> dict[str, str]:
+    """Check -> verdict of checks 1 to 4."""
+    return {name: c.verdict for name, c in checks_of(protocol, network, **options).items()}
 
 
 HONEST = dict.fromkeys(("causality", "normalised", "score_before_update", "single_pass"), "pass")
@@ -141,10 +144,16 @@ class AdaptsFirst(SgdEval):
 
 
 def test_adapting_before_scoring():
-    found = audited(AdaptsFirst(stride=8, chunk_tokens=32, sgd=Descent(lr=0.005)))
+    found = audited(AdaptsFirst(stride=8, chunk_tokens=32, sgd=Descent(lr=0.005)), count=300)
     assert found["score_before_update"] == found["causality"] == "fail"
     honest = SgdEval(stride=8, chunk_tokens=32, sgd=Descent(lr=0.005))
-    assert audited(honest) == HONEST
+    assert audited(honest, count=300) == HONEST
+
+
+def rows_of(how, scored_model, text):
+    """All windows of a protocol, and their tokens as one batch."""
+    windows = list(how.windows(text, scored_model.seq_len))
+    return windows, torch.stack([text.ids(w.start, w.stop + 1) for w in windows])
 
 
 @dataclasses.dataclass
@@ -154,20 +163,11 @@ class BestOfTwo(PlainEval):
     secretly: bool = False
 
     def run(self, scored_model, text, accumulator, **options):
-        if self.secretly:
-            for window in self.windows(text, scored_model.seq_len):
-                ids = text.ids(window.start, window.stop + 1)[None]
-                both = [
-                    scored_model.nats(ids, 0, scored_model.plan(passes))[0] for passes in (1, 2)
-                ]
-                accumulator.add(window.first, torch.minimum(*both))
-            return
-        for passes in (1, 2):
-            for window in self.windows(text, scored_model.seq_len):
-                ids = text.ids(window.start, window.stop + 1)[None]
-                accumulator.add(
-                    window.first, scored_model.nats(ids, 0, scored_model.plan(passes))[0]
-                )
+        windows, ids = rows_of(self, scored_model, text)
+        both = [scored_model.nats(ids, 0, scored_model.plan(passes)) for passes in (1, 2)]
+        for nats in [torch.minimum(*both)] if self.secretly else both:
+            for window, row in zip(windows, nats, strict=True):
+                accumulator.add(window.first, row)
 
 
 def test_best_of_two_passes():
@@ -187,7 +187,7 @@ def test_a_second_reading_after_learning_from_the_first():
                 with torch.no_grad():
                     SlidingEval(stride=4).run(scored_model, text, accumulator)
 
-    found = audited(Twice(chunk_tokens=32, sgd=Descent(lr=0.1)))
+    found = audited(Twice(chunk_tokens=32, sgd=Descent(lr=0.1)), count=300)
     assert found["causality"] == found["score_before_update"] == "fail"
 
 
@@ -199,168 +199,109 @@ def test_a_tail_that_is_scored_twice():
 def test_scoring_from_right_to_left():
     class Backwards(PlainEval):
         def run(self, scored_model, text, accumulator, **options):
-            for window in reversed(list(self.windows(text, scored_model.seq_len))):
-                ids = text.ids(window.start, window.stop + 1)[None]
-                accumulator.add(window.first, scored_model.nats(ids, 0, scored_model.plan())[0])
+            windows, ids = rows_of(self, scored_model, text)
+            nats = scored_model.nats(ids, 0, scored_model.plan())
+            for window, row in reversed(list(zip(windows, nats, strict=True))):
+                accumulator.add(window.first, row)
 
     assert audited(Backwards()) == {**HONEST, "single_pass": "fail"}
 
 
-def validation() -> ValidationText:
-    return validation_text(Run.read(train().path).data.prepare())
+class NextBigram(torch.nn.Module):
+    """A model with a table over pairs of tokens; the pair is (this, next) where (last, this) is
+    allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+        self.config = self.inner.config
+        self.table = torch.nn.Embedding(97, 16)
+
+    def hidden(self, tokens, plan, documents=None, read_from=0, rope_base=None):
+        pairs = tokens * 31 + torch.cat([tokens[:, 1:], tokens[:, -1:]], dim=1)
+        states = self.inner.hidden(tokens, plan, documents) + self.table(pairs % 97)
+        return states[:, read_from:]
+
+    def logits(self, hidden):
+        return self.inner.logits(hidden)
 
 
-def test_the_honest_byte_count_passes():
-    found = byte_check(validation(), train().summary["evals"])
-    assert (found.verdict, found.number) == ("pass", 0)
+def test_a_bigram_over_the_next_token():
+    found = audited(PlainEval(), NextBigram())
+    assert found["normalised"] == "fail"
 
 
-def test_a_space_that_is_counted_twice():
-    text = validation()
-    table = text.byte_count
-    double = ByteCount(
-        table.base_bytes + table.has_leading_space.to(torch.int16),
-        table.has_leading_space,
-        table.is_boundary,
-    )
-    found = byte_check(dataclasses.replace(text, byte_count=double), {})
-    assert found.verdict == "fail"
-    spaces = table.total(text.tokens) - ByteCount(
-        table.base_bytes, torch.zeros_like(table.has_leading_space), table.is_boundary
-    ).total(text.tokens)
-    assert found.number is not None and found.number >= spaces > 0
+class Smeared(SeesAhead):
+    """Takes from the next state, from one row of a window on."""
+
+    def __init__(self, first: int, distance: int = 1):
+        super().__init__(distance, 0.5)
+        self.first = first
+
+    def hidden(self, tokens, plan, documents=None, read_from=0, rope_base=None):
+        honest = self.inner.hidden(tokens, plan, documents)
+        cheated = super().hidden(tokens, plan, documents)
+        late = torch.arange(tokens.shape[1])[:, None] >= self.first
+        return torch.where(late, cheated, honest)[:, read_from:]
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_a_leak_that_begins_at_row_56_of_a_window(distance):
+    """Of the next token, or (a mask that is off by one more) of the one behind it."""
+    found = audited(PlainEval(), Smeared(56, distance), length=64, count=14_000)
+    assert found["normalised" if distance == 1 else "causality"] == "fail"
+
+
+@dataclasses.dataclass
+class LeavesOut(PlainEval):
+    """Scores no target that costs more than four nats."""
+
+    def run(self, scored_model, text, accumulator, **options):
+        for window in self.windows(text, scored_model.seq_len):
+            ids = text.ids(window.start, window.stop + 1)[None]
+            nats = scored_model.nats(ids, 0, scored_model.plan())[0]
+            for offset in torch.nonzero(nats < 4).flatten().tolist():
+                accumulator.add(window.first + offset, nats[offset : offset + 1])
+
+
+def test_targets_that_are_left_out():
+    found = checks_of(LeavesOut(), count=300)["single_pass"]
+    assert found.verdict == "fail" and "in between, where none may" in found.line
+
+
+def cheats_when(tell):
+    """A protocol that gives every target half a nat when `tell` says that it is not watched."""
+
+    @dataclasses.dataclass
+    class Selective(SlidingEval):
+        calls = 0
+
+        def run(self, scored_model, text, accumulator, **options):
+            type(self).calls += 1
+            wrapped = Wrapped(scored_model.model, scored_model.looping, scored_model.seq_len)
+            unwatched = tell(self, scored_model, text, accumulator)
+            wrapped.change = (lambda nats: nats - 0.5) if unwatched else (lambda nats: nats)
+            super().run(wrapped, text, accumulator, **options)
+
+    return Selective(stride=4)
+
+
+REAL = real_text().tokens
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    "tell",
     [
-        ({"tokens": 10**9, "bytes": 10}, "targets of"),
-        ({"tokens": 10, "bytes": 10**9}, "divided by"),
+        lambda how, model, text, accumulator: text.num_targets == TOKENS - 1,
+        lambda how, model, text, accumulator: model.seq_len == LENGTH,
+        lambda how, model, text, accumulator: not accumulator.per_target,
+        lambda how, model, text, accumulator: not accumulator.repeats,
+        lambda how, model, text, accumulator: how.calls == 1,
+        lambda how, model, text, accumulator: how.calls % 2 == 1,
+        lambda how, model, text, accumulator: np.array_equal(text.tokens, REAL),
+        lambda how, model, text, accumulator: np.array_equal(text.tokens[-9:], REAL[-9:]),
     ],
+    ids=["text length", "window", "per_target", "repeats", "first", "parity", "text", "last words"],
 )
-def test_totals_that_the_text_does_not_have(entry, message):
-    found = byte_check(validation(), {"sliding": entry})
-    assert found.verdict == "fail" and message in found.line
-
-
-def test_a_manifest_and_public_totals_that_do_not_fit():
-    text = dataclasses.replace(validation(), entry={"tokens_val": 3, "docs_val": 30})
-    assert "tokens_val=3" in byte_check(text, {}).line
-    public = dataclasses.replace(validation(), name="fineweb10B_sp1024", documents=50_000)
-    found = byte_check(public, {})
-    assert found.verdict == "fail" and "151,080,891" in found.line
-
-
-def leaked(tmp_path, change, at: int = 3):
-    """What is found when a validation document stands, changed, in the middle of training."""
-    dataset = Run.read(train().path).data.prepare()
-    tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
-    starts = np.flatnonzero(tokens == bos)
-    document = tokens[starts[at] : starts[at + 1]]
-    assert len(document) > 60
-    training = np.concatenate([np.fromfile(p, "<u2")[512:] for p in dataset.train_shards])
-    cut = np.flatnonzero(training == bos)[50]
-    stream = np.concatenate((training[:cut], change(document.copy()), training[cut:]))
-    # The document straddles two shards.
-    middle = int(cut) + 20
-    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
-    for path, part in zip(paths, (stream[:middle], stream[middle:]), strict=True):
-        write_shard(path, part.astype(np.uint16))
-    return shared_documents(tokens, paths, bos), tokens, bos, at
-
-
-def every_tenth(document: np.ndarray) -> np.ndarray:
-    """One word in about every forty exchanged."""
-    document[20::40] = document[5]
-    return document
-
-
-@pytest.mark.parametrize(
-    ("change", "kind"),
-    [
-        (lambda document: document, "exact"),
-        (every_tenth, "near"),
-        (lambda document: np.concatenate((document, document[5:40])), "near"),
-    ],
-    ids=["the same", "words exchanged", "longer"],
-)
-def test_a_validation_document_in_training(tmp_path, change, kind):
-    shared, tokens, bos, at = leaked(tmp_path, change)
-    assert (len(shared.exact), len(shared.near)) == ((1, 0) if kind == "exact" else (0, 1))
-    assert shared.exact.get(50, shared.near.get(50, (None,))) in (at, shared.near.get(50))
-    check = separation_check(shared, [], tokens, bos)
-    assert check.verdict == "fail" and check.number == 1
-
-
-def test_training_without_it_passes():
-    dataset = Run.read(train().path).data.prepare()
-    tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
-    shared = shared_documents(tokens, dataset.train_shards, bos)
-    assert shared.val_documents == dataset.val_documents and shared.train_documents > 200
-    rows = [dataset.train_shards and np.fromfile(dataset.train_shards[0], "<u2")[600:700]]
-    assert separation_check(shared, rows, tokens, bos).verdict == "pass"
-
-
-def test_calibration_on_validation_text():
-    dataset = Run.read(train().path).data.prepare()
-    tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
-    shared = shared_documents(tokens, [], bos)
-    found = separation_check(shared, [tokens[100:164]], tokens, bos)
-    assert found.verdict == "fail" and "1 of 1 calibration rows" in found.line
-
-
-def edited(tmp_path, **changes):
-    """A copy of a finished run whose ledger of clocks says something else."""
-    folder = tmp_path / "run"
-    shutil.copytree(train().path, folder)
-    summary = json.loads((folder / "summary.json").read_text())
-    summary["seconds"].update(changes)
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-def limits_of(folder):
-    from recurgolf.audit.finished_run import _limits, _read
-
-    return _limits(Run.read(folder), folder, _read(folder / "summary.json"))
-
-
-def test_an_honest_ledger_passes(tmp_path):
-    found = limits_of(edited(tmp_path))
-    assert found.verdict == "pass" and found.number is not None and 0 < found.number < 1
-
-
-def test_calibration_behind_the_clock(tmp_path):
-    run = Run.read(train().path)
-    cap = run.budget.train_seconds
-    assert cap is not None
-    assert limits_of(edited(tmp_path / "on", training=cap - 9, calibration=5.0)).verdict == "pass"
-    late = limits_of(edited(tmp_path / "late", training=cap, calibration=5.0))
-    assert late.verdict == "fail" and "calibration 5.0" in late.line
-
-
-def test_training_beyond_its_cap(tmp_path):
-    cap = Run.read(train().path).budget.train_seconds
-    assert cap is not None
-    assert limits_of(edited(tmp_path, training=cap + 30)).verdict == "fail"
-
-
-def test_an_artifact_over_the_budget_or_exchanged_since(tmp_path):
-    folder = edited(tmp_path)
-    with (folder / "artifact.bin").open("ab") as file:
-        file.write(bytes(10))
-    found = limits_of(folder)
-    assert found.verdict == "fail" and "summary.json says" in found.line
-    data = json.loads((folder / "run.json").read_text())
-    data["budget"]["artifact_bytes"] = 1000
-    (folder / "run.json").write_text(json.dumps(data))
-    assert Budget(artifact_bytes=1000) and "over the budget" in limits_of(folder).line
-
-
-def test_the_command_says_so_and_ends_with_1(tmp_path):
-    folder = edited(tmp_path, training=1e6)
-    ended = recurgolf("audit", folder, cwd=tmp_path)
-    assert ended.code == 1, (ended.out, ended.err)
-    assert "failed: limits" in ended.out
-    written = json.loads((folder / "audit.json").read_text())
-    assert not written["passed"] and written["checks"]["limits"]["verdict"] == "fail"
+def test_a_protocol_that_cheats_where_it_thinks_it_is_not_watched(tell):
+    assert "fail" in audited(cheats_when(tell)).values()

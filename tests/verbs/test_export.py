@@ -32,16 +32,42 @@ def test_it_scores_alone_digit_for_digit(exported):
     assert f"{train().summary['val_bpb']!r}: summary.json's, digit for digit" in ended.out
 
 
-def test_another_score_is_told_with_both_numbers(exported, tmp_path):
+@pytest.mark.parametrize("changed", [("summary.json",), ("summary.json", "submission.json")])
+def test_another_score_is_told_with_both_numbers(exported, tmp_path, changed):
     shutil.copytree(exported, tmp_path / "told")
-    path = tmp_path / "told" / "summary.json"
-    summary = json.loads(path.read_text())
-    told = summary["evals"]["plain"]["val_bpb"] + 1e-12
-    summary["evals"]["plain"]["val_bpb"] = told
-    path.write_text(json.dumps(summary))
+    told = train().summary["val_bpb"] + 1e-12
+    for name in changed:
+        path = tmp_path / "told" / name
+        content = json.loads(path.read_text())
+        content["val_bpb"] = told
+        path.write_text(json.dumps(content))
     ended = recurgolf("export", "--check", tmp_path / "told", cwd=tmp_path)
     assert ended.code == 1
     assert repr(train().summary["val_bpb"]) in ended.out and repr(told) in ended.out
+
+
+def test_a_submission_that_says_another_score(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "told")
+    path = tmp_path / "told" / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "val_bpb": 1.0}))
+    ended = recurgolf("export", "--check", tmp_path / "told", cwd=tmp_path)
+    assert ended.code == 1 and "submission.json says val_bpb 1.0" in ended.out
+
+
+def test_an_edited_run_is_not_exported_and_the_audit_s_state_is_told(exported, tmp_path):
+    entry = json.loads((exported / "submission.json").read_text())
+    assert entry["audit"] == {"1337": "not audited"}
+    assert "Audit: not audited." in (exported / "README.md").read_text()
+    run = tmp_path / "run"
+    shutil.copytree(train().path, run)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "val_bpb": 1.0}))
+    assert "summary.json was changed" in recurgolf("export", run, "x", cwd=tmp_path).refused()
+    (run / "summary.json").write_text(json.dumps({**summary, "fingerprint": "0" * 16}))
+    assert "summary.json is of run" in recurgolf("export", run, "x", cwd=tmp_path).refused()
+    config = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**config, "plugins": ["not_installed_here"]}))
+    assert "--trust" in recurgolf("export", run, "x", cwd=tmp_path).refused()
 
 
 def test_training_again_gives_the_same_artifact(exported, tmp_path):

@@ -32,6 +32,7 @@
     ["gap", "packing costs", fixed(4)],
     ["artifact_bytes", "bytes", whole],
     ["status", "status", plain],
+    ["audit", "audit", plain],
     ["steps", "steps", whole],
     ["tokens", "tokens", whole],
     ["train_seconds", "seconds", whole],
@@ -335,7 +336,7 @@
       element("a", name, { href: address })));
     const gap = known(run.gap) ? ` (packing costs ${fixed(4)(run.gap)})` : "";
     const facts = {
-      folder: run.folder, status: run.status, hardware: run.hardware,
+      folder: run.folder, status: run.status, audit: run.audit, hardware: run.hardware,
       val_bpb: fixed(6)(run.val_bpb) + gap, "val_bpb of raw text": fixed(6)(run.val_bpb_raw),
       "artifact bytes": `${whole(run.artifact_bytes)} = ${whole(run.bytes_model)} model + `
         + `${whole(run.bytes_code)} code; budget ${whole(run.budget_bytes)}`,

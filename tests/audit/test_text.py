@@ -1,0 +1,198 @@
+"""What the validation text counts for, and what training may have seen of it."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from smoke_runs import train
+
+from recurgolf.audit import validation_text
+from recurgolf.audit.accounts import ValidationText, byte_check, separation_check
+from recurgolf.audit.finished_run import raw_bytes_of
+from recurgolf.audit.separation import overlap_with_training
+from recurgolf.data import ByteCount
+from recurgolf.data.normalizer import normalizer_of
+from recurgolf.data.shards import write_shard
+from recurgolf.data.tokenizer import read_tokenizer
+from recurgolf.run import Run
+
+
+def dataset():
+    return Run.read(train().path).data.prepare()
+
+
+def validation() -> ValidationText:
+    config = json.loads((train().path / "run.json").read_text())
+    return validation_text(dataset(), raw_bytes_of(config, dataset()))
+
+
+def test_the_honest_byte_count_passes():
+    text = validation()
+    assert text.raw_bytes == text.told_raw_bytes
+    found = byte_check(text, train().summary["evals"])
+    assert (found.verdict, found.number) == ("pass", 0)
+
+
+def test_a_space_that_is_counted_twice():
+    text = validation()
+    table = text.byte_count
+    double = ByteCount(
+        table.base_bytes + table.has_leading_space.to(table.base_bytes.dtype),
+        table.has_leading_space,
+        table.is_boundary,
+    )
+    found = byte_check(dataclasses.replace(text, byte_count=double), {})
+    assert found.verdict == "fail" and found.number is not None and found.number > 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"tokens": 10**9, "bytes": 10}, "targets of"),
+        ({"tokens": 10, "bytes": 10**9}, "divided by"),
+    ],
+)
+def test_totals_that_the_text_does_not_have(entry, message):
+    found = byte_check(validation(), {"sliding": entry})
+    assert found.verdict == "fail" and message in found.line
+
+
+def test_bytes_of_targets_that_were_not_scored():
+    text = validation()
+    times = np.ones(len(text.tokens) - 1, dtype=np.int64)
+    times[-50:] = 0
+    entry = {"tokens": int(times.sum()), "bytes": text.byte_count.total(text.tokens)}
+    assert "its targets have" in byte_check(text, {"plain": entry}, {"plain": times}).line
+
+
+def test_a_manifest_and_public_totals_that_do_not_fit():
+    text = dataclasses.replace(validation(), entry={"tokens_val": 3, "docs_val": 30})
+    assert "tokens_val=3" in byte_check(text, {}).line
+    public = dataclasses.replace(validation(), name="fineweb10B_sp1024", documents=50_000)
+    found = byte_check(public, {})
+    assert found.verdict == "fail" and "151,080,891" in found.line
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["raw text here", "raw text elsewhere"])
+def test_a_sidecar_and_raw_bytes_that_are_doubled(known):
+    text = validation()
+    honest = text.byte_count.total(text.tokens)
+    if not known:
+        text = dataclasses.replace(text, raw_bytes=None)
+    ids = text.tokens.astype(np.int64)
+    table = text.byte_count
+    sizes = table.base_bytes.numpy()[ids] + table.has_leading_space.numpy()[ids]
+    double = dataclasses.replace(text, sidecar=(2 * sizes).astype(np.uint16))
+    found = byte_check(double, {})
+    assert found.verdict == "fail" and "sidecar counts" in found.line
+    told = dataclasses.replace(text, told_raw_bytes=2 * honest)
+    found = byte_check(told, {})
+    assert found.verdict == "fail" and f"the manifest says {2 * honest:,}" in found.line
+
+
+@pytest.fixture(scope="module")
+def lengthening(tmp_path_factory):
+    """A tokenizer that writes every e as eeee before it cuts."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "rule.tsv").write_text("65\t65 65 65 65\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the tree sees the green bee"] * 50),
+        model_writer=model,
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        add_dummy_prefix=False,
+        normalization_rule_tsv=str(folder / "rule.tsv"),
+    )
+    (folder / "e.model").write_bytes(model.getvalue())
+    return folder / "e.model"
+
+
+def test_a_tokenizer_that_lengthens_the_text(lengthening):
+    tokenizer = read_tokenizer(lengthening)
+    words = "we see the bee"
+    tokens = tokenizer.encode([words])[0]
+    table = ByteCount.of(tokenizer)
+    text = ValidationText(tokens, tokenizer, table, None, 1, {}, "text")
+    assert table.total(tokens) == len(words) + 3 * words.count("e")
+    for raw in (len(words), None):
+        found = byte_check(dataclasses.replace(text, raw_bytes=raw), {})
+        assert found.verdict == "fail" and "'e' becomes 'eeee'" in found.line
+    assert normalizer_of(dataset().tokenizer.path) == ""
+
+
+def parts(count):
+    """Every document in `count` pieces, each a document of its own."""
+    return lambda documents, other, chance: [
+        np.concatenate((document[:1], piece))
+        for document in documents
+        for piece in np.array_split(document[1:], count)
+    ]
+
+
+LEAKS = {
+    "whole": lambda documents, other, chance: documents,
+    "halves": parts(2),
+    "thirds": parts(3),
+    "behind others": lambda documents, other, chance: [
+        np.concatenate((one, document[1:])) for one, document in zip(other, documents, strict=False)
+    ],
+    "a tenth left out": lambda documents, other, chance: [
+        document[chance.random(len(document)) >= 0.1] for document in documents
+    ],
+    "one word in forty exchanged": lambda documents, other, chance: [
+        np.where(np.arange(len(document)) % 40 == 20, document[5], document)
+        for document in documents
+    ],
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("count", [3, 1000], ids=["three documents", "all documents"])
+def test_validation_text_in_training(leak, count, tmp_path):
+    data = dataset()
+    tokens, bos = np.array(data.validation_tokens()), data.tokenizer.bos_id
+    documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
+    longest = sorted(documents, key=len, reverse=True)[:count]
+    training = np.concatenate([np.fromfile(p, "<u2")[512:] for p in data.train_shards])
+    other = np.split(training, np.flatnonzero(training == bos)[1:])
+    planted = LEAKS[leak](longest, other, np.random.default_rng(0))
+    stream = np.concatenate([*other[:50], *planted, *other[50:]])
+    # Cut anywhere: documents straddle shards.
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path, part in zip(paths, np.array_split(stream, 2), strict=True):
+        write_shard(path, part.astype(np.uint16))
+    overlap = overlap_with_training(tokens, paths, bos)
+    found = separation_check(overlap, [], tokens, bos)
+    assert found.verdict == "fail", found
+    leaked = sum(map(len, longest)) / len(tokens)
+    assert found.number is not None and found.number > 0.6 * leaked
+    assert (overlap.whole > 0) == (leak == "whole")
+
+
+def test_training_without_it_passes():
+    data = dataset()
+    tokens, bos = data.validation_tokens(), data.tokenizer.bos_id
+    overlap = overlap_with_training(tokens, data.train_shards, bos)
+    assert overlap.train_tokens == data.train_tokens
+    rows = [np.fromfile(data.train_shards[0], "<u2")[600:700]]
+    found = separation_check(overlap, rows, tokens, bos)
+    assert found.verdict == "pass" and found.number is not None and found.number < 0.005
+
+
+def test_calibration_on_validation_text():
+    data = dataset()
+    tokens, bos = np.array(data.validation_tokens()), data.tokenizer.bos_id
+    overlap = overlap_with_training(tokens, data.train_shards, bos)
+    found = separation_check(overlap, [tokens[100:164]], tokens, bos)
+    assert found.verdict == "fail" and "1 of 1 calibration rows" in found.line
