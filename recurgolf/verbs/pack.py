@@ -31,6 +31,7 @@ from recurgolf.overrides import as_overrides
 from recurgolf.plan import Plan, check_ending, make_plan
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
+from recurgolf.seal import seal
 from recurgolf.training import checkpoint
 from recurgolf.training.calibration import check_calibration
 from recurgolf.training.clock import Clock
@@ -175,6 +176,7 @@ def repack(run: Run, path: Path, folder: Path, score: bool, final: Path) -> bool
         summary = scored(run, trained, folder, model, dataset, plan, stored, state, clock, log)
         summary.folder = str(final)
         summary.write(folder)
+        seal(folder)
         if log.console is not None:
             log.console.print(byte_table(summary, plan.lines))
         for line in result_lines(run, summary, dataset.anchors):

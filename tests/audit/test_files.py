@@ -228,6 +228,14 @@ def test_an_artifact_over_the_budget_or_exchanged_since(folder):
     assert limits_check(Budget(artifact_bytes=1000), {}, 1.0, sizes, {}).verdict == "fail"
 
 
+def test_a_packed_folder_is_sealed_and_an_evaluation_keeps_the_seal(tmp_path):
+    recurgolf("pack", train().path, tmp_path / "packed", cwd=tmp_path).finished()
+    before = seal.signature_of(tmp_path / "packed")
+    assert before is not None
+    recurgolf("evaluate", tmp_path / "packed", "eval=sliding", cwd=tmp_path).finished()
+    assert seal.signature_of(tmp_path / "packed") not in (None, before)
+
+
 def test_what_is_known_of_a_run_s_audit(folder):
     assert seal.audit_state(folder) == "not audited"
     signature = seal.signature_of(folder)
