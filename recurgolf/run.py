@@ -6,9 +6,11 @@ any tensor exists. `run.json` is a Run's `to_dict`, and `Run.read` brings it bac
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ from recurgolf.limits import one_of
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model, Transformer
+from recurgolf.older import modern
 from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
 from recurgolf.settings import NOT_FINGERPRINTED, TrainerConfig
@@ -123,8 +126,9 @@ class Run:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Run:
+        """The Run that `to_dict` gave, also that of an earlier version."""
         load_plugins(data.get("plugins", ()))
-        return from_dict(cls, data)
+        return from_dict(cls, modern(data))
 
     def write(self, folder: Path) -> None:
         text = json.dumps(self.to_dict(), indent=1) + "\n"
@@ -141,18 +145,36 @@ class Run:
             raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
-        return cls.from_dict(data)
+        run = cls.from_dict(data)
+        # No field: it describes the file, and a Run with a changed part (`replace`) has none.
+        vars(run)["_written"] = data
+        return run
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that can change a result; who watches and how often cannot."""
-        data = self.to_dict()
+        """Hash of everything that can change a result; who watches and how often cannot.
+
+        Of a Run that was read from a folder, that of its run.json as it was written, which the
+        rest of the folder refers to; an earlier version may have had other fields.
+        """
+        data = copy.deepcopy(vars(self).get("_written") or self.to_dict())
         del data["tracker"], data["plugins"]
         for name in NOT_FINGERPRINTED:
-            del data["trainer"][name]
-        del data["eval"]["audit"]
+            data["trainer"].pop(name, None)
+        data["eval"].pop("audit", None)
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def known_as(self, folder: Path) -> set[str]:
+        """The fingerprints that a folder may have recorded for this very Run.
+
+        Its own, and where an earlier version wrote the folder, that version's.
+        """
+        with contextlib.suppress(ConfigError):
+            there = Run.read(folder)
+            if replace(there).fingerprint == self.fingerprint:
+                return {self.fingerprint, there.fingerprint}
+        return {self.fingerprint}
 
     def tags(self) -> list[str]:
         """`group:kind` of every part, for filtering runs."""

@@ -1,5 +1,9 @@
 """The file that counts: its container, codecs and reader."""
 
+from dataclasses import replace
+from pathlib import Path
+
+from recurgolf.artifact import reader
 from recurgolf.artifact.codecs import (
     AnsCodec,
     BestCodec,
@@ -11,8 +15,16 @@ from recurgolf.artifact.codecs import (
     ZstdCodec,
 )
 from recurgolf.artifact.container import PackTable, SectionBytes, pack, pack_bytes
-from recurgolf.artifact.reader import Artifact, ArtifactError, load
+from recurgolf.artifact.reader import Artifact, ArtifactError
 from recurgolf.config import import_modules
+from recurgolf.older import modern
+
+
+def load(path: str | Path) -> Artifact:
+    """Read an artifact, also one whose header an earlier version wrote; see `reader.load`."""
+    artifact = reader.load(path)
+    return replace(artifact, metadata=modern(artifact.metadata))
+
 
 MODULES = import_modules(__name__)
 

@@ -6,6 +6,7 @@ or with components that are not installed here, can still be compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.older import modern
 from recurgolf.seal import audit_state
 from recurgolf.settings import NOT_FINGERPRINTED
 
@@ -57,6 +59,8 @@ class FoundRun:
     def settings(self) -> dict[str, str]:
         """Everything in run.json that can change a result, but for chance: `lora.rank` -> `2`."""
         kept = {key: value for key, value in self.config.items() if key not in _NO_SETTINGS}
+        with contextlib.suppress(ConfigError):  # an option that is gone is a setting all the same
+            kept = modern(kept)
         found = dict(_flat(kept, ""))
         return {
             k: v for k, v in found.items() if k not in {f"trainer.{n}" for n in NOT_FINGERPRINTED}

@@ -44,6 +44,11 @@ def found(key: Any, find: Callable[[], Any]) -> Any:
     return find()
 
 
+def as_it_is(node: Any) -> Any:
+    """The program's own Run is of this version."""
+    return node
+
+
 def itself(self: Any, error: Exception) -> Exception:
     """An error in its own words."""
     return error

@@ -162,7 +162,7 @@ def finished(run: Run, folder: Path) -> Summary | None:
         return None
     last = events[-1] if events else {}
     ended_well = last.get("event") == "finish" and last["values"]["exit_code"] == 0
-    return summary if ended_well and summary.fingerprint == run.fingerprint else None
+    return summary if ended_well and summary.fingerprint in run.known_as(folder) else None
 
 
 def make_room(run: Run, folder: Path, found: Found | None, say: Say) -> None:
@@ -221,7 +221,7 @@ def only_one(folder: Path, writes: bool = True) -> Iterator[None]:
 
 def _is_run_of(run: Run, folder: Path) -> bool:
     try:
-        return Run.read(folder).fingerprint == run.fingerprint
+        return Run.read(folder).fingerprint in run.known_as(folder)
     except (ConfigError, TypeError, KeyError):
         return False
 

@@ -106,7 +106,7 @@ def unfinished(run: Run, folder: Path) -> str | None:
     if not (folder / SUMMARY).exists():
         return "interrupted" if (folder / "run.json").exists() else "never started"
     there = Summary.read(folder).fingerprint
-    if there != run.fingerprint:
+    if there not in run.known_as(folder):
         return f"its settings have changed (fingerprint {there}, now {run.fingerprint})"
     return None
 
