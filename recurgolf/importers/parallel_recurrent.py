@@ -56,10 +56,10 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer.matrix_weight_decay": settings["muon_weight_decay"],
         "averaging.decay": settings["swa_decay"],
         "averaging.start_fraction": settings["swa_start_frac"],
-        "quant.rules.0.clip.k": settings["sdclip_nstd"],
+        "quant.rules.3.clip.k": settings["sdclip_nstd"],
         # The table has 8 bits always; the matrices 6, or 8 where anything else is asked for.
-        "quant.rules.1.bits": 6 if settings["gptq_bits"] == 6 else 8,
-        "quant.rules.1.clip.k": settings["sdclip_nstd"],
+        "quant.rules.4.bits": 6 if settings["gptq_bits"] == 6 else 8,
+        "quant.rules.4.clip.k": settings["sdclip_nstd"],
         **_scoring(settings),
     }
 

@@ -341,9 +341,7 @@ def test_a_source_with_its_own_defaults_is_the_experiment(system):
     known = importers.SYSTEMS[system]
     experiment = to_dict(recurgolf.compose([f"experiment={known.experiment}"]))
     found = to_dict(run_with(system, LEFT_OPEN.get(system, {})))
-    # How much text would calibrate GPTQ, where rounding asks for none.
-    known = [d for d in differences(found, experiment) if not d.startswith("quant.calibration.")]
-    assert known == []
+    assert differences(found, experiment) == []
 
 
 def differences(first, second, at=""):
@@ -351,3 +349,31 @@ def differences(first, second, at=""):
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
         return [d for key in first for d in differences(first[key], second[key], f"{at}.{key}")]
     return [] if second in (first, None) else [f"{re.sub('^.', '', at)}: {first} {second}"]
+
+
+CONTROLS = ("_scale", "q_gain", "input_mix.weight", "skips.weight")
+
+
+@pytest.mark.parametrize(
+    ("system", "kept", "method"),
+    [
+        ("baseline", torch.float32, "rtn"),
+        ("parallel_recurrent", torch.float32, "rtn"),
+        ("per_iteration_lora", torch.float16, "gptq"),
+        ("universal_rank1", torch.float16, "gptq"),
+    ],
+)
+def test_files_hold_what_the_sources_files_hold(system, kept, method):
+    """Gains and mixes in the source's type, other small tensors in float16, matrices by its way."""
+    run = run_with(system, {})
+    with torch.device("meta"):
+        state = run.build_model().state_dict()
+    rules = run.quant.assign({name: tuple(tensor.shape) for name, tensor in state.items()})
+    blocks = [name for name in rules if name.startswith(("blocks.", "skips."))]
+    for name in blocks:
+        if name.endswith(CONTROLS):
+            assert (rules[name].method, rules[name].keep_dtype) == ("none", str(kept)[6:]), name
+        elif state[name].numel() > 65_536:
+            assert rules[name].method == method, name
+    table = "rtn" if system != "per_iteration_lora" else "gptq"
+    assert (rules["embed.weight"].method, rules["embed.weight"].grid.bits) == (table, 8)

@@ -24,7 +24,7 @@ SHRINKS = {
     "lora": {"rank"},
     "optimizer": {"momentum_warmup_steps", "warmdown_steps", "compat_shard_rows"},
     "averaging": {"decay", "interval_steps"},
-    "quant": {"keep_float_max_numel"},
+    "quant": {"keep_float_max_numel", "sequences"},
     "artifact": set(),
     "eval": {"stride", "seq_len", "batch_tokens"},
 }
