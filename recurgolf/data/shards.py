@@ -11,6 +11,7 @@ process, reading one that is open gives fewer bytes.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,7 +105,8 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._num_tokens = count_tokens(path)
-        self._file = path.open("rb", buffering=0)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -112,9 +114,9 @@ class Shard:
     def __getitem__(self, window: slice) -> Tokens:
         start, stop, _ = window.indices(self._num_tokens)
         wanted = 2 * max(stop - start, 0)
-        data = os.pread(self._file.fileno(), wanted, HEADER_BYTES + 2 * start)
+        data = os.pread(self._file, wanted, HEADER_BYTES + 2 * start)
         if len(data) < wanted:
-            size, expected = os.fstat(self._file.fileno()).st_size, HEADER_BYTES + 2 * len(self)
+            size, expected = os.fstat(self._file).st_size, HEADER_BYTES + 2 * len(self)
             raise DataChanged(self.path, f"has {size:,} bytes instead of {expected:,}")
         return np.frombuffer(data, dtype="<u2")
 
