@@ -101,7 +101,7 @@ class MultiTokenHeads(nn.Module):
     They share the main head's soft cap, start at zero and are left out of the artifact.
 
     Args:
-        drop_last: leave out the last position that still has a target, as system M does.
+        drop_last: leave out the last position that still has a target, as per_iteration_lora does.
     """
 
     def __init__(self, count: int, dim: int, vocab_size: int, drop_last: bool = False):

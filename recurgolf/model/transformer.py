@@ -104,7 +104,7 @@ class Model(Checked):
     """Extra heads that predict further ahead, in training only."""
     mtp_weight: float = 0.2
     compat_mtp_drop_last: bool = False
-    """Train the extra heads at one position less than they have targets for (system M)."""
+    """Train the extra heads at one position less than have targets, as per_iteration_lora does."""
     norm_eps: Annotated[float, at_least(0)] = 1.1920928955078125e-07
     """Of every RMS norm; the default is float32's machine epsilon, as in the baseline."""
     init: InitConfig = field(default_factory=InitConfig)

@@ -75,13 +75,13 @@ class EMA(Averaging):
 
     decay: Annotated[float, at_least(0, below=1)] = 0.9965
     dtype: Annotated[str, one_of(DTYPES)] = "float32"
-    """Of the average: `float32`; `param`, the parameters' own; `bfloat16` (compat, system R), which
-    rounds most updates away."""
+    """Of the average: `float32`; `param`, the parameters' own; `bfloat16` (compat,
+    parallel_recurrent), which rounds most updates away."""
     start_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
     """Of training. 0: from the initial weights on; otherwise the first average is a copy."""
     require_started: bool = True
-    """False (compat, system R): averages from the weights at build whenever it starts, and these
-    are the result if it never does."""
+    """False (compat, parallel_recurrent): averages from the weights at build whenever it
+    starts, and these are the result if it never does."""
 
     def build(self, model: nn.Module) -> Averager:
         return ExponentialAverager(self, model)

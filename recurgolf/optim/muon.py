@@ -74,10 +74,10 @@ class Muon(Optimizer):
         batch: orthogonalise equal shapes in one call. Bit-identical to one by one on the CPUs
             measured; where a batched product rounds otherwise, False keeps the result
             independent of the number of ranks.
-        compat_decay_without_grad: decay parameters whose gradient is absent, too (system M);
-            otherwise they are left alone.
+        compat_decay_without_grad: decay parameters whose gradient is absent, too, as
+            per_iteration_lora does; otherwise they are left alone.
         compat_shard_rows: orthogonalise a 2-D parameter in so many row shards, each by itself
-            (system V on so many GPUs); 0: whole.
+            (universal_rank1 on so many GPUs); 0: whole.
 
     Raises:
         ConfigError: an unknown choice, or a parameter that is no matrix.

@@ -61,7 +61,7 @@ class OptimizerConfig(Checked):
     lora_grad_clip: Annotated[float | None, at_least(0)] = None
     """The adapters' own limit, which also takes them out of the global norm; null: grad_clip."""
     compat_clip_stage: Annotated[str, one_of("post_sync", "pre_sync")] = "post_sync"
-    """`pre_sync` clips every rank's own gradients before they are averaged (system V)."""
+    """`pre_sync` clips every rank's own gradients before they are averaged (universal_rank1)."""
     lora_warmup_steps: Annotated[int, at_least(0)] = 0
     """Steps with gradients over which the adapters' rate grows linearly from 1/n; 0: none."""
     loop_lr_scale: Annotated[str, one_of(LOOP_LR_SCALES)] = "none"
@@ -157,11 +157,12 @@ class MuonAdam(OptimizerConfig):
     """Share of singular directions left at the end of training."""
 
     compat_decay_without_grad: bool = False
-    """Decoupled decay also for matrices without a gradient (system M)."""
+    """Decoupled decay also for matrices without a gradient (per_iteration_lora)."""
     compat_shard_rows: Annotated[int, at_least(0)] = 0
-    """Orthogonalise plain matrices in so many row shards (system V on so many GPUs); 0: whole."""
+    """Orthogonalise plain matrices in so many row shards, as universal_rank1 does on so many GPUs;
+    0: whole."""
     compat_keep_momentum_after_warmup: bool = False
-    """Let Muon's momentum of the warm-up steps leak into training (system V)."""
+    """Let Muon's momentum of the warm-up steps leak into training (universal_rank1)."""
 
     @property
     def muon_roles(self) -> frozenset[str]:
