@@ -28,7 +28,8 @@ import torch
 import recurgolf
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.finish import peak_memory
+from recurgolf.training.job import Job
 from recurgolf.training.network import shape_network
 from recurgolf.training.precision import autocast
 from recurgolf.training.trainer import Trainer
@@ -144,14 +145,14 @@ def measure(overrides: list[str], device: str, backend: str, seconds: float) -> 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(run, Path(folder), Ranks())
+        trainer = Trainer(Job.watched(run, Path(folder)))
         trainer.setup()
         trainer.warm_up()
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         milliseconds = timed_fit(trainer)
         recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-        trainer.tracker.finish()
-        trainer.log.close()
+        trainer.job.tracker.finish()
+        trainer.job.log.close()
     tokens = run.trainer.batch_tokens / statistics.fmean(milliseconds) * 1000
     flops = training_flops(run) * tokens
     peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name(device)), None)
@@ -163,7 +164,7 @@ def measure(overrides: list[str], device: str, backend: str, seconds: float) -> 
         "tokens_per_second": tokens,
         "tflops": flops / 1e12,
         "mfu": None if peak is None else flops / peak,
-        "peak_memory_bytes": trainer.peak_memory(),
+        "peak_memory_bytes": peak_memory(trainer.job.device),
         "graphs": graphs,
         "recompiled": recompiled,
     }

@@ -22,7 +22,7 @@ from recurgolf.overrides import group_of
 from recurgolf.plan import flops_per_token, make_plan, packed_shapes, predicted_lines, shapes_of
 from recurgolf.run import Run
 from recurgolf.tracker import NoTracking
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.job import Job
 from recurgolf.training.trainer import Trainer
 
 KEY = "compare.match"
@@ -156,9 +156,8 @@ def _trainer(run: Run, folder: Path) -> Trainer:
     """A trainer in this process with one rank's share of the batch, that says and keeps nothing."""
     config = run.trainer
     share = replace(config, devices=1, batch_tokens=config.batch_tokens // config.devices)
-    trainer = Trainer(replace(run, trainer=share, tracker=NoTracking()), folder, Ranks())
-    trainer.log.close()
-    trainer.log = Log(None, console=False)
+    alone = replace(run, trainer=share, tracker=NoTracking())
+    trainer = Trainer(Job.watched(alone, folder, log=Log(None, console=False)))
     trainer.setup()
     return trainer
 

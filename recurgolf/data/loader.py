@@ -71,7 +71,7 @@ class Loader:
         """
         raise NotImplementedError
 
-    def splits(self, world_size: int, grad_accum: int) -> str:
+    def order_key(self, world_size: int, grad_accum: int) -> str:
         """What the order of the tokens depends on besides data and seed, in words; empty: nothing.
 
         A run may be continued on another number of ranks or micro-steps when the words stay.
@@ -218,7 +218,7 @@ class SequentialLoader(Loader):
                 f"batch of {global_tokens} takes {needed} (one more per rank and micro-step)"
             )
 
-    def splits(self, world_size: int, grad_accum: int) -> str:
+    def order_key(self, world_size: int, grad_accum: int) -> str:
         return f"trainer.devices x trainer.grad_accum = {world_size * grad_accum}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class RankShardsLoader(Loader):
                 f"{global_tokens} tokens needs {share // self.seq_len}"
             )
 
-    def splits(self, world_size: int, grad_accum: int) -> str:
+    def order_key(self, world_size: int, grad_accum: int) -> str:
         return f"trainer.devices = {world_size}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import (
-    ROWS_AT_ONCE,
-    AllReduce,
-    Progress,
-    ScoredModel,
-    batches,
-)
+from recurgolf.eval.protocol import ALONE, ROWS_AT_ONCE, Progress, ScoredModel, Share, batches
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.windows import Overlapping
 from recurgolf.limits import at_least, one_of
@@ -72,18 +66,15 @@ class EarlyExitEval(Overlapping):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
         length, base = self.seq_len or scored_model.seq_len, self.base(scored_model)
         depth = max_passes(scored_model.looping, scored_model.model.config.num_blocks, self.passes)
         plans = [scored_model.plan(passes) for passes in range(1, depth + 1)]
         total = sum(1 for _ in self.windows(text, length))
-        share = (total * rank // world_size, total * (rank + 1) // world_size)
-        done = 0
-        mine = islice(self.windows(text, length), *share)
+        part, done = share.of(total), 0
+        mine = islice(self.windows(text, length), *part)
         for batch in batches(mine, max(1, self.batch_tokens // length)):
             first = batch[0].first - batch[0].start
             ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(
@@ -96,7 +87,7 @@ class EarlyExitEval(Overlapping):
             self.enter(accumulator, spans, nats.cpu(), change.cpu())
             done += len(batch)
             if progress is not None:
-                progress(done, share[1] - share[0])
+                progress(done, part[1] - part[0])
 
     def compared(self, model: Any, states: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Nats [passes, n] of the targets after every pass, and how far each pass moved.

@@ -33,6 +33,40 @@ AllReduce = Callable[[Tensor], Tensor]
 """A tensor -> its sum over ranks."""
 
 
+class Share:
+    """Whose part of the work is done here: all of it, by one process.
+
+    Attributes:
+        all_reduce: None: nobody adds up, so that a score is that of this part alone.
+    """
+
+    all_reduce: Any = None
+
+    def of(self, count: int) -> tuple[int, int]:
+        """First of `count` things that is done here, and the first that is not any more."""
+        return 0, count
+
+    def complete(self, accumulator: ScoreAccumulator) -> None:
+        """Add what the others have done; after that every rank has the whole."""
+
+
+class RankShare(Share):
+    """One rank's part."""
+
+    def __init__(self, rank: int, world_size: int, all_reduce: AllReduce | None = None):
+        self.rank, self.world_size, self.all_reduce = rank, world_size, all_reduce
+
+    def of(self, count: int) -> tuple[int, int]:
+        return count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
+
+    def complete(self, accumulator: ScoreAccumulator) -> None:
+        if self.all_reduce is not None:
+            accumulator.reduce(self.all_reduce)
+
+
+ALONE = Share()
+
+
 class Window(NamedTuple):
     """Inputs `start` to `stop - 1` (as positions of the token stream); scored are the targets
     `first` to `stop - 1`, which follow the inputs of the same numbers."""
@@ -182,24 +216,21 @@ class Eval(Checked):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
         """Score this rank's share of the targets into the accumulator.
 
         Args:
-            all_reduce: sums a tensor over ranks, for protocols that learn; None: one rank.
             progress: called with (units done, units of this rank).
         """
         length = self.seq_len or scored_model.seq_len
         plan, base = scored_model.plan(self.passes), self.base(scored_model)
         # Counted, not kept: a long text has millions of windows.
         total = sum(1 for _ in self.windows(text, length))
-        share = (total * rank // world_size, total * (rank + 1) // world_size)
+        part = share.of(total)
         done, size = 0, max(1, self.batch_tokens // length)
-        mine = islice(self.windows(text, length), *share)
+        mine = islice(self.windows(text, length), *part)
         while ahead := list(islice(mine, LOOK_AHEAD * size)):
             found: list[tuple[Window, Tensor]] = []
             for batch in batches(sorted(ahead, key=_shape), size):
@@ -212,7 +243,7 @@ class Eval(Checked):
                 found += zip(batch, nats.cpu(), strict=True)
                 done += len(batch)
                 if progress is not None:
-                    progress(done, share[1] - share[0])
+                    progress(done, part[1] - part[0])
             for window, row in sorted(found, key=lambda entry: entry[0].first):
                 accumulator.add(window.first, row)
 
@@ -223,16 +254,13 @@ def score(
     scored_model: ScoredModel,
     text: Text,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: AllReduce | None = None,
+    share: Share = ALONE,
     progress: Progress | None = None,
     per_target: bool = False,
 ) -> Score:
     """Run a protocol; the model is put in evaluation mode meanwhile.
 
     Args:
-        all_reduce: sums a tensor over ranks; None: the score is that of this rank's share.
         progress: called with (units done, units of this rank).
         per_target: keep what every target cost in the score's accumulator.
 
@@ -245,19 +273,10 @@ def score(
     was_training = scored_model.model.training
     scored_model.model.eval()
     try:
-        protocol.run(
-            scored_model,
-            text,
-            accumulator,
-            rank=rank,
-            world_size=world_size,
-            all_reduce=all_reduce,
-            progress=progress,
-        )
+        protocol.run(scored_model, text, accumulator, share=share, progress=progress)
     finally:
         scored_model.model.train(was_training)
-    if all_reduce is not None:
-        accumulator.reduce(all_reduce)
+    share.complete(accumulator)
     return Score.of(accumulator, time.perf_counter() - began)
 
 

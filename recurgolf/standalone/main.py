@@ -11,19 +11,33 @@ says. SEED or --seed changes the seed of the Run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
 
 from recurgolf.artifact import score
 from recurgolf.artifact.reader import ArtifactError
 from recurgolf.config import ConfigError
 from recurgolf.data import DataError, Shards
+from recurgolf.log import Log
 from recurgolf.run import Run
-from recurgolf.training.distributed import started_by_torchrun
-from recurgolf.training.launch import launch
+from recurgolf.standalone.code import known_plan
+from recurgolf.standalone.nothing import Nothing
+from recurgolf.training.clock import Clock
+from recurgolf.training.distributed import Ranks, started_by_torchrun, torchrun_ranks
+from recurgolf.training.job import Job
+from recurgolf.training.launch import check_device, threads_of
+from recurgolf.training.report import result_lines
+from recurgolf.training.trainer import train
+
+if TYPE_CHECKING:
+    from recurgolf.training.finish import Outcome
+    from recurgolf.training.summary import Summary
 
 
 def main(data: dict[str, Any], code: dict[str, Any]) -> None:
@@ -31,7 +45,7 @@ def main(data: dict[str, Any], code: dict[str, Any]) -> None:
 
     Args:
         data: the Run, as `Run.from_dict` takes it.
-        code: the program whose bytes the run counts, see `standalone.code`.
+        code: the program whose bytes the run counts; `standalone.code` reads it.
     """
     here = Path(sys.argv[0]).resolve().parent
     parser = argparse.ArgumentParser(
@@ -56,10 +70,44 @@ def main(data: dict[str, Any], code: dict[str, Any]) -> None:
             become_ranks(run.trainer.devices)
         folder = asked.folder or Path(f"retrained_seed={run.seed}")
         folder.mkdir(parents=True, exist_ok=True)
-        summary = launch(run, folder.resolve())
+        summary = trained(run, folder.resolve())
     except (ConfigError, DataError, ArtifactError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     sys.exit(0 if summary.within_budget else 3)
+
+
+def trained(run: Run, folder: Path) -> Summary:
+    """Train, pack and score the run, with nothing that looks after it."""
+    check_device(run)
+    group = torchrun_ranks(run.trainer) if started_by_torchrun() else None
+    with group or contextlib.nullcontext(Ranks()) as ranks:
+        torch.set_num_threads(threads_of(run, ranks))
+        log = Log(folder / "train.log" if ranks.is_first else None, ranks.is_first)
+        nothing: Any = Nothing()
+        plan: Any = known_plan
+        return train(
+            Job(
+                run,
+                folder,
+                ranks,
+                Clock(),
+                log,
+                signals=nothing,
+                caps=nothing,
+                guard=nothing,
+                telemetry=nothing,
+                report=tell,
+                planner=plan,
+                tracker=nothing,
+            )
+        )
+
+
+def tell(job: Job, summary: Summary, outcome: Outcome) -> None:
+    """The summary in its file, and its lines without the table."""
+    summary.write(job.folder)
+    for text in result_lines(job.run, summary, job.dataset.anchors):
+        job.log.line(text)
 
 
 def become_ranks(count: int) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.quant import GramCollector
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from recurgolf.training.job import Job
 
 
 def readout_name(model: Transformer) -> str:
@@ -76,14 +80,13 @@ def check_calibration(
 
 
 @torch.no_grad()
-def collect_grams(
-    run: Run, model: Transformer, dataset: Dataset, names: Collection[str], ranks: Ranks
-) -> dict[str, Tensor]:
+def collect_grams(job: Job, model: Transformer, names: Collection[str]) -> dict[str, Tensor]:
     """Gram matrices of the inputs of these weights, the same on every rank.
 
     The model runs as it will be scored: in evaluation mode, under the plan for scoring, adapters
     included. Every rank takes its share of the rows; memory does not grow with their number.
     """
+    run, ranks = job.run, job.ranks
     calibration, plan = run.quant.calibration, run.eval_plan
     length = calibration.seq_len or run.trainer.seq_len
     device = model.embed.weight.device
@@ -94,15 +97,14 @@ def collect_grams(
     looped = tuple(f"blocks.{block}." for block in plan.looped_blocks)
     weights = {n: calibration.visit_weights for n in layers if n.startswith(looped)}
     collector = GramCollector(layers, reads, weights, device)
-    text = CalibrationText(
-        dataset, model, plan, run.seed_of("data"), run.seed_of("noise"), run.data.vocab_size
-    )
+    seeds = run.seed_of("data"), run.seed_of("noise")
+    text = CalibrationText(job.dataset, model, plan, *seeds, run.data.vocab_size)
     mine = range(ranks.rank, calibration.sequences, ranks.world_size)
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(mine), calibration.batch):
-            # Sampling calls the layers too: outside of the hooks.
+            # Sampling runs the layers too, so it happens before the hooks are in place.
             rows = calibration.rows(text, mine[start : start + calibration.batch], length)
             with collector:
                 collector.begin(rows.numel())
@@ -112,24 +114,19 @@ def collect_grams(
                     collector.add(readout, read)
     finally:
         model.train(was_training)
-    _sum_over_ranks(collector, ranks)
+    if ranks.world_size > 1:
+        for total in collector.sums.values():
+            dist.all_reduce(total)
+        collector.tokens = int(ranks.all_reduce([collector.tokens])[0])
     grams = collector.grams() if collector.sums else {}
     return {**grams, **{name: torch.eye(cols) for name, cols in tables.items()}}
 
 
-def _sum_over_ranks(collector: GramCollector, ranks: Ranks) -> None:
-    if ranks.world_size == 1:
-        return
-    for total in collector.sums.values():
-        dist.all_reduce(total)
-    collector.tokens = int(ranks.sums([collector.tokens])[0])
-
-
-def share(model: Transformer, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
+def broadcast_weights(model: Transformer, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Put rank 0's weights into the model of every rank."""
     parameters = dict(model.named_parameters())
     # Rank 0 comes from quantizing, which may have taken longer than a collective may wait.
-    ranks.wait()
+    ranks.barrier()
     with torch.no_grad():
         for name in sorted(weights):
             if ranks.is_first:

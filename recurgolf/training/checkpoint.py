@@ -1,7 +1,7 @@
 """Checkpoints: one folder each, tensors in safetensors and everything else in JSON; no pickle.
 
     checkpoints/step_000600/tensors.safetensors    `<part>/<name>`: model, optimizer, averaging,
-                                                    chance (random states of every rank)
+                                                    rng (random states of every rank)
     checkpoints/step_000600/state.json             step, tokens, loaders, clocks, the Run, sha256
 
 A checkpoint appears under its name only when it is whole: it is written to a temporary folder,

@@ -1,4 +1,4 @@
-"""One ledger of clocks: how long each phase of a run took, and what that means for its caps."""
+"""How long each phase of a run took, and what that means for the caps of its budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from recurgolf.budget import PHASES, TRAINING, Budget
+from recurgolf.run import Run
 
 
 class Clock:
@@ -37,7 +38,7 @@ class Clock:
                 self._running[-1] = (outer, now)
 
     def elapsed(self, name: str) -> float:
-        """Seconds of a phase, the running stretch included."""
+        """Seconds of a phase, up to now if it is running."""
         seconds = self.seconds[name]
         if self._running and self._running[-1][0] == name:
             seconds += time.perf_counter() - self._running[-1][1]
@@ -55,69 +56,76 @@ class Clock:
     def state_dict(self) -> dict[str, float]:
         return {name: self.elapsed(name) for name in self.seconds}
 
-    def load_state_dict(self, seconds: dict[str, float]) -> None:
-        self.seconds.update(seconds)
-
     def add(self, seconds: dict[str, float]) -> None:
         """Count what another process spent on the same run before this one."""
         for name, value in seconds.items():
             self.seconds[name] += value
 
 
-class CapWatch:
-    """Says, once for each cap, that a run is going to break it.
+class Caps:
+    """The caps of a budget against the clock: a warning as soon as one will break, and the account.
 
     Args:
-        say: takes the line.
+        say: takes a line.
     """
 
     def __init__(self, budget: Budget, clock: Clock, say: Callable[[str], None]):
         self.budget, self.clock, self.say = budget, clock, say
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
-    def expect(self, phase: str, more_seconds: float, remedy: str) -> None:
-        """Compare the caps that count a phase with what is spent and what is still to come."""
+    def warn(self, phase: str, more_seconds: float, remedy: str) -> None:
+        """Say once for each cap that counts a phase if what is still to come will break it."""
         for name, cap in self.budget.all_caps.items():
-            if phase not in cap.phases or name in self._told or cap.seconds is None:
+            if phase not in cap.phases or name in self._warned or cap.seconds is None:
                 continue
-            spent = self.clock.total(cap.phases)
-            if spent + more_seconds > cap.seconds:
-                self._told.add(name)
+            expected = self.clock.total(cap.phases) + more_seconds
+            if expected > cap.seconds:
+                self._warned.add(name)
                 self.say(
-                    f"{phase} will take about {spent + more_seconds:.0f} s by the time measured so "
-                    f"far; the cap {name} is {cap.seconds:.0f} s ({' + '.join(cap.phases)}): "
-                    f"{remedy}"
+                    f"{phase} will take about {expected:.0f} s by the time measured so far; the "
+                    f"cap {name} is {cap.seconds:.0f} s ({' + '.join(cap.phases)}): {remedy}"
                 )
 
+    def warn_of_training(self, run: Run, step: int, visits: int) -> None:
+        """Say once when the clock will end training before its last step.
 
-def caps_used(budget: Budget, clock: Clock, step_seconds: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Cap -> its seconds, those used, the phases that count, and whether it was kept.
+        The time of a step is taken to grow with its visits, so that a loop which starts late does
+        not come as a surprise.
 
-    Args:
-        step_seconds: of a training step. Training ends with the step that reaches its cap, as in
-            the official script, so so much more is still within it.
-    """
-    used = {}
-    for name, cap in budget.all_caps.items():
-        spent = clock.total(cap.phases)
-        used[name] = {
-            "seconds": cap.seconds,
-            "used": round(spent, 3),
-            "phases": list(cap.phases),
-            "kept": cap.seconds is None
-            or spent <= cap.seconds + (2 * step_seconds if name == TRAINING else 0.0),
-        }
-    return used
+        Args:
+            visits: in all steps so far.
+        """
+        config, cap = run.trainer, run.budget.max_train_seconds
+        if cap is None or config.progress == "wallclock" or step < min(10, config.steps):
+            return
+        left = range(step, config.steps, max(1, (config.steps - step) // 50))
+        sampled = [run.plan(one / config.steps).num_visits for one in left]
+        per_visit = self.clock.elapsed(TRAINING) / visits
+        self.warn(
+            TRAINING,
+            per_visit * sum(sampled) * (config.steps - step) / max(len(sampled), 1),
+            f"it will end before step {config.steps}; lower trainer.steps, or "
+            "let schedules follow the clock (trainer.progress=wallclock)",
+        )
+
+    def used(self, step_seconds: float = 0.0) -> dict[str, dict[str, Any]]:
+        """Cap -> its seconds, those used, the phases that count, and whether it was kept.
+
+        Args:
+            step_seconds: of a training step. Training ends with the step that reaches its cap, as
+                in the official script, so that much more still counts as kept.
+        """
+        used = {}
+        for name, cap in self.budget.all_caps.items():
+            spent = self.clock.total(cap.phases)
+            allowed = 2 * step_seconds if name == TRAINING else 0.0
+            used[name] = {
+                "seconds": cap.seconds,
+                "used": round(spent, 3),
+                "phases": list(cap.phases),
+                "kept": cap.seconds is None or spent <= cap.seconds + allowed,
+            }
+        return used
 
 
-def cap_lines(caps: dict[str, dict[str, Any]]) -> list[str]:
-    """A line of the result for every cap."""
-    return [
-        f"cap {name:<12}{cap['used']:.0f} of {cap['seconds']:.0f} s "
-        f"({' + '.join(cap['phases'])}){'' if cap['kept'] else ': BROKEN'}"
-        for name, cap in caps.items()
-        if cap["seconds"] is not None
-    ]
-
-
-__all__ = ["CapWatch", "Clock", "cap_lines", "caps_used"]
+__all__ = ["Caps", "Clock"]

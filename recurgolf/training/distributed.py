@@ -1,4 +1,4 @@
-"""Ranks: who this process is, and the few collectives the trainer needs."""
+"""Ranks: who this process is, and the few collectives that a run needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from recurgolf.config import ConfigError
+from recurgolf.eval import RankShare, Share
+from recurgolf.settings import TrainerConfig
 
 T = TypeVar("T")
 
@@ -37,7 +42,14 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    @property
+    def share(self) -> Share:
+        """This rank's part of a scoring."""
+        if self.world_size == 1:
+            return Share()
+        return RankShare(self.rank, self.world_size, all_reduced)
+
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
         """Each value added up over ranks, in float64."""
         if self.world_size == 1:
             return list(values)
@@ -45,20 +57,20 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def settled(
+    def broadcast_and_any(
         self, values: Sequence[float], flags: Sequence[bool]
     ) -> tuple[list[float], list[bool]]:
-        """Rank 0's values, and which flags any rank has raised: one exchange for a step.
+        """Rank 0's values, and which flags any rank has raised, in one all-reduce.
 
-        A sum to which the others bring zeros is rank 0's number, to the last bit.
+        The other ranks contribute zeros, so that the sum is rank 0's number to the last bit.
         """
         if self.world_size == 1:
             return list(values), list(flags)
         own = list(values) if self.is_first else [0.0] * len(values)
-        total = self.sums([*own, *map(float, flags)])
+        total = self.all_reduce([*own, *map(float, flags)])
         return total[: len(values)], [count > 0 for count in total[len(values) :]]
 
-    def decided(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
@@ -66,7 +78,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The value of every rank, in order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -74,10 +86,17 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until all ranks are here; with patience, since rank 0 may have something to do alone."""
+    def barrier(self) -> None:
+        """Wait for all ranks, patiently: rank 0 may have much to do alone."""
         if self.world_size > 1:
             dist.barrier(group=self.patient)
+
+
+def all_reduced(tensor: Tensor) -> Tensor:
+    """A tensor's sum over ranks, back on the device that it came from."""
+    total = tensor.to(_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def _device() -> str:
@@ -90,19 +109,34 @@ def _patient_group(timeout_seconds: float) -> Any:
     return dist.new_group(backend="gloo", timeout=allowed)
 
 
+def backend_of(config: TrainerConfig) -> str:
+    """Which library carries the collectives."""
+    return "nccl" if config.device == "cuda" else "gloo"
+
+
 def started_by_torchrun() -> bool:
     """Whether torchrun (or another launcher with its variables) already made the ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 @contextlib.contextmanager
-def torchrun_ranks(backend: str, timeout_seconds: float) -> Iterator[Ranks]:
-    """The process group that torchrun's environment describes."""
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+def torchrun_ranks(config: TrainerConfig) -> Iterator[Ranks]:
+    """The process group that torchrun's environment describes.
+
+    Raises:
+        ConfigError: other than `trainer.devices` ranks.
+    """
+    timeout = timedelta(seconds=config.rank_timeout_seconds)
+    dist.init_process_group(backend_of(config), timeout=timeout)
     try:
+        world_size = dist.get_world_size()
+        if world_size != config.devices:
+            raise ConfigError(
+                f"trainer.devices={config.devices}, but torchrun has started {world_size} ranks "
+                "(nnodes x nproc_per_node)"
+            )
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        group = _patient_group(timeout_seconds)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, group)
+        yield Ranks(dist.get_rank(), world_size, local, _patient_group(config.rank_timeout_seconds))
     finally:
         dist.destroy_process_group()
 

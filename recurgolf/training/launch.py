@@ -19,19 +19,22 @@ import torch
 from recurgolf.config import ConfigError
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
-from recurgolf.training import resume, state
+from recurgolf.training import resume
 from recurgolf.training.base import check_base
 from recurgolf.training.distributed import (
     Ranks,
+    backend_of,
     environment_rank,
     file_ranks,
     started_by_torchrun,
     torchrun_ranks,
 )
+from recurgolf.training.job import Job
 from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
+from recurgolf.training.state import rng_state, set_rng_state
 from recurgolf.training.summary import Summary
 from recurgolf.training.supervise import run_ranks
-from recurgolf.training.trainer import Trainer
+from recurgolf.training.trainer import train
 
 SHARED_SECONDS = 5.0
 """A network file system may show a new file so late on other nodes."""
@@ -57,19 +60,13 @@ def launch(run: Run, folder: Path) -> Summary:
 
 
 def _launched(run: Run, folder: Path) -> Summary:
-    backend = "nccl" if run.trainer.device == "cuda" else "gloo"
     if started_by_torchrun():
-        with torchrun_ranks(backend, run.trainer.rank_timeout_seconds) as ranks:
-            if ranks.world_size != run.trainer.devices:
-                raise ConfigError(
-                    f"trainer.devices={run.trainer.devices}, but torchrun has started "
-                    f"{ranks.world_size} ranks (nnodes x nproc_per_node)"
-                )
+        with torchrun_ranks(run.trainer) as ranks:
             # Ranks composed at different moments; the first one's folder is everybody's.
-            folder = Path(ranks.decided(str(folder)))
+            folder = Path(ranks.broadcast(str(folder)))
             folder.mkdir(parents=True, exist_ok=True)
             check_shared(folder, ranks)
-            summary = ranks.decided(_finished(run, folder))
+            summary = ranks.broadcast(_finished(run, folder))
             return summary or work(run, folder, ranks)
     summary = _finished(run, folder)
     if summary is not None:
@@ -78,8 +75,7 @@ def _launched(run: Run, folder: Path) -> Summary:
         return work(run, folder, Ranks())
     # The ranks end by themselves; this process is there until they have.
     with Signals().listening(STOP_SECONDS + 0.7) as signals:
-        argument = (run.to_dict(), str(folder), backend)
-        run_ranks(_rank, run.trainer.devices, argument, signals)
+        run_ranks(_rank, run.trainer.devices, (run.to_dict(), str(folder)), signals)
     return Summary.read(folder)
 
 
@@ -89,14 +85,16 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     Raises:
         ConfigError: on every rank, with the hosts that do not see what rank 0 wrote.
     """
-    mark = folder / f".seen_by_all_{ranks.decided(os.getpid())}"
+    mark = folder / f".seen_by_all_{ranks.broadcast(os.getpid())}"
     if ranks.is_first:
         mark.touch()
-    ranks.wait()
+    ranks.barrier()
     deadline = time.monotonic() + SHARED_SECONDS
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [host for host in ranks.gathered("" if mark.exists() else socket.gethostname()) if host]
+    blind = [
+        host for host in ranks.all_gather("" if mark.exists() else socket.gethostname()) if host
+    ]
     if ranks.is_first:
         mark.unlink()
     if blind:
@@ -116,12 +114,14 @@ def _finished(run: Run, folder: Path) -> Summary | None:
     return summary
 
 
-def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str, str]) -> None:
+def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str]) -> None:
     """A spawned rank: the Run comes as plain data."""
-    data, folder, backend = argument
+    data, folder = argument
     run = Run.from_dict(data)
     world_size, timeout = run.trainer.devices, run.trainer.rank_timeout_seconds
-    with file_ranks(backend, f"{meeting}/rendezvous", rank, world_size, timeout) as ranks:
+    with file_ranks(
+        backend_of(run.trainer), f"{meeting}/rendezvous", rank, world_size, timeout
+    ) as ranks:
         work(run, Path(folder), ranks)
 
 
@@ -130,19 +130,20 @@ def work(run: Run, folder: Path, ranks: Ranks) -> Summary:
     # A data file that is cut while it is read ends the process with SIGBUS: say where.
     if not faulthandler.is_enabled():
         faulthandler.enable(file=sys.__stderr__ or 2)
-    threads = run.trainer.threads or (1 if ranks.world_size > 1 else default_threads())
-    before, chance = torch.get_num_threads(), state.chance(torch.device("cpu"))
-    torch.set_num_threads(threads)
+    before, rng = torch.get_num_threads(), rng_state(torch.device("cpu"))
+    torch.set_num_threads(threads_of(run, ranks))
     try:
         with torch.random.fork_rng(), Signals().listening() as signals:
-            return Trainer(run, folder, ranks, signals).run_all()
+            return train(Job.watched(run, folder, ranks, signals))
     finally:
         torch.set_num_threads(before)
-        state.set_chance(chance, torch.device("cpu"))
+        set_rng_state(rng, torch.device("cpu"))
 
 
-def default_threads() -> int:
-    """Cores for a rank that is alone, unless OMP_NUM_THREADS says otherwise."""
+def threads_of(run: Run, ranks: Ranks) -> int:
+    """CPU threads of a rank: all cores where it is alone, unless OMP_NUM_THREADS says otherwise."""
+    if run.trainer.threads or ranks.world_size > 1:
+        return run.trainer.threads or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else os.cpu_count() or 1
 

@@ -1,6 +1,6 @@
-"""A loss or gradient that is no finite number: found before it reaches the weights, and explained.
+"""A loss or gradient that is not finite: found before it reaches the weights, and explained.
 
-All ranks look at their own loss and at the norms, and agree before any of them steps.
+Every rank looks at its own loss and at the norms; they agree before any of them steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from recurgolf.training.faults import RunFailed
 from recurgolf.training.precision import autocast
 
 if TYPE_CHECKING:
-    from recurgolf.training.trainer import Trainer
+    from recurgolf.settings import TrainerConfig
+    from recurgolf.training.job import Job
+    from recurgolf.training.state import TrainState
 
 FOLDER = "non_finite"
 
@@ -30,7 +32,12 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def accepts(
-    trainer: Trainer, plan: LoopPlan, batches: Batches, loss: Tensor, norms: dict[str, float]
+    job: Job,
+    state: TrainState,
+    plan: LoopPlan,
+    batches: Batches,
+    loss: Tensor,
+    norms: dict[str, float],
 ) -> bool:
     """Whether this step may change the weights; the same answer on every rank. Collective.
 
@@ -38,42 +45,40 @@ def accepts(
         RunFailed: it may not, and `trainer.non_finite` does not let it pass.
     """
     finite = math.isfinite(loss.item()) and all(map(math.isfinite, norms.values()))
-    if trainer.ranks.sums([float(not finite)])[0] == 0:
+    if job.ranks.all_reduce([float(not finite)])[0] == 0:
         return True
-    config = trainer.config
-    trainer.skipped += 1
-    if config.non_finite == "skip" and trainer.skipped <= config.max_skipped:
-        trainer.log.line(
-            f"step {trainer.step + 1}: loss {loss.item():.4g} or a gradient is not finite: skipped "
-            f"({trainer.skipped} of at most {config.max_skipped})"
-        )
+    config = job.run.trainer
+    state.skipped += 1
+    words = f"step {state.step + 1}: loss {loss.item():.4g} or a gradient is not finite"
+    if config.non_finite == "skip" and state.skipped <= config.max_skipped:
+        job.log.line(f"{words}: skipped ({state.skipped} of at most {config.max_skipped})")
         return False
-    raise RunFailed(_explained(trainer, plan, batches, loss))
+    raise RunFailed(job.guard.diagnosis(job, state, plan, batches, loss) or words)
 
 
-def _explained(trainer: Trainer, plan: LoopPlan, batches: Batches, loss: Tensor) -> str:
-    """Keep every rank's batch and report; the message, on rank 0's findings or the first other's.
+def diagnosis(job: Job, state: TrainState, plan: LoopPlan, batches: Batches, loss: Tensor) -> str:
+    """Keep every rank's batch and report; the message tells of the first rank that saw something.
 
     Collective.
     """
-    folder = trainer.folder / FOLDER
+    folder, rank = job.folder / FOLDER, job.ranks.rank
     folder.mkdir(exist_ok=True)
-    report = examine(trainer, plan, batches)
-    report |= {"step": trainer.step + 1, "rank": trainer.ranks.rank, "loss": loss.item()}
-    _keep(folder, trainer.ranks.rank, batches, report)
-    reports = trainer.ranks.gathered(report)
+    report = examine(job, state.model, plan, batches)
+    report |= {"step": state.step + 1, "rank": rank, "loss": loss.item()}
+    _keep(folder, rank, batches, report)
+    reports = job.ranks.all_gather(report)
     worst = next((r for r in reports if r["parameters"]), reports[0])
-    return _message(trainer, worst, folder)
+    return _message(job.run.trainer, state.skipped, worst, folder)
 
 
-def examine(trainer: Trainer, plan: LoopPlan, batches: Batches) -> dict[str, Any]:
+def examine(job: Job, model: Transformer, plan: LoopPlan, batches: Batches) -> dict[str, Any]:
     """Run a batch again on a copy of the weights and look where numbers stop being finite.
 
     Returns:
         `forward` and `backward`: the first visit whose state, or the gradient of it, is not
         finite (None: all are); `parameters`: name -> counts of non-finite weights and gradients.
     """
-    model: Transformer = copy.deepcopy(trainer.model)
+    model = copy.deepcopy(model)
     model.zero_grad(set_to_none=True)
     forward: list[int] = []
     backward: list[int] = []
@@ -90,8 +95,8 @@ def examine(trainer: Trainer, plan: LoopPlan, batches: Batches) -> dict[str, Any
 
     model.hidden = functools.partial(model.hidden, observe=seen)  # type: ignore[method-assign]
     for x, y in batches:
-        with autocast(trainer.precision, trainer.device):
-            loss = model(x.to(trainer.device), plan, y.to(trainer.device))
+        with autocast(job.precision, job.device):
+            loss = model(x.to(job.device), plan, y.to(job.device))
         loss.backward()
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -134,7 +139,7 @@ def _keep(folder: Path, rank: int, batches: Batches, report: dict[str, Any]) -> 
     (folder / f"report_rank{rank}.json").write_text(text + "\n")
 
 
-def _message(trainer: Trainer, report: dict[str, Any], folder: Path) -> str:
+def _message(config: TrainerConfig, skipped: int, report: dict[str, Any], folder: Path) -> str:
     where = []
     for name, words in (("forward", "state behind"), ("backward", "gradient of the state behind")):
         visit = report[name]
@@ -154,11 +159,9 @@ def _message(trainer: Trainer, report: dict[str, Any], folder: Path) -> str:
         )
     if not where:
         where.append("nothing when the batch is run again: the fault was in the gradients alone")
-    policy = trainer.config.non_finite
     remedy = (
-        f"this was skip number {trainer.skipped} of at most trainer.max_skipped="
-        f"{trainer.config.max_skipped}"
-        if policy == "skip"
+        f"this was skip number {skipped} of at most trainer.max_skipped={config.max_skipped}"
+        if config.non_finite == "skip"
         else "trainer.non_finite=skip passes over such steps; a lower rate may prevent them"
     )
     return (
@@ -167,4 +170,4 @@ def _message(trainer: Trainer, report: dict[str, Any], folder: Path) -> str:
     )
 
 
-__all__ = ["accepts", "examine"]
+__all__ = ["Batches", "accepts", "diagnosis", "examine"]

@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recurgolf import __version__
 from recurgolf.artifact import pack
-from recurgolf.artifact.code import PACKED_NAME, codes_of
+from recurgolf.artifact.code import PACKED_NAME
 from recurgolf.artifact.ledger import add_actual, to_json
 from recurgolf.config import to_dict
 from recurgolf.data import Dataset
 from recurgolf.disk import writing
-from recurgolf.log import Log
-from recurgolf.plan import Plan
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
-from recurgolf.training.clock import Clock
+
+if TYPE_CHECKING:
+    from recurgolf.training.job import Job
 
 ARTIFACT = "artifact.bin"
 LEDGER = "ledger.json"
 
 
-def write_artifact(
-    run: Run,
-    folder: Path,
-    stored: QuantizedState,
-    dataset: Dataset,
-    plan: Plan,
-    clock: Clock,
-    log: Log,
-) -> None:
-    """Write artifact.bin, score.py and ledger.json (rank 0); the plan's lines get actual bytes.
+def write_artifact(job: Job, stored: QuantizedState) -> None:
+    """Write artifact.bin, the counted code and ledger.json; the plan's lines get actual bytes.
 
     Args:
-        stored: what `quantize_model` gave.
-        dataset: whose tokenizer and text the artifact names.
+        stored: what `quantize_model` gave (rank 0).
     """
-    with clock.phase("packing"):
-        log.line("packing the artifact ...")
-        table = pack(folder / ARTIFACT, metadata(run, dataset), stored, run.artifact.codec)
-        codes = codes_of(run)
-        with writing(folder / PACKED_NAME, codes.counted.packed_bytes):
-            codes.write(folder)
+    run, folder, plan = job.run, job.folder, job.plan
+    with job.clock.phase("packing"):
+        job.log.line("packing the artifact ...")
+        header = metadata(run, job.dataset)
+        table = pack(folder / ARTIFACT, header, stored, run.artifact.codec)
+        with writing(folder / PACKED_NAME, plan.code_bytes):
+            plan.code.write(folder)
     for line in table.render().splitlines():
-        log.line(line)
+        job.log.line(line)
     add_actual(plan.lines, table.tensors, table.header_bytes)
-    ledger = to_json(plan.lines, codes.to_json(), run.budget.artifact_bytes, table)
+    ledger = to_json(plan.lines, plan.code.to_json(), run.budget.artifact_bytes, table)
     if stored.filled is not None:
         ledger["filled"] = stored.filled.to_json()
     text = json.dumps(ledger, indent=1) + "\n"

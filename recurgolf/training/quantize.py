@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from recurgolf.data import Dataset
-from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
 from recurgolf.quant import QuantAware, QuantizedState, TensorRule, dequantize_state, quantize_state
 from recurgolf.run import Run
-from recurgolf.training.calibration import check_calibration, collect_grams, share
-from recurgolf.training.clock import Clock
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.calibration import (
+    broadcast_weights,
+    check_calibration,
+    collect_grams,
+)
 from recurgolf.training.filling import fill_rules
+
+if TYPE_CHECKING:
+    from recurgolf.training.job import Job
 
 
 def packed_state(model: Transformer) -> dict[str, Tensor]:
@@ -42,9 +46,7 @@ def prepare_quantization(run: Run, model: Transformer, dataset: Dataset) -> Quan
     return run.quant.qat.build(model, grids, looped, ahead=run.trainer.compile)
 
 
-def quantize_model(
-    run: Run, model: Transformer, dataset: Dataset, ranks: Ranks, clock: Clock, log: Log
-) -> QuantizedState | None:
+def quantize_model(job: Job, model: Transformer) -> QuantizedState | None:
     """Quantize the model's present weights; every rank calibrates, rank 0 alone quantizes.
 
     The model has its own weights again afterwards.
@@ -52,83 +54,65 @@ def quantize_model(
     Returns:
         The stored tensors on rank 0, None elsewhere.
     """
-    rules = rules_of(run, model)
-    if not run.quant.fill_budget:
-        return _by_rules(run, model, rules, dataset, ranks, clock, log)
-    grams = _calibrated(run, model, dataset, weights_under("gptq", rules), ranks, clock, log)
-    filled = fill_rules(run, packed_state(model), rules, grams, dataset, ranks, clock, log)
-    stored = _by_rules(run, model, filled.rules, dataset, ranks, clock, log)
+    rules = rules_of(job.run, model)
+    if not job.run.quant.fill_budget:
+        return _by_rules(job, model, rules)
+    grams = _calibrated(job, model, weights_under("gptq", rules))
+    filled = fill_rules(job, packed_state(model), rules, grams)
+    stored = _by_rules(job, model, filled.rules)
     if stored is not None:
         stored.filled = filled
     return stored
 
 
 def _by_rules(
-    run: Run,
-    model: Transformer,
-    rules: Mapping[str, TensorRule],
-    dataset: Dataset,
-    ranks: Ranks,
-    clock: Clock,
-    log: Log,
+    job: Job, model: Transformer, rules: Mapping[str, TensorRule]
 ) -> QuantizedState | None:
     wanted = weights_under("gptq", rules)
     state = packed_state(model)
-    core = [name for name in _looped(run, rules) if name in state]
-    if not (run.quant.calibration.two_phase and set(core) & set(wanted)):
-        grams = _calibrated(run, model, dataset, wanted, ranks, clock, log)
-        return _quantized(state, rules, grams, ranks, clock, log)
+    core = [name for name in _looped(job.run, rules) if name in state]
+    if not (job.run.quant.calibration.two_phase and set(core) & set(wanted)):
+        return _quantized(job, state, rules, _calibrated(job, model, wanted))
     before = {name: tensor.clone() for name, tensor in state.items()}
     flat = {name: tensor for name, tensor in before.items() if name not in core}
     rest = {name: before[name] for name in core}
-    names = [name for name in wanted if name in flat]
-    grams = _calibrated(run, model, dataset, names, ranks, clock, log)
-    first = _quantized(flat, rules, grams, ranks, clock, log)
+    grams = _calibrated(job, model, [name for name in wanted if name in flat])
+    first = _quantized(job, flat, rules, grams)
     try:
+        # The core is calibrated on what the rest makes of its inputs once that is quantized.
         parameters = {name for name, _ in model.named_parameters()} & flat.keys()
         values = dequantize_state(first) if first is not None else flat
-        share(model, {name: values[name] for name in parameters}, ranks)
-        names = [name for name in wanted if name in rest]
-        grams = _calibrated(run, model, dataset, names, ranks, clock, log)
+        broadcast_weights(model, {name: values[name] for name in parameters}, job.ranks)
+        grams = _calibrated(job, model, [name for name in wanted if name in rest])
     finally:
         model.load_state_dict(before, strict=False)
-    second = _quantized(rest, rules, grams, ranks, clock, log)
+    second = _quantized(job, rest, rules, grams)
     return None if first is None or second is None else first.joined(second)
 
 
-def _calibrated(
-    run: Run,
-    model: Transformer,
-    dataset: Dataset,
-    names: list[str],
-    ranks: Ranks,
-    clock: Clock,
-    log: Log,
-) -> dict[str, Tensor]:
+def _calibrated(job: Job, model: Transformer, names: list[str]) -> dict[str, Tensor]:
     """Gram matrices for these weights; time with training data counts as calibration."""
     if not names:
         return {}
-    calibration = run.quant.calibration
-    with clock.phase("calibration" if calibration.reads_training_data else "quantization"):
-        log.line(f"calibrating {len(names)} weights on {calibration.sequences} sequences ...")
-        return collect_grams(run, model, dataset, names, ranks)
+    calibration = job.run.quant.calibration
+    with job.clock.phase("calibration" if calibration.reads_training_data else "quantization"):
+        job.log.line(f"calibrating {len(names)} weights on {calibration.sequences} sequences ...")
+        return collect_grams(job, model, names)
 
 
 def _quantized(
+    job: Job,
     state: Mapping[str, Tensor],
     rules: Mapping[str, TensorRule],
     grams: Mapping[str, Tensor],
-    ranks: Ranks,
-    clock: Clock,
-    log: Log,
 ) -> QuantizedState | None:
-    if not ranks.is_first:
+    if not job.ranks.is_first:
         return None
-    with clock.phase("quantization"), torch.no_grad():
+    with job.clock.phase("quantization"), torch.no_grad():
         stored = quantize_state(state, {name: rules[name] for name in state}, grams)
     for report in stored.reports:
         if report.retries:
-            log.line(
+            job.log.line(
                 f"gptq: the Gram matrix of {report.name} was not positive definite; its damping "
                 f"was raised {report.retries} time(s), to {report.damping:g}"
             )

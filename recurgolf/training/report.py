@@ -1,63 +1,55 @@
-"""What a finished run says: where it was measured, the table of bytes, the result."""
+"""What a finished run leaves and says: errors along the visits, scores, the table of bytes."""
 
 from __future__ import annotations
 
 import io
-import os
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from recurgolf.artifact.code import PACKED_NAME
 from recurgolf.artifact.ledger import Line
+from recurgolf.audit import audit_at_the_end
 from recurgolf.config import kind_of
+from recurgolf.eval.several import write_scores
 from recurgolf.run import Run
-from recurgolf.training.summary import Summary
+from recurgolf.seal import seal
+from recurgolf.training.packing import ARTIFACT
+from recurgolf.training.trajectory import trajectory, trajectory_lines, validation_windows
 
 if TYPE_CHECKING:
-    from recurgolf.training.trainer import Trainer
+    from recurgolf.training.finish import Outcome
+    from recurgolf.training.job import Job
+    from recurgolf.training.summary import Summary
 
 
-def environment(trainer: Trainer) -> dict[str, Any]:
-    """Where the figures were measured; no figure compares without it."""
-    device = trainer.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "device": name,
-        "ranks": trainer.ranks.world_size,
-        "threads": torch.get_num_threads(),
-        "precision": trainer.precision,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def show(trainer: Trainer, summary: Summary, lines: list[Line]) -> None:
-    """The result table, on the console and in train.log."""
-    log = trainer.log
+def full_report(job: Job, summary: Summary, outcome: Outcome) -> None:
+    """Write scores/ and summary.json, tell tracker and console, audit if asked to (rank 0)."""
+    run, folder, log = job.run, job.folder, job.log
+    gap = summary.val_bpb - summary.pre_quant_val_bpb
+    ids = validation_windows(job.dataset.validation_tokens(), run.trainer.seq_len)
+    summary.trajectory = trajectory(outcome.exact, outcome.packed, run.eval_plan, ids, gap)
+    for line in trajectory_lines(summary.trajectory):
+        log.line(line)
+    write_scores(folder, outcome.scores, outcome.protocols, job.dataset.fingerprint)
+    summary.write(folder)
+    job.tracker.summary({**summary.to_dict(), "quantization_gap": gap})
+    for file in (folder / ARTIFACT, folder / "run.json"):
+        facts = {"val_bpb": summary.val_bpb, "fingerprint": summary.fingerprint}
+        job.tracker.log_artifact(file, f"{run.name}-{run.seed}-{file.stem}", facts)
     page = io.StringIO()
     for console in filter(None, (log.console, Console(file=page, width=100))):
-        console.print(byte_table(summary, lines))
-        for text in result_lines(trainer.run, summary, trainer.dataset.anchors):
+        console.print(byte_table(summary, job.plan.lines))
+        for text in result_lines(run, summary, job.dataset.anchors):
             console.print(text, markup=False, highlight=False)
     log.note(page.getvalue().rstrip())
+    for line in cap_lines(summary.caps):
+        log.line(line)
+    seal(folder)
+    if run.eval.audit:
+        audit_at_the_end(folder, log)
 
 
 def byte_table(summary: Summary, lines: list[Line]) -> Table:
@@ -103,3 +95,16 @@ def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[
         text.append(f"on this text    {held} (bits per raw byte)")
     text.append(f"everything in   {summary.folder}")
     return text
+
+
+def cap_lines(caps: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for every cap that there is."""
+    return [
+        f"cap {name:<12}{cap['used']:.0f} of {cap['seconds']:.0f} s "
+        f"({' + '.join(cap['phases'])}){'' if cap['kept'] else ': BROKEN'}"
+        for name, cap in caps.items()
+        if cap["seconds"] is not None
+    ]
+
+
+__all__ = ["full_report", "result_lines"]

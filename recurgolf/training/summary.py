@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from recurgolf.disk import writing
 
+if TYPE_CHECKING:
+    from recurgolf.training.job import Job
+
 FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came before the end of a run: its training, and the score of the weights as they are.
+
+    Attributes:
+        skipped: steps left out because a loss or gradient was not finite.
+        val_bpb: before packing.
+    """
+
+    steps: int
+    tokens: int
+    skipped: int
+    val_bpb: float
 
 
 @dataclass
@@ -81,3 +103,32 @@ class Summary:
     @classmethod
     def read(cls, folder: Path) -> Summary:
         return cls(**json.loads((Path(folder) / FILE).read_text()))
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """Where the figures were measured; no figure compares without it."""
+    device = job.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "ranks": job.ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": job.precision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+__all__ = ["Summary", "Trained", "environment"]

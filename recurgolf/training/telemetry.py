@@ -26,8 +26,10 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.training.network import uncompiled
 
 if TYPE_CHECKING:
+    from recurgolf.data import Dataset
     from recurgolf.data.byte_count import ByteCount
-    from recurgolf.training.trainer import Trainer
+    from recurgolf.training.job import Job
+    from recurgolf.training.state import TrainState
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -42,25 +44,26 @@ VALIDATION_WINDOWS = 16
 """Windows of the validation text, from its beginning, on which the passes are compared."""
 
 
-def curves(trainer: Trainer, plan: LoopPlan, moment: str) -> dict[str, float]:
+def curves(job: Job, state: TrainState, plan: LoopPlan, moment: str) -> dict[str, float]:
     """The `loop/…` figures that `trainer.telemetry` asks for at this moment; {} for none.
 
     Args:
         plan: the visits to watch.
         moment: log | validation.
     """
-    if moment not in LEVELS[trainer.config.telemetry] or not trainer.ranks.is_first:
+    config, model, dataset = job.run.trainer, state.model, job.dataset
+    if moment not in LEVELS[config.telemetry] or not job.ranks.is_first:
         return {}
-    with trainer.clock.phase("validation"), uncompiled(), undisturbed(trainer.model):
-        found = visit_curves(trainer.model, plan, *watched_batch(trainer))
+    with job.clock.phase("validation"), uncompiled(), undisturbed(model):
+        found = visit_curves(model, plan, *watched_batch(dataset, config.seq_len, job.device))
         if moment == "validation":
             found |= bpb_by_passes(
-                trainer.model,
-                trainer.run.looping,
-                trainer.dataset.validation_tokens(),
-                trainer.dataset.byte_count,
-                seq_len=trainer.config.seq_len,
-                sidecar=trainer.dataset.val_byte_sidecar,
+                model,
+                job.run.looping,
+                dataset.validation_tokens(),
+                dataset.byte_count,
+                seq_len=config.seq_len,
+                sidecar=dataset.val_byte_sidecar,
             )
     return found
 
@@ -68,21 +71,20 @@ def curves(trainer: Trainer, plan: LoopPlan, moment: str) -> dict[str, float]:
 @contextmanager
 def undisturbed(model: Transformer) -> Iterator[None]:
     """Evaluation mode and a random state that are both put back."""
-    training, chance = model.training, torch.get_rng_state()
+    training, rng = model.training, torch.get_rng_state()
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        torch.set_rng_state(chance)
+        torch.set_rng_state(rng)
 
 
-def watched_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [rows, seq_len]: the first tokens of the training text."""
-    length = trainer.config.seq_len
-    tokens = Shard(trainer.dataset.train_shards[0])
+def watched_batch(dataset: Dataset, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [rows, length]: the first tokens of the training text."""
+    tokens = Shard(dataset.train_shards[0])
     rows = max(1, min(ROWS, (len(tokens) - 1) // length))
-    ids = torch.from_numpy(tokens[: rows * length + 1].astype(np.int64)).to(trainer.device)
+    ids = torch.from_numpy(tokens[: rows * length + 1].astype(np.int64)).to(device)
     count = len(ids) - 1
     return ids[:-1].view(rows, count // rows), ids[1:].view(rows, count // rows)
 

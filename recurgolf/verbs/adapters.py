@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +20,10 @@ from recurgolf import adapters
 from recurgolf.adapters import Adapter
 from recurgolf.adapters.attach import linear_modules
 from recurgolf.config import ConfigError
-from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
-from recurgolf.plan import make_plan
 from recurgolf.run import Run
-from recurgolf.training import checkpoint
 from recurgolf.training.base import FinishedRun, read_finished
-from recurgolf.training.clock import Clock
-from recurgolf.training.distributed import Ranks
-from recurgolf.training.packing import write_artifact
-from recurgolf.training.quantize import quantize_model
+from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
 
 OVERRIDABLE = ("quant", "data")
 """Parts of the Run that `load` and `merge` can exchange: how the result is packed."""
@@ -58,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         verb.add_argument("adapter", type=Path, help="folder with adapter_model.safetensors")
         verb.add_argument("dest", type=Path, help="folder to be made")
         verb.add_argument("overrides", nargs="*", help="of quant and data, as in quant=none")
+        verb.add_argument("--score", action="store_true", help="score the file: summary.json")
     merge.add_argument(
         "--untie",
         action="store_true",
@@ -124,7 +117,7 @@ def _blend(asked: argparse.Namespace) -> int:
 
 
 def _write_run(asked: argparse.Namespace, found: FinishedRun, run: Run, model: Transformer) -> None:
-    """A run folder of a model that no training has made; it appears when it is whole."""
+    """A run folder of a model that no training has made."""
     from recurgolf.composing import compose_parts
 
     for override in asked.overrides:
@@ -133,35 +126,22 @@ def _write_run(asked: argparse.Namespace, found: FinishedRun, run: Run, model: T
     # Nothing trains here, and what was trained alone before is a whole model now.
     run.trainer = dataclasses.replace(run.trainer, trainable="all", base=None)
     run = compose_parts(run, asked.overrides) if asked.overrides else Run.from_dict(run.to_dict())
-    log = Log(None)
-    dataset = run.data.prepare(log.line)
-    if dataset.tokenizer.sha256 != found.tokenizer:
-        raise ConfigError(
-            f"{asked.run} was trained with tokenizer {found.tokenizer[:12]}…, the data has "
-            f"{dataset.tokenizer.sha256[:12]}…"
-        )
-    folder: Path = asked.dest
-    draft = folder.parent / f".{folder.name}.{os.getpid()}"
-    draft.mkdir(parents=True)
-    try:
-        run.write(draft)
-        state = {"fingerprint": run.fingerprint, "run": run.to_dict(), "tokens": 0}
-        checkpoint.save(draft / "checkpoints", 0, {"model": dict(model.state_dict())}, state)
-        clock = Clock()
-        stored = quantize_model(run, model, dataset, Ranks(), clock, log)
-        assert stored is not None
-        write_artifact(run, draft, stored, dataset, make_plan(run), clock, log)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    log.line(f"{run.plan(1.0).describe()}: {sum(p.numel() for p in model.parameters()):,} weights")
-    log.line(f"folder: {folder} (recurgolf evaluate {folder})")
+    with new_folder(run, asked.dest) as job:
+        tokenizer = job.dataset.tokenizer.sha256
+        if tokenizer != found.tokenizer:
+            raise ConfigError(
+                f"{asked.run} was trained with tokenizer {found.tokenizer[:12]}…, the data has "
+                f"{tokenizer[:12]}…"
+            )
+        keep_weights(job, model, {})
+        (pack_and_score if asked.score else pack)(job, model)
+        weights = sum(p.numel() for p in model.parameters())
+        job.log.line(f"{run.plan(1.0).describe()}: {weights:,} weights")
+        job.log.line(f"folder: {asked.dest} (recurgolf evaluate {asked.dest})")
 
 
 def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
+    check_new(folder)
     if not folder.resolve().parent.is_dir():
         raise ConfigError(f"{folder.resolve().parent} is no folder: {folder} cannot be made in it")
 

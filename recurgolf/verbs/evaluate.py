@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recurgolf.artifact import ArtifactError, load
 from recurgolf.artifact.decode import MissingLibrary
-from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild, text_of
+from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
 from recurgolf.data.shard_fingerprints import check_unchanged
@@ -19,6 +19,7 @@ from recurgolf.eval.ttt import SgdEval
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.seal import resealing
+from recurgolf.training.job import Job
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 
@@ -47,19 +48,20 @@ def main(arguments: Sequence[str]) -> int:
     finished = Run.read(asked.folder)
     run, protocols = _asked(finished, asked.overrides)
     log = Log(None, stderr=asked.json)
+    job = Job.watched(run, asked.folder, log=log)
     path = asked.folder / "artifact.bin"
     if not path.exists():
         raise ConfigError(f"{asked.folder} has no artifact.bin: the run did not finish")
     try:
         scorable = rebuild(load(path))
         check_run(scorable.metadata, finished)
-        dataset = run.data.prepare(log.line)
+        dataset = job.dataset
         check_data(scorable.metadata, dataset)
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{path}: {error}") from None
     if dataset.fingerprint != scorable.metadata["text"]:
         log.line(f"{dataset.folder}: another text than the run's own; figures do not compare")
-    found = _scored(scorable, dataset, protocols, log)
+    found = _scored(job, scorable, protocols)
     check_unchanged(dataset.files)
     entries = {name: entry_of(score, dataset) for name, score in found.items()}
     for name, score in found.items():
@@ -75,19 +77,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _scored(
-    scorable: Scorable, dataset: Dataset, protocols: dict[str, Eval], log: Log
-) -> dict[str, Score]:
-    text = text_of(dataset)
+def _scored(job: Job, scorable: Scorable, protocols: dict[str, Eval]) -> dict[str, Score]:
+    text = job.text
     for name, protocol in protocols.items():
         protocol.check_model(scorable.model.config, scorable.looping)
         protocol.check(text.num_targets, protocol.seq_len or scorable.seq_len)
         if isinstance(protocol, SgdEval) and protocol.chunk_tokens >= text.num_targets:
-            log.line(
+            job.log.line(
                 f"{name}: eval.chunk_tokens={protocol.chunk_tokens} holds the whole text, so "
                 "nothing is learned; take smaller chunks"
             )
-    return score_all(protocols, scorable, text, log)
+    return score_all(job, protocols, scorable)
 
 
 def _keep(

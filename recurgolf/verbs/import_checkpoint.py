@@ -1,8 +1,8 @@
 """recurgolf import: somebody's checkpoint becomes a run folder, its weights kept exactly.
 
-The folder has what a finished run has, less what only training makes: no metrics, no summary, and
-a checkpoint at step 0 that holds the weights alone. `artifact.bin` is float32 unless the overrides
-choose a quantizer, so scoring it gives the source's own score.
+The folder has what a finished run has, less what only training makes: no metrics, and a checkpoint
+at step 0 that holds the weights alone; `--score` adds the summary. `artifact.bin` is float32 unless
+the overrides choose a quantizer, so scoring it gives the source's own score.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,16 +17,9 @@ from typing import Any, cast
 from recurgolf import importers
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.data import DataError, Dataset
-from recurgolf.importers import Imported
-from recurgolf.log import Log
 from recurgolf.model.transformer import Transformer
-from recurgolf.plan import make_plan
-from recurgolf.run import Run
-from recurgolf.training import checkpoint
-from recurgolf.training.clock import Clock
-from recurgolf.training.distributed import Ranks
-from recurgolf.training.packing import write_artifact
-from recurgolf.training.quantize import quantize_model
+from recurgolf.training.job import Job
+from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
 
 KEPT_EXACTLY = ("quant=none", "quant.keep_dtype=float32", "artifact/codec=none", "tracker=none")
 """What an import adds to the source's experiment; overrides stand behind it."""
@@ -42,26 +33,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, help="the source's hyper-parameters, a JSON file")
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("overrides", nargs="*", help="of the Run, as in data=shards data.path=…")
+    parser.add_argument("--score", action="store_true", help="score the file: summary.json")
     asked = parser.parse_args(arguments)
     check_request(asked.system, asked.weights, asked.folder)
     settings = read_config(asked.config)
-    log = Log(None)
     given = [f"name=imported_{asked.system}", *KEPT_EXACTLY, *asked.overrides]
     found = importers.load(asked.system, settings, asked.weights, given)
-    run = found.run
-    assert run is not None
-    dataset = prepared(run, log)
+    assert found.run is not None
+    model = cast("Transformer", found.model.get_submodule("transformer"))
     source = {
         "system": asked.system,
         "weights": asked.weights.name,
         "weights_sha256": sha256(asked.weights),
         "config": dict(settings),
     }
-    write_folder(asked.folder, found, dataset, source, log)
-    log.line(f"tokenizer: {dataset.tokenizer.path} ({dataset.tokenizer.sha256[:12]}…), of the data")
-    if found.passed_over:
-        log.line(f"settings without bearing here: {', '.join(found.passed_over)}")
-    log.line(f"folder: {asked.folder}")
+    with new_folder(found.run, asked.folder) as job:
+        tokenizer = prepared(job).tokenizer
+        keep_weights(job, model, {"imported": source})
+        (pack_and_score if asked.score else pack)(job, model)
+        job.log.line(f"tokenizer: {tokenizer.path} ({tokenizer.sha256[:12]}…), of the data")
+        if found.passed_over:
+            job.log.line(f"settings without bearing here: {', '.join(found.passed_over)}")
+        job.log.line(f"folder: {asked.folder}")
     return 0
 
 
@@ -77,8 +70,7 @@ def check_request(system: str, weights: Path, folder: Path) -> None:
         )
     if not weights.is_file():
         raise ConfigError(f"weights {weights}: no such file")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
+    check_new(folder)
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -95,43 +87,20 @@ def read_config(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"config {path}: no JSON ({error})") from None
 
 
-def prepared(run: Run, log: Log) -> Dataset:
+def prepared(job: Job) -> Dataset:
     """The data that the model will be scored on; its tokenizer is noted in the artifact.
 
     Raises:
         ConfigError: data that is not there, or a tokenizer of another size than the token table.
     """
     try:
-        return run.data.prepare(log.line)
+        return job.dataset
     except DataError as error:
         raise ConfigError(
             f"{error}; an import needs the data that the model is scored on, with a tokenizer of "
-            f"the token table's {run.data.vocab_size} pieces: data=shards data.path=FOLDER "
+            f"the token table's {job.run.data.vocab_size} pieces: data=shards data.path=FOLDER "
             "data.tokenizer=FILE"
         ) from None
-
-
-def write_folder(
-    folder: Path, found: Imported, dataset: Dataset, source: Mapping[str, Any], log: Log
-) -> None:
-    """Everything that evaluate, plan and pack read; the folder appears when it is whole."""
-    run = found.run
-    assert run is not None
-    model = cast("Transformer", found.model.get_submodule("transformer"))
-    draft = folder.parent / f".{folder.name}.{os.getpid()}"
-    draft.mkdir(parents=True)
-    try:
-        run.write(draft)
-        state = {"fingerprint": run.fingerprint, "tokens": 0, "imported": dict(source)}
-        checkpoint.save(draft / "checkpoints", 0, {"model": dict(model.state_dict())}, state)
-        clock = Clock()
-        stored = quantize_model(run, model, dataset, Ranks(), clock, log)
-        assert stored is not None
-        write_artifact(run, draft, stored, dataset, make_plan(run), clock, log)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def sha256(path: Path) -> str:

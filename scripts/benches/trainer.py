@@ -11,8 +11,9 @@ from pathlib import Path
 from benches.timing import interleaved, show_ratio
 
 import recurgolf
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.job import Job
 from recurgolf.training.precision import autocast
+from recurgolf.training.state import TrainState
 from recurgolf.training.trainer import Trainer
 
 
@@ -22,35 +23,37 @@ def main(asked: argparse.Namespace) -> None:
     own = ["tracker=offline", "trainer.steps=10000", "budget.train_seconds=null"]
     run = recurgolf.compose([*own, *asked.overrides])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(run, Path(folder), Ranks())
+        job = Job.watched(run, Path(folder))
+        trainer = Trainer(job)
         trainer.setup()
-        model, optimizers, loader = trainer.model, trainer.optimizers, trainer.loader
+        state = trainer.state
+        model, optimizers, loader = state.model, state.optimizers, state.loader
         config, plan = run.trainer, run.plan(0.0)
 
         def bare() -> None:
             x, y = loader.next_batch(config.batch_tokens, 1)
-            with autocast(trainer.precision, trainer.device):
+            with autocast(job.precision, job.device):
                 loss = model(x, plan, y)
             loss.backward()
             optimizers.step(1.0, 0.95, 0.0)
             optimizers.zero_grad()
 
-        with trainer.log.bar("training", 10_000) as bar, trainer.clock.phase("training"):
+        with job.log.bar("training", 10_000) as bar, job.clock.phase("training"):
             times = interleaved(
                 {"bare loop": bare, "trainer": lambda: trainer.advance(bar)}, asked.rounds
             )
-            saving = statistics.median(seconds_to_save(trainer) for _ in range(5))
-        trainer.tracker.finish()
+            saving = statistics.median(seconds_to_save(job, state) for _ in range(5))
+        job.tracker.finish()
     show_ratio("trainer / bare loop", times, "trainer", "bare loop", 1.03)
     share = saving / config.checkpoint_seconds
     print(f"a checkpoint: {1000 * saving:.0f} ms, one every {config.checkpoint_seconds:.0f} s")
     print(f"stall: {share:.2%} of training (at most 5%)")
 
 
-def seconds_to_save(trainer: Trainer) -> float:
+def seconds_to_save(job: Job, state: TrainState) -> float:
     """A checkpoint, on disk when it returns, and the removal of the one before."""
-    trainer.saved_at = -1
-    trainer.step += 1
+    job.guard.saved_at = -1
+    state.step += 1
     began = time.perf_counter()
-    trainer.save()
+    job.guard.save(job, state)
     return time.perf_counter() - began

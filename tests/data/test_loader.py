@@ -99,7 +99,7 @@ def test_a_loader_says_on_what_its_order_depends(numbered, kind):
     config = REGISTRY["data/loader"][kind]()
     rows: dict[str, list] = {}
     for world_size, grad_accum in [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]:
-        words = build(config, numbered).splits(world_size, grad_accum)
+        words = build(config, numbered).order_key(world_size, grad_accum)
         found = starts_of_step(numbered, world_size, grad_accum, 4, config=config)
         found = [sorted(step) for step in found]
         assert rows.setdefault(words, found) == found, (world_size, grad_accum)

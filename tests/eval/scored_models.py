@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recurgolf.eval import Score, ScoredModel, Text, score
+from recurgolf.eval import RankShare, Score, ScoredModel, Text, score
 from recurgolf.looping import Looping, NoLooping
 from recurgolf.model.transformer import Model
 
@@ -74,9 +74,7 @@ def score_on_ranks(protocol, scored_model, text, world_size, **options) -> list[
             protocol,
             scored_model,
             text,
-            rank=rank,
-            world_size=world_size,
-            all_reduce=all_reduce,
+            share=RankShare(rank, world_size, all_reduce),
             **options,
         )
 

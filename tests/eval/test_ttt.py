@@ -11,7 +11,7 @@ import torch
 import recurgolf
 from recurgolf.config import REGISTRY, ConfigError, kind_of
 from recurgolf.data import ByteCount
-from recurgolf.eval import Eval, Score, ScoredModel, Text, score
+from recurgolf.eval import Eval, RankShare, Score, ScoredModel, Text, score
 from recurgolf.eval.ttt import DocumentLoraEval, PhasedEval, ReconstructEval, SgdEval
 from recurgolf.eval.ttt.descent import Descent
 from recurgolf.eval.ttt.row_adapters import DocumentLora
@@ -172,9 +172,8 @@ def in_threads(protocol: Eval, ranks: int) -> list[Score]:
             barrier.wait()
             return total
 
-        results[rank] = run(
-            protocol, subjects[rank], text(), rank=rank, world_size=ranks, all_reduce=all_reduce
-        )
+        share = RankShare(rank, ranks, all_reduce)
+        results[rank] = run(protocol, subjects[rank], text(), share=share)
 
     first = scored_model()
     subjects = [dataclasses.replace(first, model=copy.deepcopy(first.model)) for _ in range(ranks)]

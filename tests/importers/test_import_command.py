@@ -102,7 +102,8 @@ def test_the_folder_is_a_finished_runs_without_its_training(folder, source):
     assert run.optimizer == source.run.optimizer
     scored = {"evals.json", "scores"}  # what evaluate leaves, wherever it ran before
     found = {p.name for p in folder.iterdir()} - scored
-    assert found == {"run.json", "checkpoints", "artifact.bin", "score.py", "ledger.json"}
+    files = {"run.json", "train.log", "checkpoints", "artifact.bin", "score.py", "ledger.json"}
+    assert found == files
     parts, state = checkpoint.load(folder / "checkpoints" / "step_000000")
     expected = source.model.transformer.state_dict()
     assert parts["model"].keys() == expected.keys()

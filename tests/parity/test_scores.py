@@ -10,7 +10,7 @@ from recurgolf import importers
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import PlainEval, ScoredModel, SlidingEval, Text, score
+from recurgolf.eval import PlainEval, RankShare, ScoredModel, SlidingEval, Text, score
 
 SLIDING = {
     "per_iteration_lora": {"whole_windows": True},
@@ -67,7 +67,7 @@ def subjects():
 def test_recorded_weights_have_the_recorded_score(system, number, how, text, subjects):
     scored_model, protocol = subjects[system], protocol_of(system, how)
     world = how["world_size"]
-    shares = [score(protocol, scored_model, text, rank=r, world_size=world) for r in range(world)]
+    shares = [score(protocol, scored_model, text, share=RankShare(r, world)) for r in range(world)]
     nats, tokens, num_bytes = (
         sum(getattr(share, name) for share in shares) for name in ("nats", "tokens", "bytes")
     )

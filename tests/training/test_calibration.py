@@ -33,8 +33,7 @@ from recurgolf.training.calibration import (
     layers_of,
     readout_name,
 )
-from recurgolf.training.clock import Clock
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.job import Job
 from recurgolf.training.quantize import quantize_model, rules_of, weights_under
 from recurgolf.verbs.pack import weights_of
 
@@ -45,7 +44,11 @@ GPTQ = (
     "quant.calibration.batch=2",
     *("trainer.steps=8", "trainer.log_every=4"),
 )
-SILENT = Log(None, False)
+
+
+def silent(run):
+    """A job that only computes."""
+    return Job.watched(run, Path(), log=Log(None, False))
 
 
 def text_of(run, dataset, model):
@@ -157,7 +160,7 @@ def test_visits_of_a_looped_network_pooled_by_hand_equal_the_hooks(trained, monk
     visit_weights = [0.25, 2.0]
     run = other(run, visit_weights=visit_weights)
     names = weights_under("gptq", rules_of(run, model))
-    grams = collect_grams(run, model, dataset, names, Ranks())
+    grams = collect_grams(silent(run), model, names)
     assert set(grams) == set(names) and "embed.weight" in names
     rows = text_of(run, dataset, model).training_rows(range(6), 64, 6)
     assert len({tuple(row.tolist()) for row in rows}) == 6
@@ -177,23 +180,23 @@ def test_visits_of_a_looped_network_pooled_by_hand_equal_the_hooks(trained, monk
 
 
 def test_adapters_are_active(trained):
-    run, model, dataset = trained
+    run, model, _ = trained
     run = other(run)
     names = [n for n in weights_under("gptq", rules_of(run, model)) if ".o_proj." in n]
-    with_them = collect_grams(run, model, dataset, names, Ranks())
+    with_them = collect_grams(silent(run), model, names)
     adapters, model.adapters = model.adapters, None
-    without = collect_grams(run, model, dataset, names, Ranks())
+    without = collect_grams(silent(run), model, names)
     model.adapters = adapters
     for name in names:
         assert not torch.allclose(with_them[name], without[name], rtol=1e-3)
 
 
 def test_gptq_beats_rounding_on_every_layer(trained):
-    run, model, dataset = trained
+    run, model, _ = trained
     run = other(run, sequences=24)
     rules = rules_of(run, model)
     names = weights_under("gptq", rules)
-    grams = collect_grams(run, model, dataset, names, Ranks())
+    grams = collect_grams(silent(run), model, names)
     assert len(names) >= 13
     for name in names:
         weight, spec = model.get_parameter(name).detach(), rules[name].grid
@@ -204,7 +207,7 @@ def test_gptq_beats_rounding_on_every_layer(trained):
 
 
 def test_two_phases_calibrate_the_core_on_the_network_quantized_elsewhere(trained, monkeypatch):
-    run, model, dataset = trained
+    run, model, _ = trained
     run = other(run, two_phase=True)
     rules = rules_of(run, model)
     names = weights_under("gptq", rules)
@@ -213,12 +216,12 @@ def test_two_phases_calibrate_the_core_on_the_network_quantized_elsewhere(traine
     before = {n: t.clone() for n, t in model.state_dict().items()}
     seen = []
 
-    def spied(run, model, dataset, names, ranks):
+    def spied(job, model, names):
         seen.append((sorted(names), {n: t.clone() for n, t in model.state_dict().items()}))
-        return collect_grams(run, model, dataset, names, ranks)
+        return collect_grams(job, model, names)
 
     monkeypatch.setattr("recurgolf.training.quantize.collect_grams", spied)
-    stored = quantize_model(run, model, dataset, Ranks(), Clock(), SILENT)
+    stored = quantize_model(silent(run), model)
     assert stored is not None and set(stored) == set(before)
     assert [names for names, _ in seen] == [sorted(flat), sorted(core)]
     values = dequantize_state(stored)
@@ -227,7 +230,7 @@ def test_two_phases_calibrate_the_core_on_the_network_quantized_elsewhere(traine
         assert torch.equal(weight, expected), name
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), f"{name} was not put back"
-    grams = collect_grams(run, model, dataset, core, Ranks())
+    grams = collect_grams(silent(run), model, core)
     (one_phase,) = gptq_quantize_many([before[core[0]]], [grams[core[0]]], rules[core[0]].grid)
     assert not torch.equal(one_phase.codes, stored[core[0]].codes)
 
@@ -321,13 +324,13 @@ def test_a_failed_factorisation_is_in_the_log(monkeypatch, capsys):
     bad[0, 1] = bad[1, 0] = 1.05
     monkeypatch.setattr(
         "recurgolf.training.quantize.collect_grams",
-        lambda run, model, dataset, names, ranks: {
+        lambda job, model, names: {
             n: bad if s == 32 else torch.eye(s)
             for n in names
             if (s := model.get_parameter(n).shape[1])
         },
     )
-    stored = quantize_model(run, model, None, Ranks(), Clock(), Log(None))  # type: ignore[arg-type]
+    stored = quantize_model(Job.watched(run, Path(), log=Log(None)), model)
     from recurgolf.training.quantize import quantization_summary
 
     assert stored is not None

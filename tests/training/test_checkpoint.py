@@ -9,7 +9,7 @@ from recurgolf.training import checkpoint
 def saved(folder, step=3):
     parts = {
         "model": {"a": torch.randn(3, 4), "half": torch.randn(5).bfloat16()},
-        "chance": {"torch": torch.get_rng_state()},
+        "rng": {"torch": torch.get_rng_state()},
     }
     return parts, checkpoint.save(folder, step, parts, {"fingerprint": "f", "loader": {"n": 7}})
 

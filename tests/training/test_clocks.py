@@ -10,8 +10,8 @@ from smoke_runs import small, train
 import recurgolf
 from recurgolf.budget import PHASES, Budget, Cap
 from recurgolf.config import ConfigError
-from recurgolf.training.clock import CapWatch, Clock, caps_used
-from recurgolf.training.distributed import Ranks
+from recurgolf.training.clock import Caps, Clock
+from recurgolf.training.job import Job
 from recurgolf.training.trainer import Trainer
 
 
@@ -36,14 +36,14 @@ def test_phases_add_up_and_do_not_overlap():
 def test_a_cap_counts_its_phases_and_no_others():
     budget = Budget(train_seconds=10, caps={"evaluation": Cap(5, ["evaluation"])})
     clock = Clock()
-    clock.load_state_dict({"training": 6, "checkpoint": 1, "calibration": 4, "packing": 100})
-    clock.load_state_dict({"evaluation": 4.5})
-    used = caps_used(budget, clock)
+    clock.add({"training": 6, "checkpoint": 1, "calibration": 4, "packing": 100})
+    clock.add({"evaluation": 4.5})
+    used = Caps(budget, clock, print).used()
     assert (used["training"]["used"], used["training"]["kept"]) == (11, False)
     assert (used["evaluation"]["used"], used["evaluation"]["kept"]) == (4.5, True)
     alone = Budget(train_seconds=10, caps={"training": Cap(None, ["training"])})
-    assert caps_used(alone, clock)["training"]["used"] == 6
-    assert caps_used(Budget(), clock) == {}
+    assert Caps(alone, clock, print).used()["training"]["used"] == 6
+    assert Caps(Budget(), clock, print).used() == {}
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_the_challenge_has_two_caps_of_ten_minutes():
 def test_a_cap_that_will_be_broken_is_told_once():
     said = []
     clock = Clock()
-    clock.load_state_dict({"evaluation": 4.0})
-    watch = CapWatch(Budget(caps={"evaluation": Cap(5, ["evaluation"])}), clock, said.append)
-    watch.expect("evaluation", 0.5, "-")
-    watch.expect("training", 100, "-")
+    clock.add({"evaluation": 4.0})
+    caps = Caps(Budget(caps={"evaluation": Cap(5, ["evaluation"])}), clock, said.append)
+    caps.warn("evaluation", 0.5, "-")
+    caps.warn("training", 100, "-")
     assert said == []
-    watch.expect("evaluation", 2.0, "take fewer windows")
-    watch.expect("evaluation", 3.0, "take fewer windows")
+    caps.warn("evaluation", 2.0, "take fewer windows")
+    caps.warn("evaluation", 3.0, "take fewer windows")
     assert len(said) == 1
     assert "evaluation will take about 6 s" in said[0]
     assert "take fewer windows" in said[0]
@@ -103,20 +103,20 @@ def test_a_run_that_the_clock_will_cut_short_says_so_long_before_and_what_it_use
 
 def test_warm_up_restores_averages_random_states_and_optimizers(tmp_path):
     asked = small("averaging=ema", "trainer.warmup_steps=2", "optimizer.lora_warmup_steps=5")
-    trainer = Trainer(recurgolf.compose(asked), tmp_path, Ranks())
+    trainer = Trainer(Job.watched(recurgolf.compose(asked), tmp_path))
     trainer.setup()
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    averages = {k: v.clone() for k, v in trainer.averager.state_dict().items()}
-    chance, loader = torch.get_rng_state(), trainer.loader.state_dict()
+    before = {k: v.clone() for k, v in trainer.state.model.state_dict().items()}
+    averages = {k: v.clone() for k, v in trainer.state.averager.state_dict().items()}
+    rng, loader = torch.get_rng_state(), trainer.state.loader.state_dict()
     trainer.warm_up()
-    for name, tensor in trainer.model.state_dict().items():
+    for name, tensor in trainer.state.model.state_dict().items():
         assert torch.equal(tensor, before[name])
-    for name, tensor in trainer.averager.state_dict().items():
+    for name, tensor in trainer.state.averager.state_dict().items():
         assert torch.equal(tensor, averages[name])
-    assert trainer.optimizers.state_dict().keys() == {"steps:lora"}
-    assert int(trainer.optimizers.state_dict()["steps:lora"]) == 0
-    assert torch.equal(torch.get_rng_state(), chance)
-    assert trainer.loader.state_dict() == loader
+    assert trainer.state.optimizers.state_dict().keys() == {"steps:lora"}
+    assert int(trainer.state.optimizers.state_dict()["steps:lora"]) == 0
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert trainer.state.loader.state_dict() == loader
 
 
 def graphs() -> int:
@@ -133,17 +133,32 @@ def test_nothing_is_compiled_after_the_clock_starts(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     (tmp_path / "compiled").mkdir()
-    trainer = Trainer(recurgolf.compose(asked), tmp_path / "compiled", Ranks())
+    trainer = Trainer(Job.watched(recurgolf.compose(asked), tmp_path / "compiled"))
     trainer.setup()
     trainer.warm_up()
     warm = graphs()
     assert warm >= 2
     trainer.fit()
     assert graphs() == warm
-    plain = Trainer(recurgolf.compose(small(*late, "trainer.steps=6")), tmp_path, Ranks())
+    plain = Trainer(Job.watched(recurgolf.compose(small(*late, "trainer.steps=6")), tmp_path))
     plain.setup()
     plain.fit()
-    for name, tensor in plain.model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=0, atol=2e-5)
+    for name, tensor in plain.state.model.state_dict().items():
+        torch.testing.assert_close(
+            trainer.state.model.state_dict()[name], tensor, rtol=0, atol=2e-5
+        )
     events = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("train/loss" in event for event in events)
+
+
+def test_a_resumed_run_that_keeps_its_cap_is_not_warned_of_it():
+    """The pace is that of all steps so far, those before the resumption included."""
+    run = recurgolf.compose(small("trainer.steps=100", "budget.train_seconds=20"))
+    said = []
+    clock = Clock()
+    clock.add({"training": 9.0})
+    visits = 50 * run.plan(1.0).num_visits
+    Caps(run.budget, clock, said.append).warn_of_training(run, 50, visits)
+    assert said == []
+    Caps(run.budget, clock, said.append).warn_of_training(run, 50, visits // 2)
+    assert "it will end before step 100" in said[0]

@@ -24,9 +24,10 @@ from recurgolf.data.shards import write_shard
 from recurgolf.log import Log
 from recurgolf.record import read_jsonl
 from recurgolf.training import checkpoint
-from recurgolf.training.distributed import Ranks
 from recurgolf.training.faults import RunFailed, is_out_of_memory, out_of_memory
+from recurgolf.training.job import Job
 from recurgolf.training.trainer import Trainer
+from recurgolf.training.trainer import train as run_training
 
 LONG = ("trainer.steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=50")
 
@@ -115,7 +116,7 @@ def command_of(pid: int) -> str:
 
 def trainer_in(folder: Path, *overrides: str) -> Trainer:
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(recurgolf.compose(small(*overrides)), folder, Ranks())
+    trainer = Trainer(Job.watched(recurgolf.compose(small(*overrides)), folder))
     trainer.setup()
     return trainer
 
@@ -133,10 +134,10 @@ def no_file_larger_than(size: int):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_was_needed(tmp_path):
     trainer = trainer_in(tmp_path / "run", "trainer.steps=2")
-    trainer.save()
+    trainer.job.guard.save(trainer.job, trainer.state)
     trainer.fit()
     with no_file_larger_than(100_000), pytest.raises(RunFailed) as failure:
-        trainer.save()
+        trainer.job.guard.save(trainer.job, trainer.state)
     message = str(failure.value)
     assert str(tmp_path / "run" / "checkpoints" / "step_000002") in message
     parts, _ = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_000000")
@@ -152,7 +153,7 @@ def test_a_record_that_no_longer_fits_ends_the_run_and_what_it_holds_is_whole(tm
     folder.mkdir()
     run = recurgolf.compose(small("trainer.steps=500", "trainer.log_every=1"))
     with no_file_larger_than(9_000), pytest.raises(RunFailed) as failure:
-        Trainer(run, folder, Ranks()).run_all()
+        run_training(Job.watched(run, folder))
     assert f"cannot write {folder / 'metrics.jsonl'}: File too large (it needs" in str(
         failure.value
     )
@@ -184,19 +185,19 @@ def poisoned(trainer: Trainer, step: int, name: str) -> None:
         gradient.view(-1)[5] = float("nan")
         return gradient
 
-    dict(trainer.model.named_parameters())[name].register_hook(spoil)
+    dict(trainer.state.model.named_parameters())[name].register_hook(spoil)
 
 
 def test_a_non_finite_state_stops_the_run_with_the_batch_and_a_report(tmp_path):
     trainer = trainer_in(tmp_path / "run", "trainer.steps=6", "trainer.grad_accum=2")
-    healthy = trainer.optimizers.step
+    healthy = trainer.state.optimizers.step
 
     def break_a_weight(*asked):
         healthy(*asked)
         if trainer.step == 2:
-            trainer.model.blocks[1].mlp.up_proj.weight.data[3, 4] = float("inf")
+            trainer.state.model.blocks[1].mlp.up_proj.weight.data[3, 4] = float("inf")
 
-    trainer.optimizers.step = break_a_weight
+    trainer.state.optimizers.step = break_a_weight
     with pytest.raises(RunFailed, match=r"step 4: .* visit 1 \(block 1, time 1\)") as failure:
         trainer.fit()
     kept = tmp_path / "run" / "non_finite"
@@ -225,20 +226,20 @@ def test_skipping_leaves_the_weights_alone_counts_and_has_a_limit(tmp_path):
     poisoned(trainer, 3, name)
     seen = {}
 
-    def remember(optimizers, *asked, before=trainer.optimizers.step):
+    def remember(optimizers, *asked, before=trainer.state.optimizers.step):
         seen[trainer.step + 1] = True
         before(*asked)
 
-    trainer.optimizers.step = remember.__get__(trainer.optimizers)
+    trainer.state.optimizers.step = remember.__get__(trainer.state.optimizers)
     trainer.fit()
     assert sorted(seen) == [1, 2, 4, 5]
-    assert trainer.skipped == 1
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.state.skipped == 1
+    assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
     assert "skipped (1 of at most 1)" in (tmp_path / "run" / "train.log").read_text()
-    trainer.save()
+    trainer.job.guard.save(trainer.job, trainer.state)
     state = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_000005")[1]
     assert state["skipped_steps"] == 1
-    trainer.step, trainer.saved_at = 2, -1
+    trainer.state.step, trainer.job.guard.saved_at = 2, -1
     with pytest.raises(RunFailed, match="skip number 2 of at most"):
         trainer.fit()
 
@@ -257,9 +258,9 @@ def shard_folder(tmp_path: Path) -> list[str]:
 def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change):
     run = recurgolf.compose([*shard_folder(tmp_path), "trainer.log_every=1"])
     (tmp_path / "run").mkdir()
-    trainer = Trainer(run, tmp_path / "run", Ranks())
+    trainer = Trainer(Job.watched(run, tmp_path / "run"))
     trainer.setup()
-    shard = trainer.dataset.train_shards[0]
+    shard = trainer.job.dataset.train_shards[0]
     content = shard.read_bytes()
     if change == "gone":
         shard.unlink()
@@ -297,7 +298,7 @@ def test_memory_that_is_not_there_ends_in_advice(tmp_path):
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 50, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
-    message = str(trainer.explained(error.value))
+    message = str(trainer.job.guard.explained(trainer.job, 0, error.value))
     for words in ("in step 1", "trainer.grad_accum=1", "activation_checkpointing", "backprop"):
         assert words in message
     assert not is_out_of_memory(RuntimeError("shape mismatch"))

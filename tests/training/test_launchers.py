@@ -71,7 +71,7 @@ def on_a_disk_of_its_own(rank: int, count: int, place: str) -> None:
         launch.check_shared(shared, ranks)
         with pytest.raises(ConfigError, match=f"another folder on {socket.gethostname()}"):
             launch.check_shared(own, ranks)
-        ranks.wait()
+        ranks.barrier()
         assert not [*shared.iterdir(), *own.iterdir()]
 
 

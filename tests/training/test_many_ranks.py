@@ -15,6 +15,7 @@ from recurgolf.run import Run
 from recurgolf.training import checkpoint
 from recurgolf.training.distributed import Ranks, file_ranks
 from recurgolf.training.faults import RunFailed
+from recurgolf.training.job import Job
 from recurgolf.training.signals import Interruption
 from recurgolf.training.trainer import Trainer
 
@@ -31,32 +32,33 @@ def trained(
     """A run without its end; asked to stop, or with a spoiled gradient, behind some step."""
     if ranks.is_first:
         folder.mkdir(exist_ok=True)
-    ranks.wait()
-    trainer = Trainer(run, folder, ranks)
-    trainer.begin()
+    ranks.barrier()
+    job = Job.watched(run, folder, ranks)
+    trainer = Trainer(job)
+    job.guard.begin(job)
     trainer.setup()
-    trainer.take_up()
+    job.guard.resume(job, trainer.state)
 
     def disturb(gradient: torch.Tensor) -> torch.Tensor:
         if trainer.step == stop_at and ranks.rank == ranks.world_size - 1:
-            trainer.signals.heard = signal.SIGTERM
+            job.signals.heard = signal.SIGTERM
         # On one rank alone: the others must hear of it.
         spoiled = trainer.step == spoil_at and ranks.rank == 0
         return gradient * float("nan") if spoiled else gradient
 
-    trainer.model.embed.weight.register_hook(disturb)
+    trainer.state.model.embed.weight.register_hook(disturb)
     try:
         trainer.fit()
     except (Interruption, RunFailed) as end:
         trainer.ended_by = end
-    trainer.tracker.finish()
-    trainer.log.close()
+    job.tracker.finish()
+    job.log.close()
     return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    averages = {f"average/{k}": v for k, v in trainer.averager.state_dict().items()}
-    return {**trainer.model.state_dict(), **averages}
+    averages = {f"average/{k}": v for k, v in trainer.state.averager.state_dict().items()}
+    return {**trainer.state.model.state_dict(), **averages}
 
 
 def on_several_ranks(rank: int, count: int, runs: dict[str, dict], folder: str) -> None:
@@ -80,7 +82,7 @@ def on_several_ranks(rank: int, count: int, runs: dict[str, dict], folder: str) 
         skipping = work("skipping", "skipping", spoil_at=4)
         failing = work("failing", "plain", spoil_at=4)
         facts = {
-            "skipped": skipping.skipped,
+            "skipped": skipping.state.skipped,
             "steps": skipping.step,
             "failed_at": failing.step,
             "failure": str(failing.ended_by),
@@ -101,7 +103,7 @@ def alone(tmp_path_factory) -> Trainer:
 def pair(alone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     two = ["trainer.devices=2", "trainer.grad_accum=2"]
-    start = alone.folder / "checkpoints" / "step_000006"
+    start = alone.job.folder / "checkpoints" / "step_000006"
     asked = {
         "plain": [],
         "resumed": ["trainer.resume=auto"],
@@ -126,7 +128,7 @@ def assert_close(found: Path, expected: dict[str, torch.Tensor]) -> None:
 def test_two_ranks_with_micro_steps_match_one(pair, alone):
     assert_close(pair / "whole_rank0.safetensors", weights(alone))
     assert_close(pair / "whole_rank1.safetensors", weights(alone))
-    assert losses(pair / "whole") == pytest.approx(losses(alone.folder), abs=1e-5)
+    assert losses(pair / "whole") == pytest.approx(losses(alone.job.folder), abs=1e-5)
 
 
 def test_four_ranks_match_one(alone, tmp_path):
@@ -134,7 +136,7 @@ def test_four_ranks_match_one(alone, tmp_path):
     on_ranks(4, on_several_ranks, runs, str(tmp_path))
     for rank in range(4):
         assert_close(tmp_path / f"whole_rank{rank}.safetensors", weights(alone))
-    assert losses(tmp_path / "whole") == pytest.approx(losses(alone.folder), abs=1e-5)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(alone.job.folder), abs=1e-5)
 
 
 def test_two_ranks_stopped_by_a_signal_to_one_continue_bit_for_bit(pair):
@@ -170,4 +172,4 @@ def test_every_rank_keeps_its_own_random_states(pair):
     newest = checkpoint.newest(pair / "stopped" / "checkpoints")
     parts, state = checkpoint.load(newest)
     assert state["world_size"] == 2
-    assert not torch.equal(parts["chance"]["0:torch"], parts["chance"]["1:torch"])
+    assert not torch.equal(parts["rng"]["0:torch"], parts["rng"]["1:torch"])

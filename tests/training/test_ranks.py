@@ -15,6 +15,7 @@ from recurgolf.artifact import load
 from recurgolf.quant.quantized_tensor import dequantize_state
 from recurgolf.run import Run
 from recurgolf.training.distributed import Ranks, file_ranks
+from recurgolf.training.job import Job
 from recurgolf.training.trainer import Trainer
 
 EXACT = ("optimizer.ns_dtype=float32", "trainer.steps=16", "trainer.log_every=4")
@@ -30,7 +31,7 @@ def parameters(run: RunFolder) -> dict[str, torch.Tensor]:
 def assert_same_training(one: RunFolder, two: RunFolder) -> None:
     ours, theirs = parameters(one), parameters(two)
     # Every rank has random states of its own, and nothing else.
-    assert ours.keys() == {name for name in theirs if not name.startswith("chance/1:")}
+    assert ours.keys() == {name for name in theirs if not name.startswith("rng/1:")}
     for name, tensor in ours.items():
         if name.startswith("model/"):
             torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)
@@ -71,14 +72,14 @@ def test_ranks_under_torchrun_match_one(tmp_path):
 
 
 def trained(run: Run, folder: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
-    trainer = Trainer(run, folder, ranks)
+    trainer = Trainer(Job.watched(run, folder, ranks))
     trainer.setup()
-    before = {f"start/{name}": t.clone() for name, t in trainer.model.state_dict().items()}
+    before = {f"start/{name}": t.clone() for name, t in trainer.state.model.state_dict().items()}
     trainer.warm_up()
     trainer.fit()
-    trainer.tracker.finish()
-    trainer.log.close()
-    return {**before, **trainer.model.state_dict()}
+    trainer.job.tracker.finish()
+    trainer.job.log.close()
+    return {**before, **trainer.state.model.state_dict()}
 
 
 def one_rank_of_two(rank: int, runs: dict[str, dict], folder: str) -> None:

@@ -95,7 +95,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
 
 
 def test_a_validation_that_a_signal_ended_is_made_up_for(tmp_path, monkeypatch):
-    def interrupted(trainer):
+    def interrupted(job, state):
         raise Interruption(signal.SIGTERM)
 
     folder = tmp_path / "run"

@@ -164,9 +164,9 @@ def test_visits_that_gradients_do_not_reach_have_no_gradient_norm(batch):
 def test_watching_leaves_no_gradient_and_no_random_number_behind(batch):
     loops = looping()
     model = network(loops)
-    chance = torch.get_rng_state()
+    rng = torch.get_rng_state()
     visit_curves(model, loops.plan(BLOCKS), *batch)
-    assert torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(torch.get_rng_state(), rng)
     assert all(weight.grad is None for weight in model.parameters())
 
 
@@ -244,5 +244,5 @@ def test_the_default_looks_at_the_loop_when_it_validates():
 
 def test_a_wrong_level_names_the_right_ones():
     assert set(TELEMETRY) == set(LEVELS)
-    with pytest.raises(ConfigError, match=r"trainer\.telemetry='logs' \(did you mean 'log'\?\)"):
+    with pytest.raises(ConfigError, match=r"trainer\.telemetry='logs': .*did you mean 'log'"):
         TrainerConfig(telemetry="logs")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recurgolf.config import Checked, ConfigError
-from recurgolf.eval.protocol import AllReduce, ScoredModel
+from recurgolf.eval.protocol import ALONE, ScoredModel, Share
 from recurgolf.eval.text import Text
 from recurgolf.limits import at_least
 from recurgolf.looping import Looping, LoopPlan
@@ -117,7 +117,6 @@ class Learner:
     Args:
         parameters: those that learn, from `borrowed`.
         base: of the rotary positions, see ScoredModel.
-        all_reduce: sums a tensor over ranks; None: this rank is alone.
     """
 
     def __init__(
@@ -129,14 +128,12 @@ class Learner:
         *,
         base: float | None = None,
         rows_at_once: int = 32,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
     ):
         self.how, self.scored_model, self.plan, self.base = how, scored_model, plan, base
         self.parameters = list(parameters)
         self.rows_at_once = max(1, rows_at_once)
-        self.rank, self.world_size, self.all_reduce = rank, world_size, all_reduce
+        self.share = share
         self.optimizer = torch.optim.SGD(self.parameters, lr=how.lr, momentum=how.momentum)
 
     def learn(self, text: Text, first: int, stop: int, length: int, rate: float) -> None:
@@ -154,13 +151,11 @@ class Learner:
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One step on the mean loss of rows [b, t], of which every rank takes its share."""
         count = len(inputs)
-        mine = range(
-            count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
-        )
+        first, stop = self.share.of(count)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            for start in range(mine.start, mine.stop, self.rows_at_once):
-                rows = slice(start, min(start + self.rows_at_once, mine.stop))
+            for start in range(first, stop, self.rows_at_once):
+                rows = slice(start, min(start + self.rows_at_once, stop))
                 tokens = inputs[rows].to(self.scored_model.device)
                 hidden = self.scored_model.hidden(tokens, self.plan, base=self.base)
                 loss = self.scored_model.model.main_loss(hidden, targets[rows].to(hidden.device))
@@ -177,19 +172,14 @@ class Learner:
 
     def _add_up_gradients(self) -> None:
         """The sum over ranks; every rank makes the same call, whether or not it had rows."""
-        if self.all_reduce is None or self.world_size == 1:
+        if self.share.all_reduce is None:
             return
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        whole = self.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
+        whole = self.share.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
         for parameter, part in zip(
             self.parameters, whole.split([p.numel() for p in self.parameters]), strict=True
         ):
             parameter.grad = part.view_as(parameter).to(parameter.dtype).clone()
-
-
-def share_of(count: int, rank: int, world_size: int) -> range:
-    """The part of `count` things that a rank takes; perhaps none."""
-    return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Eval, Progress, ScoredModel
+from recurgolf.eval.protocol import ALONE, Eval, Progress, ScoredModel, Share
 from recurgolf.eval.text import ScoreAccumulator, Text
-from recurgolf.eval.ttt.descent import borrowed, share_of
+from recurgolf.eval.ttt.descent import borrowed
 from recurgolf.eval.ttt.row_adapters import DocumentLora, Readers, row_adapters
 from recurgolf.limits import at_least
 from recurgolf.looping import Looping
@@ -51,14 +51,10 @@ class DocumentLoraEval(Eval):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
-        reading = Reading(
-            self, scored_model, text, accumulator, rank, world_size, all_reduce, progress
-        )
+        reading = Reading(self, scored_model, text, accumulator, share, progress)
         with borrowed(scored_model.model):
             reading.documents(0, text.num_documents)
 
@@ -72,19 +68,11 @@ class Reading:
         scored_model: ScoredModel,
         text: Text,
         accumulator: ScoreAccumulator,
-        rank: int,
-        world_size: int,
-        all_reduce: AllReduce | None,
+        share: Share,
         progress: Progress | None,
     ):
-        self.how, self.scored_model, self.text, self.accumulator = (
-            how,
-            scored_model,
-            text,
-            accumulator,
-        )
-        self.rank, self.world_size = rank, world_size
-        self.all_reduce, self.progress = all_reduce, progress
+        self.how, self.scored_model, self.text = how, scored_model, text
+        self.accumulator, self.share, self.progress = accumulator, share, progress
         self.sites = how.adapter.sites(scored_model.model.config)
         self.start_a = how.adapter.first_a(self.sites)
 
@@ -96,13 +84,11 @@ class Reading:
         with row_adapters(scored_model.model, how.adapter.scale) as adapters:
             for batch in self.batches(first, stop):
                 spans = [self.span(document) for document in batch]
-                mine = share_of(len(spans), self.rank, self.world_size)
+                mine = slice(*self.share.of(len(spans)))
                 readers = Readers(
                     how.adapter, scored_model, plan, base, adapters, self.start_a, self.sites
                 )
-                ended = readers.read(
-                    self.text, self.accumulator, spans[mine.start : mine.stop], length
-                )
+                ended = readers.read(self.text, self.accumulator, spans[mine], length)
                 if how.adapter.warm:
                     self.start_a = {
                         site: (self.summed(total) / len(spans)).float()
@@ -123,4 +109,5 @@ class Reading:
 
     def summed(self, total: torch.Tensor) -> torch.Tensor:
         """A sum over documents, over those of the other ranks as well."""
-        return total if self.all_reduce is None else self.all_reduce(total)
+        add_up = self.share.all_reduce
+        return total if add_up is None else add_up(total)

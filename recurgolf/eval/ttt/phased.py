@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel
+from recurgolf.eval.protocol import ALONE, Progress, ScoredModel, Share
 from recurgolf.eval.text import ScoreAccumulator, Text
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.eval.ttt.document_lora import DocumentLoraEval, Reading
@@ -39,9 +39,7 @@ class PhasedEval(DocumentLoraEval):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
         if text.num_documents < self.phases:
@@ -59,13 +57,9 @@ class PhasedEval(DocumentLoraEval):
                 parameters,
                 base=self.base(scored_model),
                 rows_at_once=self.batch_tokens // length,
-                rank=rank,
-                world_size=world_size,
-                all_reduce=all_reduce,
+                share=share,
             )
-            reading = Reading(
-                self, scored_model, text, accumulator, rank, world_size, all_reduce, progress
-            )
+            reading = Reading(self, scored_model, text, accumulator, share, progress)
             for phase in range(self.phases):
                 first = text.num_documents * phase // self.phases
                 stop = text.num_documents * (phase + 1) // self.phases

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, batches
+from recurgolf.eval.protocol import ALONE, Progress, ScoredModel, Share, Window, batches
 from recurgolf.eval.text import ScoreAccumulator, Text
-from recurgolf.eval.ttt.descent import borrowed, share_of
+from recurgolf.eval.ttt.descent import borrowed
 from recurgolf.eval.windows import SlidingEval
 from recurgolf.limits import at_least
 from recurgolf.looping import Looping, LoopPlan
@@ -58,16 +58,14 @@ class ReconstructEval(SlidingEval):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
         length = self.seq_len or scored_model.seq_len
         plan, base = scored_model.plan(self.passes), self.base(scored_model)
         total = sum(1 for _ in self.windows(text, length))
-        share = share_of(total, rank, world_size)
-        mine, done = islice(self.windows(text, length), share.start, share.stop), 0
+        part, done = share.of(total), 0
+        mine = islice(self.windows(text, length), *part)
         for batch in batches(mine, max(1, self.batch_tokens // length)):
             ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch]).to(
                 scored_model.device
@@ -77,7 +75,7 @@ class ReconstructEval(SlidingEval):
                     accumulator.add(window.start + offset, row)
             done += len(batch)
             if progress is not None:
-                progress(done, len(share))
+                progress(done, part[1] - part[0])
 
     @torch.no_grad()
     def scores(

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import torch
 
 from recurgolf.config import ConfigError, option
-from recurgolf.eval.protocol import AllReduce, Progress, ScoredModel, Window, batches
+from recurgolf.eval.protocol import ALONE, Progress, ScoredModel, Share, Window, batches
 from recurgolf.eval.text import ScoreAccumulator, Text
-from recurgolf.eval.ttt.descent import Descent, Learner, borrowed, share_of
+from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.eval.windows import SlidingEval
 from recurgolf.limits import at_least
 from recurgolf.looping import Looping
@@ -60,9 +60,7 @@ class SgdEval(SlidingEval):
         text: Text,
         accumulator: ScoreAccumulator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
+        share: Share = ALONE,
         progress: Progress | None = None,
     ) -> None:
         length = self.seq_len or scored_model.seq_len
@@ -79,14 +77,12 @@ class SgdEval(SlidingEval):
                 parameters,
                 base=base,
                 rows_at_once=rows,
-                rank=rank,
-                world_size=world_size,
-                all_reduce=all_reduce,
+                share=share,
             )
             for chunk, windows in self.chunks(text, length):
-                mine = share_of(len(windows), rank, world_size)
+                mine = islice(windows, *share.of(len(windows)))
                 with torch.no_grad():
-                    for batch in batches(islice(windows, mine.start, mine.stop), rows):
+                    for batch in batches(mine, rows):
                         ids = torch.stack([text.ids(w.start, w.stop + 1) for w in batch])
                         first = batch[0].first - batch[0].start
                         nats = scored_model.nats(

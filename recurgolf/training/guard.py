@@ -1,0 +1,102 @@
+"""What keeps a run safe: its folder, its checkpoints, its data, and words for what went wrong."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from recurgolf.data.shard_fingerprints import check_unchanged
+from recurgolf.looping import LoopPlan
+from recurgolf.training import checkpoint, faults, resume
+from recurgolf.training.non_finite import Batches, diagnosis
+
+if TYPE_CHECKING:
+    from recurgolf.data import Dataset
+    from recurgolf.training.job import Job
+    from recurgolf.training.state import TrainState
+
+
+class Guard:
+    """Looks after one run in this process.
+
+    Attributes:
+        found: the checkpoint that the run continues from; None where it starts anew.
+        saved_at: step of the newest checkpoint of this folder that holds the present state.
+    """
+
+    def __init__(self) -> None:
+        self.found: resume.Found | None = None
+        self.saved_at, self.saved_time = -1, time.monotonic()
+
+    def locked(self, job: Job) -> AbstractContextManager[None]:
+        """Inside, no other process trains in the folder."""
+        return resume.only_one(job.folder, job.ranks.is_first)
+
+    def begin(self, job: Job) -> None:
+        """Find what to continue from, and leave only that in the folder. Collective."""
+        if job.ranks.is_first:
+            self.found = resume.find(job.run, job.folder, job.log.line)
+            resume.make_room(job.run, job.folder, self.found, job.log.line)
+        self.found = job.ranks.broadcast(self.found)
+
+    def resume(self, job: Job, state: TrainState) -> None:
+        """Put the state where the checkpoint that was found ends."""
+        found = self.found
+        if found is None:
+            return
+        state.restore(job, *checkpoint.load(found.path))
+        self.saved_at = state.step if found.is_of(job.folder) else -1
+        job.log.line(f"continued from {found.path}, step {state.step}")
+        if found.remark:
+            job.log.line(found.remark)
+
+    def due(self, seconds: float) -> bool:
+        """Whether the last checkpoint is so old; 0: never."""
+        return 0 < seconds <= time.monotonic() - self.saved_time
+
+    def save(self, job: Job, state: TrainState, phase: str = "checkpoint") -> None:
+        """A checkpoint of everything that training depends on, unless there is one. Collective.
+
+        Args:
+            phase: what the time counts as; the last one is no part of training.
+        """
+        if self.saved_at == state.step:
+            return
+        config, ranks = job.run.trainer, job.ranks
+        with job.clock.phase(phase):
+            self.check_data(job.dataset)
+            parts, rest = state.collect(job)
+            if ranks.is_first:
+                folder = job.folder / resume.CHECKPOINTS
+                checkpoint.save(folder, state.step, parts, rest)
+                checkpoint.prune(folder, config.keep_last, config.keep_best)
+            self.saved_at, self.saved_time = state.step, time.monotonic()
+            ranks.barrier()
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse to go on with data that changed since they were opened."""
+        check_unchanged(dataset.files)
+
+    def diagnosis(
+        self, job: Job, state: TrainState, plan: LoopPlan, batches: Batches, loss: Tensor
+    ) -> str:
+        """Where numbers stopped being finite, kept beside the batch that did it. Collective."""
+        return diagnosis(job, state, plan, batches, loss)
+
+    def explained(self, job: Job, step: int, error: Exception) -> Exception | None:
+        """An error of the machine in words that help; None: it speaks for itself."""
+        if faults.is_out_of_memory(error):
+            return faults.out_of_memory(error, f"in step {step + 1}", job.run.trainer)
+        if isinstance(error, OSError) and faults.is_full_disk(error):
+            place = Path(error.filename) if isinstance(error.filename, str) else job.folder
+            last = checkpoint.newest(job.folder / resume.CHECKPOINTS)
+            left = f"{last} is kept and whole." if last else "No checkpoint was written yet."
+            return faults.full_disk(place, 0, error, left)
+        return None
+
+
+__all__ = ["Guard"]

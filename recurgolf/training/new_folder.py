@@ -1,0 +1,90 @@
+"""Run folders that no training has made: packed, merged and imported weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from recurgolf.config import ConfigError
+from recurgolf.eval.several import named_protocols
+from recurgolf.model.transformer import Transformer
+from recurgolf.run import Run
+from recurgolf.training import checkpoint
+from recurgolf.training.finish import finish
+from recurgolf.training.job import Job
+from recurgolf.training.packing import write_artifact
+from recurgolf.training.quantize import quantize_model
+from recurgolf.training.resume import CHECKPOINTS
+from recurgolf.training.scoring import score_all
+from recurgolf.training.summary import Summary, Trained
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a destination that holds something.
+
+    Raises:
+        ConfigError: the folder is in use, or there is a file under its name.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
+
+
+@contextlib.contextmanager
+def new_folder(run: Run, folder: Path) -> Iterator[Job]:
+    """A job in a folder that appears under its name when the block ends well, and else not."""
+    check_new(folder)
+    draft = folder.parent / f".{folder.name}.{os.getpid()}"
+    draft.mkdir(parents=True)
+    try:
+        run.write(draft)
+        job = Job.watched(run, draft, known_as=folder)
+        yield job
+        job.log.close()
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def keep_weights(job: Job, model: Transformer, origin: Mapping[str, Any]) -> None:
+    """A checkpoint at step 0 that holds the weights alone: `pack` and `adapters` start from it.
+
+    Args:
+        origin: JSON-able facts that stand in its state.
+    """
+    run = job.run
+    state = {"fingerprint": run.fingerprint, "run": run.to_dict(), "tokens": 0, **origin}
+    checkpoint.save(job.folder / CHECKPOINTS, 0, {"model": dict(model.state_dict())}, state)
+
+
+def pack(job: Job, model: Transformer) -> None:
+    """The model's file, the code that counts and the ledger, without a score."""
+    stored = quantize_model(job, model)
+    assert stored is not None, "one process alone is rank 0"
+    write_artifact(job, stored)
+
+
+def pack_and_score(job: Job, model: Transformer, trained: Trained | None = None) -> Summary:
+    """The same end as a trained run's.
+
+    Args:
+        trained: what came before; None: no training, and the weights are scored now.
+    """
+    model.to(job.device).eval()
+    if trained is None:
+        trained = Trained(0, 0, 0, val_bpb_of(job, model))
+    return finish(job, model, trained)
+
+
+def val_bpb_of(job: Job, model: Transformer) -> float:
+    """The headline score of a model that is in memory."""
+    name, headline = next(iter(named_protocols([job.run.eval], job.run.trainer.seq_len).items()))
+    with job.clock.phase("validation"):
+        return score_all(job, {name: headline}, job.scored(model))[name].val_bpb
+
+
+__all__ = ["check_new", "keep_weights", "new_folder", "pack", "pack_and_score", "val_bpb_of"]
