@@ -62,7 +62,7 @@ LINES = [
         ["quant.qat.blocks=looped", "0 1 2 3 loops no block", "quant.qat.blocks=all"],
     ),
     # passes where nothing can change, or none
-    ("looping=none eval.passes=3", ["looping=none visits every block once", "1 is all it can do"]),
+    ("looping=none eval.passes=3", ["looping=none has 1 and nothing else"]),
     ("eval.passes=0", ["eval.passes=0: at least 1"]),
 ]
 

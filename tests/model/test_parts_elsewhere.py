@@ -149,7 +149,7 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
             ["model.second_block_at=[7]"],
             r"second_block_at=\[7\] is outside the 3 blocks \(0 to 2\)",
         ),
-        (["model.skips=u_net"], r"model.skips='u_net' \(did you mean 'unet'"),
+        (["model.skips=u_net"], r"model.skips='u_net': .*did you mean 'unet'"),
         (["model.rope.dims=3"], "model.rope.dims=3: an even number"),
         (
             ["model/mixer=gated_deltanet", "model.mixer.num_value_heads=3"],
@@ -172,7 +172,7 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
             ["model/mixer=gated_deltanet", "lora=attention"],
             "no projection 'q_proj'; theirs are .*in_proj_qkv",
         ),
-        ([*HYBRID, "model.second_mixer_every=4"], "second_mixer_every=4: from 1 to the 3 blocks"),
+        ([*HYBRID, "model.second_mixer_every=4"], "second_mixer_every=4: at most the 3 blocks"),
         ([*HYBRID, "model.second_mixer_at=[0]"], r"every=2 and .*second_mixer_at=\[0\]: give one"),
         (["model.second_mixer_every=2"], "second_mixer_every is given, but no model.second_mixer"),
         (
