@@ -22,7 +22,7 @@ from recurgolf.config import Checked, ConfigError, from_dict, kind_of, load_plug
 from recurgolf.data import Data
 from recurgolf.disk import writing
 from recurgolf.eval import Eval
-from recurgolf.limits import one_of
+from recurgolf.limits import at_least, one_of, refused
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.lora import LoRA
 from recurgolf.model.transformer import Model, Transformer
@@ -31,6 +31,9 @@ from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
 from recurgolf.settings import NOT_FINGERPRINTED, TrainerConfig
 from recurgolf.tracker import Tracking
+
+SEED = at_least(0, at_most=2**63 - 1)
+"""What the generators of torch, numpy and Python all take."""
 
 
 @dataclass
@@ -44,12 +47,12 @@ class ArtifactConfig(Checked):
 
 
 @dataclass
-class Seeds:
+class Seeds(Checked):
     """Separate sources of chance; null: the run's `seed`."""
 
-    init: int | None = None
-    data: int | None = None
-    noise: int | None = None
+    init: Annotated[int | None, SEED] = None
+    data: Annotated[int | None, SEED] = None
+    noise: Annotated[int | None, SEED] = None
 
 
 @dataclass
@@ -69,12 +72,14 @@ class Run:
     budget: Budget
     tracker: Tracking
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
-    seed: int = 1337
+    seed: Annotated[int, SEED] = 1337
     seeds: Seeds = field(default_factory=Seeds)
     plugins: list[str] = field(default_factory=list)
     """Importable modules with components of your own."""
 
     def __post_init__(self) -> None:
+        if wrong := refused(Run, vars(self), ""):
+            raise ConfigError(wrong)
         if not self.name or "/" in self.name:
             raise ConfigError(f"name={self.name!r}: a word without slashes")
         if self.model.vocab_size < self.data.vocab_size:

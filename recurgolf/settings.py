@@ -37,8 +37,9 @@ class TrainerConfig(Checked):
     progress: Annotated[str, one_of("steps", "wallclock")] = "steps"
     """What schedules follow: steps (repeatable) | wallclock (the challenge's ten minutes)."""
     precision: Annotated[str, one_of("auto", "float32", "bfloat16")] = "auto"
-    """Of the matrix products in training: float32 | bfloat16 (autocast) | auto (whichever a short
-    probe finds faster; bfloat16 on GPUs). Scoring is always float32 on the CPU."""
+    """Of the matrix products in training: float32 | bfloat16 (autocast) | auto (bfloat16 where the
+    device has instructions for its products). summary.json tells what auto was
+    (`environment.precision`). Scoring is always float32 on the CPU."""
     trainable: Annotated[str, one_of("all", "lora")] = "all"
     """all | lora: only the adapters train, on the frozen weights of `base`."""
     base: str | None = None

@@ -16,7 +16,7 @@ from recurgolf.data.corpus import embedded_corpus
 from recurgolf.run import Run
 
 EXACT = ("trainer.precision=float32",)
-"""`auto` measures which precision is faster, and may decide anew in every run."""
+"""`auto` depends on the processor."""
 
 
 def session_folder() -> Path:

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import AbstractContextManager
-from functools import cache
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
+BFLOAT16_PRODUCTS = {"amx_bf16", "avx512_bf16", "bf16"}
+"""Instructions of x86 and ARM processors that multiply bfloat16; without one it is emulated."""
+
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` becomes bfloat16 on a GPU, and on a CPU whichever its matrix units run faster.
+    """`auto` becomes bfloat16 where the device says that it multiplies bfloat16, else float32.
 
-    CPUs differ by a factor of ten here: with AMX bfloat16 is several times faster than float32,
-    with plain AVX-512 it can be half as fast.
+    The same device always gives the same answer, since the result depends on it.
     """
     if precision != "auto":
         return precision
-    return "bfloat16" if device.type == "cuda" else faster_on_cpu()
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = not instructions().isdisjoint(BFLOAT16_PRODUCTS)
+    return "bfloat16" if able else "float32"
 
 
-@cache
-def faster_on_cpu() -> str:
-    """Times one matrix product in both; bfloat16 must win clearly, since it costs accuracy."""
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    wins = seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
-    return "bfloat16" if wins else "float32"
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - began)
-    return best
+def instructions(told: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the processor says it can do; nothing where the system does not tell."""
+    with suppress(OSError):
+        for line in told.read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # x86, ARM
+                return set(line.partition(":")[2].split())
+    return set()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

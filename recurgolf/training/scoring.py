@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 
 def validate(job: Job, state: TrainState) -> Score:
-    """Score the model as it trains under the run's protocol, for the log and the tracker."""
+    """Score a copy of the model as it trains, for the log and the tracker.
+
+    A protocol may change the weights that it scores; those that train, and are saved, it never
+    has, so that a signal can end it anywhere.
+    """
     run, step = job.run, state.step
     with job.clock.phase("validation"):
-        result = scored(job, run.eval.alone, job.scored(state.model))
+        result = scored(job, run.eval.alone, job.scored(copy.deepcopy(state.model)))
     job.log.line(
         f"step {step:5d}/{run.trainer.steps} | val_loss {result.val_loss:.4f} | "
         f"val_bpb {result.val_bpb:.4f}"

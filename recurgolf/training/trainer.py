@@ -107,9 +107,9 @@ class Trainer:
                 resumed=resumed,
             )
             job.tracker = run.tracker.build(identity, job.folder)
-        # Which precision is faster is measured once: a run keeps it when it is resumed elsewhere.
-        measured = resolve_precision(config.precision, job.device)
-        job.precision = job.ranks.broadcast(found.state["precision"] if found else measured)
+        # A run keeps its precision when it is resumed on another machine.
+        own = resolve_precision(config.precision, job.device)
+        job.precision = job.ranks.broadcast(found.state["precision"] if found else own)
         self.state = TrainState.build(job, loader)
 
     def warm_up(self) -> None:
