@@ -32,6 +32,7 @@ from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.help import VERBS, group_help, help_text
 from recurgolf.overrides import config_dir, group_of, split_arguments
+from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
 
 if TYPE_CHECKING:
@@ -46,17 +47,20 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `recurgolf`; ends the process with its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        use_unicode()
+    with steady_output():
+        code = _code(list(sys.argv[1:] if argv is None else argv))
+    sys.exit(code)
+
+
+def _code(arguments: list[str]) -> int:
+    """Do what is asked; the exit code."""
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output (head, less) has left; the interpreter would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
     except ConfigError as error:
         code = _refused(str(error))
     except RunFailed as error:
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None and not is_full_disk(error):
             raise
         code = _refused(f"{error.filename or 'the folder of the run'}: {error.strerror}")
-    sys.exit(code)
+    return code
 
 
 def _refused(message: str) -> int:

@@ -23,7 +23,7 @@ class Log:
     """
 
     def __init__(self, path: Path | None, console: bool = True, stderr: bool = False):
-        self.path = path
+        self.path, self.alone = path, False
         self.file = path.open("a", buffering=1) if path is not None else None
         self.console = Console(highlight=False, soft_wrap=True, stderr=stderr) if console else None
 
@@ -31,7 +31,10 @@ class Log:
         self.note(text)
         if self.console is not None:
             self.console.print(text, markup=False)
-            sys.stdout.flush()
+            lost = getattr(sys.stdout, "lost", "")
+            if lost and not self.alone:
+                self.note(f"console: {lost}; what follows is in this file alone")
+            self.alone = bool(lost)
 
     def note(self, text: str) -> None:
         """To the file alone: what the bar already shows."""

@@ -19,7 +19,7 @@ class Console:
         self.file = file
 
     def print(self, what: Any = "", **style: Any) -> None:
-        print(what, file=self.file or sys.stdout)
+        print(what, file=self.file or sys.stdout, flush=True)
 
 
 class Table:

@@ -44,6 +44,19 @@ def full_disk(path: Path, needed: int, error: BaseException, left: str) -> RunFa
     )
 
 
+def lacks_compiler(error: BaseException) -> bool:
+    """Whether torch.compile found no C++ compiler, or one that does not work."""
+    return any(name in str(error) for name in ("InvalidCxxCompiler", "CppCompileError"))
+
+
+def no_compiler(error: BaseException) -> RunFailed:
+    """The message for that, with what needs none."""
+    return RunFailed(
+        f"trainer.compile=true, and torch.compile cannot compile here: {_first_line(error)}\n"
+        "  trainer.compile_backend=aot_eager needs none; trainer.compile=false trains without"
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or on the machine."""
     if isinstance(error, MemoryError):
@@ -69,11 +82,22 @@ def out_of_memory(error: BaseException, where: str, config: TrainerConfig) -> Ru
         advice.append("set trainer.activation_checkpointing=true (same result, more time)")
     advice.append(f"lower trainer.batch_tokens={config.batch_tokens} or looping.passes")
     advice.append("let gradients flow through fewer passes (looping.backprop_passes)")
-    first = str(error).strip().splitlines()
     return RunFailed(
-        f"out of memory on {config.device} {where}: {first[0] if first else type(error).__name__}\n"
+        f"out of memory on {config.device} {where}: {_first_line(error)}\n"
         + "\n".join(f"  {line}" for line in advice)
     )
 
 
-__all__ = ["RunFailed", "full_disk", "is_full_disk", "is_out_of_memory", "out_of_memory"]
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+__all__ = [
+    "RunFailed",
+    "full_disk",
+    "is_full_disk",
+    "is_out_of_memory",
+    "lacks_compiler",
+    "no_compiler",
+    "out_of_memory",
+]

@@ -91,6 +91,8 @@ class Guard:
         """An error of the machine in words that help; None: it speaks for itself."""
         if faults.is_out_of_memory(error):
             return faults.out_of_memory(error, f"in step {step + 1}", job.run.trainer)
+        if faults.lacks_compiler(error):
+            return faults.no_compiler(error)
         if isinstance(error, OSError) and faults.is_full_disk(error):
             place = Path(error.filename) if isinstance(error.filename, str) else job.folder
             last = checkpoint.newest(job.folder / resume.CHECKPOINTS)

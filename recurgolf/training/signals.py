@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: heard at once, obeyed where the state of a run is whole.
+"""SIGTERM, SIGINT and SIGHUP: heard at once, obeyed where the state of a run is whole.
 
 While training steps run, a signal is only noted; the trainer asks between two steps, when a
 checkpoint can be written. Elsewhere (data, warm-up, scoring, packing) nothing would be gained by
@@ -24,7 +24,8 @@ STOP_SECONDS = 9.0
 TRACKER_SECONDS = 4.0
 """Of these, what the tracker may take to close."""
 
-WATCHED = (signal.SIGTERM, signal.SIGINT)
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Asked to stop, interrupted, and the terminal was closed."""
 
 
 class Interruption(BaseException):
@@ -36,7 +37,7 @@ class Interruption(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, as a shell has it."""
+        """129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM, as a shell has it."""
         return 128 + self.signum
 
     def for_caller(self) -> BaseException:
@@ -59,7 +60,7 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self, seconds: float = STOP_SECONDS) -> Iterator[Signals]:
-        """Take the process's SIGTERM and SIGINT until the block ends.
+        """Take the process's signals until the block ends; one that is ignored (nohup) stays so.
 
         Args:
             seconds: so long after the first signal the process is ended where it stands.
@@ -68,12 +69,14 @@ class Signals:
             yield self
             return
         before = {number: signal.getsignal(number) for number in WATCHED}
+        if before[signal.SIGHUP] == signal.SIG_IGN:
+            del before[signal.SIGHUP]
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
         watchdog = threading.Thread(target=_end_in_time, args=(theirs, seconds), daemon=True)
         watchdog.start()
-        for number in WATCHED:
+        for number in before:
             signal.signal(number, self._hear)
         try:
             yield self
@@ -133,12 +136,13 @@ def _end_in_time(pipe: socket.socket, seconds: float) -> None:
         while pipe.recv(1):
             pipe.settimeout(max(0.01, deadline - time.monotonic()))
         return
-    print(
-        f"recurgolf: {signal.Signals(number).name}, and not done after {seconds:.0f} s: "
-        "stopped where it stood; the last checkpoint is what there is",
-        file=sys.stderr,
-        flush=True,
-    )
+    with contextlib.suppress(Exception):  # nobody may be there to read it
+        print(
+            f"recurgolf: {signal.Signals(number).name}, and not done after {seconds:.0f} s: "
+            "stopped where it stood; the last checkpoint is what there is",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(128 + number)
 
 

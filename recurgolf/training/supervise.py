@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.streams import steady_output
 from recurgolf.training.faults import RunFailed
-from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
+from recurgolf.training.signals import STOP_SECONDS, WATCHED, Interruption, Signals
 
 GRACE_SECONDS = 3.0
 """After the first failure the others have so long to end by themselves."""
@@ -74,7 +75,7 @@ def run_ranks(
 def _rank(target: Callable[[int, str, Any], None], rank: int, folder: str, argument: Any) -> None:
     """The main function of a rank's process."""
     _end_with_parent()
-    with (Path(folder) / f"stack_{rank}").open("w") as stack:
+    with steady_output(), (Path(folder) / f"stack_{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         code = 1
         try:
@@ -118,7 +119,7 @@ def _watch(ranks: list[BaseProcess], meeting: Path, signals: Signals) -> None:
         elif not running:
             return
         wait([p.sentinel for p in running], timeout=0.1)
-    interrupted = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupted = {128 + number for number in WATCHED}
     first = next(p.exitcode for p in ranks if p.exitcode)
     # The whole group was sent a signal, and a rank was the first to notice.
     if first in interrupted and not list(meeting.glob("end_*.json")):

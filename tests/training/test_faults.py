@@ -52,7 +52,9 @@ def newest_is_whole(folder: Path) -> int:
     return checkpoint.load(checkpoint.newest(folder / "checkpoints"))[1]["step"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_ends_with_its_code(tmp_path, number, code):
     running = started(tmp_path / "run", *LONG)
     running.send(number)
