@@ -6,6 +6,7 @@ This module and `composing.py` are the only importers of Hydra.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -141,6 +142,11 @@ def _train_command(arguments: list[str]) -> int:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             summary = launch(built(config), folder)
+            if not math.isfinite(summary.val_bpb):
+                raise RunFailed(
+                    f"val_bpb is {summary.val_bpb}: the run diverged, and its file scores nothing; "
+                    "lower rates may prevent it"
+                )
         except Exception as error:
             # Kept for later: Hydra would print its own account of it, and end a sweep here.
             if multirun:

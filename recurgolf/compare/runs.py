@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
@@ -205,9 +206,14 @@ def read_run(folder: Path) -> FoundRun:
     summary = folder / "summary.json"
     # failure.txt lies where a later attempt failed: the summary is of an earlier one.
     finished = summary.exists() and not (folder / "failure.txt").exists()
-    if not finished:
-        return FoundRun(folder, _json(folder / "run.json"), None)
-    return FoundRun(folder, _json(folder / "run.json"), _json(summary), summary.stat().st_mtime)
+    config, told = _json(folder / "run.json"), _json(summary) if finished else None
+    if told is None or not all(_finite(told.get(name)) for name in ("val_bpb", "artifact_bytes")):
+        return FoundRun(folder, config, None)  # one that diverged has no figures to compare either
+    return FoundRun(folder, config, told, summary.stat().st_mtime)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def grouped(runs: Sequence[FoundRun]) -> list[Group]:

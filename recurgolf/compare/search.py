@@ -23,7 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from recurgolf.config import ConfigError, suggestion
-from recurgolf.overrides import Choice, Interval
+from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
 from recurgolf.training.summary import FILE as SUMMARY
@@ -181,7 +181,7 @@ def _objectives(
         raise TrialFailed(str(error)) from None
     trial.set_user_attr("bytes_expected", expected)
     command = [sys.executable, "-m", "recurgolf", *asked.flags, *asked.fixed, *chosen]
-    command += [f"hydra.run.dir='{folder}'"]
+    command += [f"hydra.run.dir={quoted(str(folder))}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.log").open("w") as console:
         process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recurgolf.compare.runs import FoundRun, Group, read_run
@@ -90,7 +91,9 @@ def finish_sweep(folder: Path) -> Outcome:
     groups = grouped(jobs)
     text = json.dumps({"jobs": jobs, "groups": [as_json(g) for g in groups]}, indent=1)
     (folder / "sweep.json").write_text(text + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+    # Where no terminal sets a width, a label stays in one line.
+    wide = None if sys.stdout.isatty() else 200
+    console = Console(highlight=False, soft_wrap=True, width=wide)
     console.print(table(groups))
     failed = [job for job in jobs if job["status"] == "failed"]
     for job in failed:
@@ -116,7 +119,8 @@ def table(
         grid.add_column(name, justify="right", no_wrap=True)
     for group in groups:
         grid.add_row(
-            group.label + (" (baseline)" if group is baseline else ""),
+            # A label may hold brackets, which the library would read as markup.
+            escape(group.label + (" (baseline)" if group is baseline else "")),
             str(len(group.runs)),
             plus_minus(group, metric, ".4f"),
             plus_minus(group, "artifact_bytes", ",.0f"),

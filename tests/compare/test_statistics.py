@@ -1,11 +1,13 @@
 """compare: against hand-computed cases and null simulations; grouping, refusals, verdicts."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 from command_line import recurgolf
+from rich.console import Console
 from run_folders import BYTES, MACHINE, TEXT, TOKENS, write_run
 from scipy import integrate, special
 from smoke_runs import train
@@ -13,6 +15,7 @@ from smoke_runs import train
 from recurgolf.compare import statistics
 from recurgolf.compare.comparison import Rules, compare
 from recurgolf.compare.runs import find_runs, grouped, seed_list
+from recurgolf.compare.sweep import table
 from recurgolf.config import ConfigError
 
 MARGIN = 0.005 / math.log(2) * TOKENS / BYTES
@@ -401,3 +404,19 @@ def test_runs_as_they_are_left_can_be_compared(tmp_path):
     gain = one.summary["val_bpb"] - two.summary["val_bpb"]
     assert documents.gain == pytest.approx(gain, rel=1e-6)
     assert documents.n[0] >= 25
+
+
+def test_a_run_that_diverged_takes_no_other_figure_with_it(tmp_path):
+    for seed, bpb in ((1, 2.0), (2, float("nan")), (3, 2.1)):
+        write_run(tmp_path / str(seed), seed, bpb)
+    found = compare([tmp_path])
+    assert found.groups[0].values("val_bpb") == [2.0, 2.1]
+    assert [run.seed for run in found.groups[0].unfinished] == ["2"]
+
+
+def test_brackets_in_a_label_are_text(tmp_path):
+    write_run(tmp_path / "1", 1, 2.0, name="a[/red]b")
+    write_run(tmp_path / "2", 2, 2.0, name="a[/red]b")
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(table(compare([tmp_path]).groups))
+    assert "a[/red]b" in console.export_text()

@@ -30,6 +30,8 @@ def test_a_stop_within_a_validation_that_learns_leaves_the_weights_as_they_train
     before = {name: tensor.clone() for name, tensor in trainer.state.model.state_dict().items()}
     with pytest.raises(Interruption):
         validate(job, trainer.state)
+    job.tracker.finish()
+    job.log.close()
     saved = trainer.state.collect(job)[0]["model"]
     assert list(saved) == list(before)
     assert [name for name in before if not torch.equal(saved[name], before[name])] == []
