@@ -20,7 +20,7 @@ from recurgolf.artifact.codecs import Codec
 from recurgolf.budget import Budget
 from recurgolf.config import Checked, ConfigError, from_dict, kind_of, load_plugins, to_dict
 from recurgolf.data import Data
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 from recurgolf.eval import Eval
 from recurgolf.limits import at_least, one_of, refused
 from recurgolf.looping import Looping, LoopPlan
@@ -137,8 +137,7 @@ class Run:
 
     def write(self, folder: Path) -> None:
         text = json.dumps(self.to_dict(), indent=1) + "\n"
-        with writing(folder / "run.json", len(text)):
-            (folder / "run.json").write_text(text)
+        write_file(folder / "run.json", text)
 
     @classmethod
     def read(cls, folder: Path) -> Run:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 
 FILE = "seal.json"
 AUDIT = "audit.json"
@@ -42,10 +42,7 @@ def seal(folder: Path) -> None:
     """Seal the folder of a run that has just ended: its files as they are now."""
     content = _content(Path(folder))
     text = json.dumps({"signature": _signature(content), **content}, indent=1) + "\n"
-    draft = Path(folder) / f".{FILE}"
-    with writing(Path(folder) / FILE, len(text)):
-        draft.write_text(text)
-        draft.replace(Path(folder) / FILE)
+    write_file(Path(folder) / FILE, text)
 
 
 @contextlib.contextmanager

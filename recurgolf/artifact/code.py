@@ -23,6 +23,7 @@ from recurgolf.artifact.minify import stripped
 from recurgolf.artifact.programs import LIBRARIES, replaced
 from recurgolf.artifact.tree_shaking import Shaker, Target, module_source, named_options
 from recurgolf.config import REGISTRY, kind_of
+from recurgolf.disk import write_file
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
@@ -119,8 +120,8 @@ class Codes:
 
     def write(self, folder: Path) -> None:
         """The program that scores, and the one that counts if it is another."""
-        (folder / PACKED_NAME).write_text(self.score.source)
-        (folder / self.counted_name).write_text(self.counted.source)
+        write_file(folder / PACKED_NAME, self.score.source)
+        write_file(folder / self.counted_name, self.counted.source)
 
     def to_json(self) -> dict[str, Any]:
         """The entry `code` of ledger.json: both programs, both sizes, and what counts."""

@@ -32,7 +32,7 @@ from recurgolf.artifact.reader import (
     raw_limit,
     sections_of,
 )
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 from recurgolf.quant.entropy import code_entropy
 from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored
 
@@ -115,8 +115,7 @@ def pack(
         ValueError: metadata or tensors that the format cannot hold.
     """
     data, table = pack_bytes(metadata, tensors, codec)
-    with writing(Path(path), len(data)):
-        Path(path).write_bytes(data)
+    write_file(Path(path), data)
     return table
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recurgolf.disk import write_file
+
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
 
@@ -67,6 +69,4 @@ class Audit:
 
     def write(self, path: Path) -> None:
         """Write audit.json, whole or not at all."""
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        draft.replace(path)
+        write_file(path, json.dumps(self.to_dict(), indent=1) + "\n")

@@ -7,6 +7,7 @@ scores/<protocol>.npz    nats, tokens, bytes: per document, in the order of the 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from recurgolf.config import kind_of, to_dict
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 from recurgolf.eval.protocol import Eval, ScoredModel
 from recurgolf.eval.text import Score
 from recurgolf.eval.windows import Overlapping
@@ -104,17 +105,16 @@ def write_scores(
         assert result.accumulator is not None
         name = names[own] if names else own
         settings = json.dumps({**settings_of(protocols[_asked_as(own, protocols)]), "name": name})
-        draft = folder / FOLDER / f".{file_name(name)}"
-        with writing(folder / FOLDER / file_name(name)), draft.open("wb") as file:
-            np.savez_compressed(
-                file,
-                nats=result.accumulator.nats,
-                tokens=result.accumulator.tokens,
-                bytes=result.accumulator.bytes,
-                text=np.array(text),
-                protocol=np.array(settings),
-            )
-        draft.replace(folder / FOLDER / file_name(name))
+        content = io.BytesIO()
+        np.savez_compressed(
+            content,
+            nats=result.accumulator.nats,
+            tokens=result.accumulator.tokens,
+            bytes=result.accumulator.bytes,
+            text=np.array(text),
+            protocol=np.array(settings),
+        )
+        write_file(folder / FOLDER / file_name(name), content.getvalue())
 
 
 def file_name(name: str) -> str:

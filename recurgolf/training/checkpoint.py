@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recurgolf.disk import flush
 from recurgolf.training.faults import full_disk, is_full_disk
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -110,7 +110,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, whole or damaged, the newest first."""
-    return sorted(folder.glob("step_*"), key=lambda path: int(path.name[5:]), reverse=True)
+    named = (path for path in folder.glob("step_*") if path.name[5:].isdecimal())
+    return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -137,15 +138,6 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
         path.rename(aside)
     for path in [*folder.glob(f"{ASIDE}*"), *folder.glob(f"{DRAFT}*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _put(draft: Path, target: Path) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from recurgolf import __version__
 from recurgolf.artifact import pack
-from recurgolf.artifact.code import PACKED_NAME
 from recurgolf.artifact.ledger import add_actual, to_json
 from recurgolf.config import to_dict
 from recurgolf.data import Dataset
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
 
@@ -33,17 +32,14 @@ def write_artifact(job: Job, stored: QuantizedState) -> None:
         job.log.line("packing the artifact ...")
         header = metadata(run, job.dataset)
         table = pack(folder / ARTIFACT, header, stored, run.artifact.codec)
-        with writing(folder / PACKED_NAME, plan.code_bytes):
-            plan.code.write(folder)
+        plan.code.write(folder)
     for line in table.render().splitlines():
         job.log.line(line)
     add_actual(plan.lines, table.tensors, table.header_bytes)
     ledger = to_json(plan.lines, plan.code.to_json(), run.budget.artifact_bytes, table)
     if stored.filled is not None:
         ledger["filled"] = stored.filled.to_json()
-    text = json.dumps(ledger, indent=1) + "\n"
-    with writing(folder / LEDGER, len(text)):
-        (folder / LEDGER).write_text(text)
+    write_file(folder / LEDGER, json.dumps(ledger, indent=1) + "\n")
 
 
 def metadata(run: Run, dataset: Dataset) -> dict[str, Any]:

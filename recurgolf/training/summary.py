@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurgolf.disk import writing
+from recurgolf.disk import write_file
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
@@ -94,11 +94,7 @@ class Summary:
         return dataclasses.asdict(self)
 
     def write(self, folder: Path) -> None:
-        draft = folder / f".{FILE}"
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        with writing(folder / FILE, len(text)):
-            draft.write_text(text)
-        draft.replace(folder / FILE)
+        write_file(folder / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Summary:

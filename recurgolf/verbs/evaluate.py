@@ -13,6 +13,7 @@ from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
 from recurgolf.data.shard_fingerprints import check_unchanged
+from recurgolf.disk import write_file
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
@@ -107,9 +108,7 @@ def _keep(
             for name, score in found.items():
                 content["evals"][names[name]] = entry_of(score, dataset)
             write_scores(folder, found, protocols, text, names)
-            draft = path.with_name(f".{path.name}")
-            draft.write_text(json.dumps(content, indent=1) + "\n")
-            draft.replace(path)
+            write_file(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         # A score of somebody else's folder is worth printing although it cannot be kept.
         log.line(f"not kept in {folder}: {error.strerror}")
