@@ -20,7 +20,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
@@ -50,6 +50,7 @@ from recurgolf.config import (
     kind_of,
     load_plugins,
     suggestion,
+    to_config,
     to_dict,
     to_object,
 )
@@ -252,6 +253,21 @@ class _Store(dict):
         return self
 
 
+class _PageNode(ConfigNode):
+    """An option of a page in Hydra's store. A config is made of it only where it is chosen: a run
+    has a dozen of the hundred."""
+
+    def __init__(self, option: PageOption) -> None:
+        self.name, self.group, self.provider = f"{option.name}.yaml", option.group, None
+        self.package = "_global_" if option.group == "experiment" else None
+        self.content = option.content
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "node":
+            raise AttributeError(name)
+        return to_config(self.content)
+
+
 def register(folder: Path | None = None) -> None:
     """Hand Hydra the schemas, as schema/<group>/<kind>, and the options on the pages of systems.
 
@@ -274,8 +290,10 @@ def register(folder: Path | None = None) -> None:
             group = functools.reduce(dict.__getitem__, option.group.split("/"), store.repo)
             del group[f"{option.name}.yaml"]
         for option in systems:
-            package = "_global_" if option.group == "experiment" else None
-            store.store(option.name, option.content, option.group, package)
+            group = store.repo
+            for name in option.group.split("/"):
+                group = group.setdefault(name, {})
+            group[f"{option.name}.yaml"] = _PageNode(option)
         store.repo.systems = systems
 
 

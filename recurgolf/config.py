@@ -114,6 +114,11 @@ def load_plugins(modules: typing.Iterable[str] = ()) -> None:
             ) from None
 
 
+def to_config(content: Mapping[str, Any]) -> DictConfig:
+    """What a YAML file would hold, as a node to compose with."""
+    return OmegaConf.create(dict(content))
+
+
 def to_object(config: DictConfig, path: str = "") -> Any:
     """The composed config as instances of the registered classes, interpolations resolved.
 

@@ -12,7 +12,7 @@ from smoke_runs import composed
 
 from recurgolf import compose
 from recurgolf.composing import register
-from recurgolf.conf import SYSTEMS, conf_folder, options, system_options
+from recurgolf.conf import SYSTEMS, about, conf_folder, options, system_options
 from recurgolf.config import REGISTRY, ConfigError
 from recurgolf.eval import PlainEval
 from recurgolf.looping import NoLooping
@@ -27,7 +27,8 @@ FILES = sorted(p for p in CONF.glob("*/**/*.yaml") if p.relative_to(CONF).parts[
 PAGES = [path for path in FILES if path.parent.name == SYSTEMS]
 OPTIONS = {g: names for g, names in options().items() if g.partition("/")[0] != "hydra"}
 EXPERIMENTS = OPTIONS["experiment"]
-FINGERPRINTS = json.loads((Path(__file__).parent / "fixtures" / "fingerprints.json").read_text())
+RECORDED = Path(__file__).parent / "fingerprints.json"
+FINGERPRINTS = json.loads(RECORDED.read_text())
 
 
 def name_of(path: Path) -> str:
@@ -100,6 +101,11 @@ def test_an_option_says_nothing_that_its_schema_says_already(group, name):
     assert not repeated
 
 
+@pytest.mark.parametrize(("group", "name"), CONTENTS)
+def test_a_comment_says_what_an_option_is(group, name):
+    assert about(group, name), f"`recurgolf --help {group}` shows it"
+
+
 def test_every_registered_option_has_a_file_that_uses_it():
     register()
     used = {
@@ -114,7 +120,7 @@ def test_every_registered_option_has_a_file_that_uses_it():
 
 
 def test_every_experiment_is_the_recorded_one():
-    """A fingerprint moves only with the meaning of a run: then the recording is made anew."""
+    """Fingerprints move where keys are renamed; then `python tests/test_conf.py` records them."""
     assert {name: composed(f"experiment={name}").fingerprint for name in EXPERIMENTS} == (
         FINGERPRINTS["experiments"]
     )
@@ -239,3 +245,13 @@ def test_no_option_is_named_twice_in_a_file():
     for path in CONF.rglob("*.yaml"):
         with path.open() as file:
             yaml.load(file, Strict)
+
+
+if __name__ == "__main__":
+    anew = {
+        "experiments": {name: compose([f"experiment={name}"]).fingerprint for name in EXPERIMENTS},
+        "exchanges": {
+            line: compose(shlex.split(line)).fingerprint for line in FINGERPRINTS["exchanges"]
+        },
+    }
+    RECORDED.write_text(json.dumps(anew, indent=1) + "\n")

@@ -5,7 +5,7 @@ from command_line import recurgolf, recurgolf_process
 from smoke_runs import composed
 
 from recurgolf import compose
-from recurgolf.conf import SYSTEMS, about, options
+from recurgolf.conf import SYSTEMS, options
 from recurgolf.config import ConfigError
 
 PAGE = """\
@@ -141,14 +141,6 @@ def test_help_lists_the_systems_and_says_what_an_option_is(user, tmp_path):
     mixers = recurgolf("--help", "model/mixer", "--config-dir", "conf", cwd=tmp_path).finished().out
     assert "mine                         Heads of eight\n" in mixers
     assert "attention   " in mixers
-
-
-OPTIONS = {group: names for group, names in options().items() if group != "hydra"}
-
-
-@pytest.mark.parametrize(("group", "names"), OPTIONS.items(), ids=OPTIONS)
-def test_every_option_says_what_it_is(group, names):
-    assert [name for name in names if not about(group, name)] == []
 
 
 def test_tab_completes_the_options_of_pages(tmp_path):
