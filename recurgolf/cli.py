@@ -27,7 +27,9 @@ from recurgolf.composing import (
     explain,
     hydra_initialized,
     is_bug,
+    of_sweep,
     prepared,
+    varied_keys,
 )
 from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
@@ -35,6 +37,7 @@ from recurgolf.help import VERBS, group_help, help_text
 from recurgolf.overrides import config_dir, group_of, split_arguments
 from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
+from recurgolf.trust import look_in_working_folder
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
@@ -95,10 +98,8 @@ def _dispatch(arguments: list[str]) -> int:
         asked = [group_help(a, folder) for a in rest if a in options(folder)]
         print("\n\n".join(asked) or help_text(folder))
         return 0
-    # Modules of one's own beside the place where the command is typed are importable.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     if verb == "train":
+        look_in_working_folder()
         return _train_command(rest)
     if verb == "plan":
         from recurgolf.plan import plan_table
@@ -112,11 +113,14 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _planned(arguments: list[str]) -> Run:
     """The Run to plan: composed, or that of a run folder with overrides behind it."""
+    trust = "--trust" in arguments
+    arguments = [argument for argument in arguments if argument != "--trust"]
     if not arguments or not (Path(arguments[0]) / "run.json").is_file():
         return compose(*split_arguments(arguments, "plan"))
     from recurgolf.run import Run
 
-    run, overrides = Run.read(Path(arguments[0])), split_arguments(arguments[1:], "plan")[0]
+    run = Run.read(Path(arguments[0]), trust)
+    overrides = split_arguments(arguments[1:], "plan")[0]
     for override in overrides:
         if group_of(override) not in ("quant", "looping", "eval"):
             raise ConfigError(f"plan FOLDER takes quant, looping and eval, not {override!r}")
@@ -141,7 +145,13 @@ def _train_command(arguments: list[str]) -> int:
 
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            summary = launch(built(config), folder)
+            run = built(config)
+            if multirun:
+                told = HydraConfig.get()
+                run = of_sweep(
+                    run, told.overrides.task, [*varied, *(told.sweeper.get("params") or {})]
+                )
+            summary = launch(run, folder)
             if not math.isfinite(summary.val_bpb):
                 raise RunFailed(
                     f"val_bpb is {summary.val_bpb}: the run diverged, and its file scores nothing; "
@@ -159,8 +169,11 @@ def _train_command(arguments: list[str]) -> int:
         return summary.val_bpb
 
     folder = prepared(arguments, config_dir(arguments))
+    varied: list[str] = []
     if multirun:
-        check_sweep([a for a in arguments if "=" in a and not a.startswith("-")], folder)
+        given = [a for a in arguments if "=" in a and not a.startswith("-")]
+        check_sweep(given, folder)
+        varied = varied_keys(given)
     SweepTable.exit_code = EXIT_FAILED
     with _hydra_environment(arguments):
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()

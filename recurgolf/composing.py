@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
@@ -55,6 +57,7 @@ from recurgolf.config import (
     to_object,
 )
 from recurgolf.overrides import (
+    CONFIG_DIR_FLAGS,
     Choice,
     Interval,
     added_keys,
@@ -62,22 +65,114 @@ from recurgolf.overrides import (
     check_overrides,
     group_of,
     is_seed,
+    quoted,
 )
+from recurgolf.trust import look_in_working_folder
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
 
 COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
+VALUE_FLAGS = (
+    *(*CONFIG_DIR_FLAGS, "--config-path", "-cp", "--config-name", "-cn"),
+    *("--package", "-p", "--experimental-rerun"),
+)
+"""Flags of Hydra whose value is the next argument."""
 
 
 def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
     """Checked overrides, imported plugins and registered schemas: what composing needs."""
+    check_readable(overrides)
     check_overrides(overrides, group_names())
-    load_plugins(plugin_modules(folder) if folder else ())
+    modules = [*(plugin_modules(folder) if folder else []), *named_plugins(overrides)]
+    if modules:
+        look_in_working_folder()
+    load_plugins(modules)
     register(folder)
     Plugins.instance()  # which registers Hydra's own sources, and would refuse to replace ours
     SourcesRegistry.instance().types["file"] = _Yaml
     return folder
+
+
+def named_plugins(overrides: Sequence[str]) -> list[str]:
+    """Modules under `plugins=` on the command line, those of every value of a sweep."""
+    found: list[str] = []
+    for text in overrides:
+        if not re.match(r"\+{0,2}plugins=", text):
+            continue
+        override = OverridesParser.create().parse_override(text)
+        swept = override.is_discrete_sweep()
+        values = (
+            [yaml.safe_load(value) for value in override.sweep_string_iterator()] if swept else []
+        )
+        for value in values or [override.value()]:
+            found += value if isinstance(value, list) else []
+    return found
+
+
+def check_readable(arguments: Sequence[str]) -> None:
+    """Refuse overrides that break the grammar, in words that say what to quote.
+
+    Args:
+        arguments: of the command line, flags among them.
+
+    Raises:
+        ConfigError: with the override as it can be read, and as a shell takes it.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or "=" not in argument or before in VALUE_FLAGS:
+            continue
+        if not _is_readable(argument):
+            raise ConfigError(unreadable(argument))
+
+
+def unreadable(override: str) -> str:
+    """What is wrong with an override that breaks the grammar."""
+    key, _, value = override.partition("=")
+    if not _is_readable(f"{key}=0"):
+        return f"{override}: {key!r} cannot be a key; a key has letters, digits, _ . / and @"
+    inner = value[1:-1] if value[:1] + value[-1:] == "[]" else value
+    odd = [c for c in dict.fromkeys(inner) if not _is_readable(f"x=a{c}b") and c != ","]
+    parts = _quoted_parts(value)
+    if not _is_readable(f"{key}={parts}"):
+        parts = quoted(value)
+    right = f"{key}={parts}"
+    shell = f'"{right}"' if not set(right) & set('"$`!\\') else shlex.quote(right)
+    named = " ".join(odd) or value
+    return f"{override}: {named} in a value needs quotes: {right} (in a shell {shell})"
+
+
+def _quoted_parts(value: str) -> str:
+    """With quotes around those values of a list or sweep that need them."""
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{_quoted_parts(value[1:-1])}]"
+    return ",".join(v if _is_readable(f"x={v}") else quoted(v) for v in value.split(","))
+
+
+def _is_readable(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def varied_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys to which a sweep gives several values or a range."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.get_key_element() for override in parsed if override.is_sweep_override()]
+
+
+def of_sweep(run: Run, overrides: Sequence[str], varied: Sequence[str]) -> Run:
+    """A job's Run, whose tracker knows what the sweep varies: `demo lora.rank=2`.
+
+    Args:
+        overrides: the job's own.
+    """
+    own = [o for o in overrides if o.partition("=")[0] in varied and not is_seed(o)]
+    own = [o for o in own if o.partition("=")[0] != "name" and o != f"experiment={run.name}"]
+    group = " ".join([run.name, *own])
+    return dataclasses.replace(run, tracker=run.tracker.in_group(group))
 
 
 class _Yaml(FileConfigSource):
@@ -184,6 +279,7 @@ def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice 
     Raises:
         ConfigError: an interval without width, or a logarithmic one that reaches zero.
     """
+    check_readable(overrides)
     check_overrides(overrides, group_names())
     with hydra_initialized():
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
@@ -233,6 +329,7 @@ def built(config: Any, path: str = "") -> Any:
     for key in added_keys(found, path):
         raise ConfigError(f"+{key}: no part of a run reads this key; write known keys without +")
     if isinstance(found, Run):
+        load_plugins(found.plugins)  # also those that only YAML names
         # Whoever reads run.json needs the modules of its components, wherever they were named.
         texts = set(texts_of(found))
         named = {cls for kinds in REGISTRY.values() for kind, cls in kinds.items() if kind in texts}

@@ -107,7 +107,7 @@ def load_plugins(modules: typing.Iterable[str] = ()) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ImportError, SyntaxError, ValueError) as error:
             raise ConfigError(
                 f"plugins: cannot import {name!r} ({error}); it must be importable from the folder "
                 "where recurgolf was started, or installed"

@@ -24,13 +24,16 @@ def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
         groups: names of the config groups, `model/mixer` where nested.
 
     Raises:
-        ConfigError: a group set to null, or written with dots.
+        ConfigError: a group set to null, added with +, or written with dots.
     """
     for override in overrides:
         group, _, value = override.partition("=")
         if "." in group and "=" in override and group.replace(".", "/") in groups:
             slashed = group.replace(".", "/")
             raise ConfigError(f"{override}: {slashed} is a group; write {slashed}={value}")
+        plain = group.lstrip("+")
+        if plain in groups and (group[:2] == "++" or (group[:1] == "+" and "/" not in plain)):
+            raise ConfigError(f"{override}: a run has one already; write {plain}={value}")
         if value == "null" and group.lstrip("+") in groups:
             raise ConfigError(
                 f"{override}: a group cannot be null; where absence makes sense it is an option of "

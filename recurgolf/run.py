@@ -31,6 +31,7 @@ from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
 from recurgolf.settings import NOT_FINGERPRINTED, TrainerConfig
 from recurgolf.tracker import Tracking
+from recurgolf.trust import check_trusted
 
 SEED = at_least(0, at_most=2**63 - 1)
 """What the generators of torch, numpy and Python all take."""
@@ -140,8 +141,12 @@ class Run:
         write_file(folder / "run.json", text)
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
-        """The Run of a finished run's folder."""
+    def read(cls, folder: Path, trust: bool = False) -> Run:
+        """The Run of a finished run's folder.
+
+        Args:
+            trust: import plugins of it that are not installed.
+        """
         path = Path(folder) / "run.json"
         try:
             data = json.loads(path.read_text())
@@ -149,10 +154,25 @@ class Run:
             raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} is damaged: not an object")
+        check_trusted(data.get("plugins") or [], trust)
         run = cls.from_dict(data)
         # No field: it describes the file, and a Run with a changed part (`replace`) has none.
         vars(run)["_written"] = data
         return run
+
+    @property
+    def chance(self) -> str:
+        """All sources of chance: `3`, or `3 data=7` where one has a seed of its own."""
+        own = {k: v for k, v in vars(self.seeds).items() if v is not None}
+        return " ".join([str(self.seed), *(f"{key}={own[key]}" for key in sorted(own))])
+
+    @property
+    def setting(self) -> str:
+        """Hash of what can change a result but for chance: all seeds of a run share it."""
+        alike = replace(self, seed=0, seeds=Seeds())
+        return alike.fingerprint[:8]
 
     @property
     def fingerprint(self) -> str:

@@ -10,6 +10,8 @@ the only module that imports wandb.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import queue
@@ -36,6 +38,8 @@ from recurgolf.record import (
     plain,
 )
 
+NAME_LENGTH = 128
+"""Characters of a name or group in W&B."""
 QUEUE_EVENTS = 10_000
 """Events that wait for W&B before further ones are left out of its copy (some megabytes)."""
 
@@ -169,6 +173,14 @@ class WandbTracker(Tracker):
 class Tracking(Checked):
     """Which trackers a run has, besides metrics.jsonl."""
 
+    def in_group(self, group: str) -> Tracking:
+        """The same for a job of a sweep, whose seeds share a group."""
+        return self
+
+    def group_of(self, name: str) -> str:
+        """The group of a run by its name."""
+        return name
+
     def check_account(self) -> None:
         """Refuse to train where this machine has no account to log to. Raises ConfigError.
 
@@ -178,8 +190,7 @@ class Tracking(Checked):
     def build(self, identity: RunIdentity, folder: Path) -> Tracker:
         """Open the record of a run in its folder (which must exist); rank 0 only."""
         self.check_account()
-        # A W&B sweep agent has chosen the id of the run that it starts.
-        run_id = identity.run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        run_id = identity.run_id or _id_from_environment() or secrets.token_hex(4)
         local = JsonlTracker(folder / "metrics.jsonl", run_id=run_id, resumed=identity.resumed)
         return SeveralTrackers([local, *self._listeners(identity, folder, run_id)])
 
@@ -200,6 +211,8 @@ class _WandbTracking(Tracking):
     project: str = "recurgolf"
     entity: str | None = None
     """User or team; null: the default of the account."""
+    group: str | None = None
+    """What seeds share; null: the run's name, and what a sweep varies."""
     log_artifact: bool = False
     """Hand the packed file and run.json to W&B as an artifact."""
     init_timeout_seconds: Annotated[float, at_least(1)] = 60.0
@@ -215,6 +228,12 @@ class _WandbTracking(Tracking):
                 f"tracker.project={self.project!r}: a name without any of / \\ # ? % : and quotes"
             )
 
+    def in_group(self, group: str) -> Tracking:
+        return dataclasses.replace(self, group=group) if self.group is None else self
+
+    def group_of(self, name: str) -> str:
+        return name if self.group is None else self.group
+
     def _mode(self) -> str:
         raise NotImplementedError
 
@@ -223,8 +242,8 @@ class _WandbTracking(Tracking):
             "project": self.project,
             "entity": self.entity,
             "id": run_id,
-            "name": identity.name,
-            "group": identity.group,
+            "name": _short(identity.name),
+            "group": _short(identity.group),
             "job_type": identity.job_type,
             "tags": list(identity.tags),
             "config": plain(identity.config),
@@ -287,6 +306,34 @@ class OnlineTracking(_WandbTracking):
 
     def _mode(self) -> str:
         return "online"
+
+
+def _id_from_environment() -> str | None:
+    """WANDB_RUN_ID, for the first run that asks for it: others would be merged into that one.
+
+    A W&B sweep agent sets it for the run that it starts; notebooks and job scripts pass it on to
+    any number. Who was first is noted among the user's caches, since the others may run anywhere.
+    """
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if not run_id:
+        return None
+    from recurgolf.data.cache import cache_folder  # which the keeper does not need
+
+    claims = cache_folder() / "wandb_ids"
+    try:
+        claims.mkdir(parents=True, exist_ok=True)
+        (claims / hashlib.sha256(run_id.encode()).hexdigest()).touch(exist_ok=False)
+    except OSError:
+        return None
+    return run_id
+
+
+def _short(text: str) -> str:
+    """What W&B takes as a name; a long one ends with what tells it from others."""
+    if len(text) <= NAME_LENGTH:
+        return text
+    end = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text[: NAME_LENGTH - 9]}~{end}"
 
 
 def _spawn_keeper() -> subprocess.Popen[str]:

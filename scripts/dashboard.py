@@ -18,8 +18,16 @@ from pathlib import Path
 from typing import Any
 
 NEED = "dashboard.py needs the package wandb-workspaces: pip install 'recurgolf[dashboard]'"
+SETTING = "setting"
+"""Key of a run's config that all seeds of a setting share, and no other run."""
 COLUMNS = (
-    *("run:group", "run:displayName", "config:seed.value", "summary:val_bpb"),
+    *(
+        "run:group",
+        "run:displayName",
+        "config:setting.value",
+        "config:seed.value",
+        "summary:val_bpb",
+    ),
     *("summary:pre_quant_val_bpb", "summary:quantization_gap", "summary:artifact_bytes"),
     *("summary:within_budget", "summary:steps", "summary:train_seconds"),
 )
@@ -44,7 +52,10 @@ def panels() -> dict[str, list[Any]]:
     """Section -> its plots; workspace and report have the same."""
     wr = library("reports.v2")
 
-    result, by_group = wr.SummaryMetric, {"groupby": "Group", "groupby_rangefunc": "stddev"}
+    result, by_group = (
+        wr.SummaryMetric,
+        {"groupby": wr.Config(SETTING), "groupby_rangefunc": "stddev"},
+    )
     axes = (("step", "steps"), ("tokens", "tokens"), ("train_seconds", "training seconds"))
     return {
         "Result": [
@@ -101,7 +112,7 @@ def workspace(where: Where) -> Any:
         ],
         settings=ws.WorkspaceSettings(x_axis="step", max_runs=50),
         runset_settings=ws.RunsetSettings(
-            groupby=[ws.Metric("Group")],
+            groupby=[ws.Config(SETTING)],
             order=[ws.Ordering(ws.Summary("val_bpb"), ascending=True)],
             pinned_columns=[*COLUMNS],
         ),
@@ -120,7 +131,7 @@ def report(where: Where) -> Any:
         "passes are a sample; the headline is scored on the whole text.",
     }
     # A run set without a project takes the report's own, and needs no network to be written.
-    grouped = wr.Runset(name="experiments", groupby=["Group"])
+    grouped = wr.Runset(name="experiments", groupby=[f"config.{SETTING}"])
     blocks: list[Any] = [wr.H1(where.name), wr.TableOfContents()]
     for name, plots in panels().items():
         blocks += [wr.H2(name), wr.P(words[name]), wr.PanelGrid(runsets=[grouped], panels=plots)]
@@ -147,7 +158,7 @@ def serialised(view: Any) -> dict[str, Any]:
     return json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
-def _summed(by_group: dict[str, str]) -> dict[str, str]:
+def _summed(by_group: dict[str, Any]) -> dict[str, Any]:
     return {**by_group, "groupby_aggfunc": "mean"}
 
 

@@ -76,7 +76,7 @@ def test_a_config_folder_with_own_components_trains(own):
 
 
 def test_its_file_is_scored_again_with_the_same_digits(own, home):
-    ended = recurgolf("evaluate", own.path, "--json", cwd=home).finished()
+    ended = recurgolf("evaluate", own.path, "--json", "--trust", cwd=home).finished()
     assert json.loads(ended.out)["plain"]["val_bpb"] == own.summary["val_bpb"]
 
 

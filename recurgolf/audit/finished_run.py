@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import sysconfig
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.dataset import open_dataset, raw_text_bytes
 from recurgolf.seal import AUDIT as FILE
 from recurgolf.seal import broken, signature_of, strangers
+from recurgolf.trust import check_trusted
 
 ROUNDING = 1e-5
 """Share by which a score may differ on another machine, or with several ranks."""
@@ -68,7 +67,7 @@ def audit_run(
     began, config = time.perf_counter(), _run_json(folder)
     if not (folder / "artifact.bin").exists():
         raise ConfigError(f"{folder} has no artifact.bin: the run did not finish")
-    check_trusted(config.get("plugins") or [], trust, f"audit {folder}")
+    check_trusted(config.get("plugins") or [], trust)
     summary, chance = _read(folder / "summary.json"), chance or os.urandom(16).hex()
     threads = int((summary.get("environment") or {}).get("threads") or 1)
     found: list[list[Check]] = []
@@ -116,43 +115,6 @@ def audit_run(
             "seconds": round(time.perf_counter() - began, 3),
         },
     )
-
-
-def check_trusted(plugins: Iterable[str], trust: bool, command: str) -> None:
-    """Refuse plugins that are not installed: a folder that somebody sent may hold anything.
-
-    Raises:
-        ConfigError: naming them, and the way to allow them.
-    """
-    foreign = {name: where for name in plugins if (where := _foreign(name)) is not None}
-    if foreign and not trust:
-        listed = ", ".join(f"{name} ({where})" for name, where in foreign.items())
-        raise ConfigError(
-            f"the run names plugins that are not installed: {listed}; `recurgolf {command} --trust`"
-            " runs their code"
-        )
-
-
-def plugins_of(folder: Path) -> list[str]:
-    """The plugins that a run's run.json names; nothing is imported."""
-    return list(_run_json(folder).get("plugins") or [])
-
-
-def _foreign(name: str) -> str | None:
-    """Where a module lies that is not installed; None for one that is."""
-    top = name.partition(".")[0]
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
-    places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
-    where = next((str(place) for place in places if place), None)
-    if where is None:
-        return "not found"
-    installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")]
-    home = [os.path.realpath(path) for path in installed]
-    inside = any(os.path.realpath(where).startswith(path + os.sep) for path in home)
-    return None if inside else where
 
 
 def _rescored(folder: Path, facts: Mapping[str, Any], threads: int, trust: bool) -> Rescored:
@@ -334,4 +296,4 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-__all__ = ["FILE", "audit_run", "check_trusted", "plugins_of", "validation_text"]
+__all__ = ["FILE", "audit_run", "validation_text"]

@@ -173,7 +173,7 @@ class Scoring:
         from recurgolf.artifact.score import check_data, rebuild, text_of
         from recurgolf.run import Run
 
-        self.run, path = Run.read(folder), folder / "artifact.bin"
+        self.run, path = Run.read(folder, trust=True), folder / "artifact.bin"
         if not path.exists():
             raise ConfigError(f"{folder} has no artifact.bin: the run did not finish")
         try:

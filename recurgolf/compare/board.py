@@ -97,7 +97,9 @@ def board_data(runs: Sequence[FoundRun], home: Path, title: str) -> dict[str, An
     differing = set(differing_settings(settings))
     labels: dict[Path, str] = {}
     order: dict[str, None] = {}
-    for group in grouped(runs):
+    repeated: set[Path] = set()
+    for group in grouped(runs, by_text=True):
+        repeated |= {run.folder for run in group.repeated}
         for run in (*group.runs, *group.unfinished, *group.repeated):
             labels[run.folder] = group.label
             order[group.label] = None
@@ -113,6 +115,7 @@ def board_data(runs: Sequence[FoundRun], home: Path, title: str) -> dict[str, An
             {
                 **_facts(run, home),
                 "group": groups.index(labels.get(run.folder, groups[0])),
+                "repeated": run.folder in repeated,
                 "settings": {k: run.settings.get(k, ABSENT) for k in sorted(differing)},
                 **_measured(run, points if few else min(points, 60), few),
             }

@@ -79,6 +79,12 @@ class FoundRun:
         }
 
     @property
+    def scored_text(self) -> str:
+        """Fingerprint of the validation text; empty where it is not told."""
+        told = (self.summary or {}).get("text")
+        return str(told.get("fingerprint", "")) if isinstance(told, Mapping) else ""
+
+    @property
     def protocol(self) -> str:
         """The settings of the headline evaluation that say what is scored: `sliding seq_len=…`."""
         node = dict(self.config.get("eval") or {})
@@ -216,17 +222,24 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def grouped(runs: Sequence[FoundRun]) -> list[Group]:
+def grouped(runs: Sequence[FoundRun], by_text: bool = False) -> list[Group]:
     """Runs by everything but the seed, in order of appearance.
 
     A setting that a run does not have, because another kind is chosen there or because it was made
     by an older version, sets no group apart by itself.
+
+    Args:
+        by_text: keep apart runs that were scored on different texts.
     """
+    texts = {run.scored_text for run in runs if run.summary is not None}
     differing = differing_settings([run.settings for run in runs])
     groups: dict[tuple[str, ...], Group] = {}
     for run in runs:
         key = tuple(run.settings.get(path, ABSENT) for path in differing)
         own = dict(zip(differing, key, strict=True))
+        if by_text and len(texts) > 1:
+            own["validation text"] = ABSENT if run.summary is None else run.scored_text[:12]
+            key = (*key, run.scored_text)
         group = groups.setdefault(key, Group(own))
         (group.unfinished if run.summary is None else group.runs).append(run)
     telling = telling_settings([group.differs for group in groups.values()])

@@ -48,14 +48,17 @@ class FinishedRun:
         return model.eval()
 
 
-def read_finished(folder: str | Path) -> FinishedRun:
+def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
     """The final weights of a run folder, from its newest checkpoint or else its artifact.
+
+    Args:
+        trust: import plugins of it that are not installed.
 
     Raises:
         ConfigError: no run folder, neither checkpoint nor artifact, or damaged ones.
     """
     folder = Path(folder)
-    run = Run.read(folder)
+    run = Run.read(folder, trust)
     newest = checkpoint.newest(folder / "checkpoints")
     path = folder / ARTIFACT
     try:

@@ -14,6 +14,7 @@ import torch
 
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
+from recurgolf.data.normalizer import normalizer_of
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import by_passes, named_protocols
 from recurgolf.model.transformer import Transformer
@@ -118,6 +119,7 @@ def summarize(job: Job, model: Transformer, trained: Trained, scores: dict[str, 
             "fingerprint": dataset.fingerprint,
             "tokenizer": dataset.tokenizer.sha256,
         },
+        normalizer=normalizer_of(dataset.tokenizer.path),
     )
 
 

@@ -13,6 +13,7 @@ from recurgolf.config import ConfigError
 from recurgolf.eval.several import named_protocols
 from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
+from recurgolf.seal import seal
 from recurgolf.training import checkpoint
 from recurgolf.training.finish import finish
 from recurgolf.training.job import Job
@@ -44,6 +45,7 @@ def new_folder(run: Run, folder: Path) -> Iterator[Job]:
         job = Job.watched(run, draft, known_as=folder)
         yield job
         job.log.close()
+        seal(draft)
         draft.rename(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

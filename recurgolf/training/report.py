@@ -82,8 +82,11 @@ def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[
     )
     raw = "" if summary.val_bpb_raw is None else f" (raw text {summary.val_bpb_raw:.4f})"
     gap = summary.val_bpb - summary.pre_quant_val_bpb
+    rewritten = f"; per byte of text that its normalizer rewrites: {summary.normalizer}"
+    rewritten = rewritten if summary.normalizer else ""
     text = [
-        f"val_bpb         {summary.val_bpb:.4f}{raw}, {kind_of(run.eval)}, of the packed file",
+        f"val_bpb         {summary.val_bpb:.4f}{raw}, {kind_of(run.eval)}, of the packed file"
+        f"{rewritten}",
         f"before packing  {summary.pre_quant_val_bpb:.4f} (quantization costs {gap:+.4f})",
         f"bytes           {summary.artifact_bytes:,}: {verdict}",
         f"training        {summary.steps:,} steps, {summary.tokens:,} tokens in "

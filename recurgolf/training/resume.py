@@ -23,6 +23,7 @@ from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training import checkpoint
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
+from recurgolf.trust import check_trusted
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 LOCK_SECONDS = 30.0
@@ -107,6 +108,7 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
         ConfigError: every field that differs and may not, with both values.
     """
     try:  # fields that were added since then take their defaults
+        check_trusted(state["run"].get("plugins") or [], trust=False)
         before = Run.from_dict(state["run"]).to_dict()
     except ConfigError:
         before = state["run"]

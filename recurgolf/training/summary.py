@@ -85,6 +85,9 @@ class Summary:
     environment: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     """Data set scored: name, fingerprint (of validation tokens and tokenizer), tokenizer."""
+    normalizer: str = ""
+    """What the tokenizer's normalizer rewrites, as `'e' becomes 'eeee'`: bits per byte are then no
+    figure to compare. Empty where it is the challenge's."""
     quantization: dict[str, Any] = field(default_factory=dict)
     """What quantizing took: errors, retries of the factorisation, corrections."""
     trajectory: dict[str, Any] = field(default_factory=dict)

@@ -97,12 +97,17 @@ class Trainer:
         found = job.guard.found
         if job.ranks.is_first:
             resumed = found.is_of(job.folder) if found else False
+            group = run.tracker.group_of(run.name)
             identity = RunIdentity(
-                name=f"{run.name}/seed{run.seed}",
-                group=run.name,
+                name=f"{group}/seed{run.chance}",
+                group=group,
                 job_type="train",
                 tags=run.tags(),
-                config={**run.to_dict(), "fingerprint": run.fingerprint},
+                config={
+                    **run.to_dict(),
+                    "fingerprint": run.fingerprint,
+                    "setting": f"{group} {run.setting}",
+                },
                 run_id=found.state["tracker_run_id"] if found and resumed else None,
                 resumed=resumed,
             )

@@ -24,6 +24,7 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.training.base import FinishedRun, read_finished
 from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
+from recurgolf.trust import add_trust
 
 OVERRIDABLE = ("quant", "data")
 """Parts of the Run that `load` and `merge` can exchange: how the result is packed."""
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     load.set_defaults(act=_load)
     merge = verbs.add_parser("merge", help="write adapters into the weights of a copy of a run")
     merge.set_defaults(act=_merge)
+    for verb in (save, load, merge):
+        add_trust(verb)
     for verb in (load, merge):
         verb.add_argument("run", type=Path, help="folder of the finished run that is the base")
         verb.add_argument("adapter", type=Path, help="folder with adapter_model.safetensors")
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _save(asked: argparse.Namespace) -> int:
-    found = read_finished(asked.run)
+    found = read_finished(asked.run, asked.trust)
     model = found.model()
     if model.adapters is None:
         raise ConfigError(f"{asked.run} has no adapters to save: its lora.rank is 0")
@@ -81,7 +84,7 @@ def _save(asked: argparse.Namespace) -> int:
 
 
 def _load(asked: argparse.Namespace) -> int:
-    found = read_finished(asked.run)
+    found = read_finished(asked.run, asked.trust)
     model = found.model()
     run, adapter = adapters.load(found.run, model, asked.adapter, found.tokenizer)
     _warn_unchecked(asked.adapter, adapter)
@@ -90,7 +93,7 @@ def _load(asked: argparse.Namespace) -> int:
 
 
 def _merge(asked: argparse.Namespace) -> int:
-    found = read_finished(asked.run)
+    found = read_finished(asked.run, asked.trust)
     adapter = adapters.read(asked.adapter)
     _warn_unchecked(asked.adapter, adapter)
     run, model = adapters.merge(

@@ -23,6 +23,7 @@ from recurgolf.seal import resealing
 from recurgolf.training.job import Job
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
+from recurgolf.trust import add_trust
 
 OTHER_EVALS = "evals.json"
 """Where entries go in a folder without a summary (an imported checkpoint)."""
@@ -45,8 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
     )
+    add_trust(parser)
     asked = parser.parse_intermixed_args(arguments)
-    finished = Run.read(asked.folder)
+    finished = Run.read(asked.folder, asked.trust)
     run, protocols = _asked(finished, asked.overrides)
     log = Log(None, stderr=asked.json)
     job = Job.watched(run, asked.folder, log=log)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.artifact.code import Codes, codes_of, write_readable
-from recurgolf.audit.finished_run import check_trusted, plugins_of
 from recurgolf.config import ConfigError
 from recurgolf.log import Log
 from recurgolf.run import Run
@@ -25,6 +24,7 @@ from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
+from recurgolf.trust import add_trust
 from recurgolf.verbs.export_check import check
 from recurgolf.verbs.export_text import readme, requirements, submission
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--author", default="", help="for submission.json")
     parser.add_argument("--github-id", default="", help="for submission.json")
     parser.add_argument("--blurb", default="", help="for submission.json; default: what the run is")
-    parser.add_argument("--trust", action="store_true", help="run plugins that are not installed")
+    add_trust(parser)
     asked = parser.parse_args(arguments)
     log = Log(None)
     if asked.check:
@@ -104,8 +104,7 @@ def read_finished(folder: Path, trust: bool = False) -> Finished:
     Raises:
         ConfigError: it has none, or its files are not those of one run.
     """
-    check_trusted(plugins_of(folder), trust, f"export {folder} DEST")
-    run = Run.read(folder)
+    run = Run.read(folder, trust)
     for name in (SUMMARY, ARTIFACT):
         if not (folder / name).exists():
             raise ConfigError(f"{folder} has no {name}: the run did not finish")

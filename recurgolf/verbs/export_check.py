@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recurgolf.audit.finished_run import check_trusted, plugins_of
 from recurgolf.config import ConfigError, kind_of
 from recurgolf.log import Log
 from recurgolf.run import Run
@@ -46,8 +45,7 @@ def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int
     Returns:
         0, or 1 where the numbers differ or the program fails.
     """
-    check_trusted(plugins_of(folder), trust, f"export --check {folder}")
-    run, summary = Run.read(folder), Summary.read(folder)
+    run, summary = Run.read(folder, trust), Summary.read(folder)
     program = folder / "train_gpt.py"
     if not program.exists():
         raise ConfigError(f"{folder} has no train_gpt.py: it was not made by recurgolf export")

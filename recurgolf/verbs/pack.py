@@ -26,6 +26,7 @@ from recurgolf.training.packing import LEDGER
 from recurgolf.training.quantize import rules_of, weights_under
 from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.summary import Summary, Trained
+from recurgolf.trust import add_trust
 
 PARTS = ("quant", "artifact", "budget", "eval")
 """Parts of a Run that can change without training again."""
@@ -39,8 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("overrides", nargs="*", help="as in quant=gptq_int6 artifact/codec=best")
     parser.add_argument("--no-score", action="store_true", help="leave out the scoring")
+    add_trust(parser)
     asked = parser.parse_intermixed_args(arguments)
-    run = reconfigured(Run.read(asked.source), asked.overrides)
+    run = reconfigured(Run.read(asked.source, asked.trust), asked.overrides)
     check_new(asked.folder)
     check_ending(run)
     path = checkpoint.newest(asked.source / CHECKPOINTS)

@@ -15,6 +15,7 @@ from recurgolf.run import Run
 from recurgolf.settings import TrainerConfig
 from recurgolf.training.launch import launch
 from recurgolf.training.resume import MAY_CHANGE_ON_RESUME
+from recurgolf.trust import add_trust
 
 EXIT_OVER_BUDGET = 3
 
@@ -26,8 +27,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "overrides", nargs="*", help="tracker=KIND and trainer fields that may change"
     )
+    add_trust(parser)
     asked = parser.parse_args(arguments)
-    run = reconfigured(Run.read(asked.folder), asked.overrides)
+    run = reconfigured(Run.read(asked.folder, asked.trust), asked.overrides)
     return 0 if launch(run, asked.folder).within_budget else EXIT_OVER_BUDGET
 
 

@@ -154,13 +154,13 @@
     data.groups.forEach((label, number) => {
       const own = chosen.filter((run) => run.group === number);
       if (!own.length) return;
-      const done = own.filter((run) => known(run.val_bpb));
+      const done = own.filter((run) => known(run.val_bpb) && !run.repeated);
       const of = (key, form) => spread(done.map((run) => run[key]), form);
       const different = (key) => [...new Set(done.map((run) => run[key]))];
       const row = element("tr", undefined, { "data-group": number });
       const cells = [label, done.length, of("val_bpb", fixed(4)), of("pre_quant_val_bpb", fixed(4)),
         of("artifact_bytes", whole), done.filter((run) => run.status === "over_budget").length,
-        own.length - done.length, different("steps").map(whole).join(", ") || "-",
+        own.filter((run) => !known(run.val_bpb) && !run.repeated).length, different("steps").map(whole).join(", ") || "-",
         different("hardware").join("; ") || "-"];
       cells.forEach((text) => row.append(element("td", text)));
       const dot = element("span", undefined, { class: "dot" });
