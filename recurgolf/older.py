@@ -11,10 +11,24 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 
-RENAMED: dict[tuple[str, str], str] = {}
+RENAMED: dict[tuple[str, str], str] = {
+    ("attention", "remove_value_direction"): "xsa",
+    ("attention", "remove_value_direction_last"): "xsa_last",
+}
 """(kind, old name) -> the field's name today."""
 
-REMOVED: dict[tuple[str, str], Any] = {}
+REMOVED: dict[tuple[str, str], Any] = {
+    ("transformer", "visit_gain_clamp"): 4.0,
+    ("sequential", "branch_gains"): True,
+    ("parallel", "branch_gains"): True,
+    ("peri_norm", "branch_gains"): False,
+    ("muon_adam", "muon_scale"): "sqrt_max1",
+    ("muon_adam", "batch_matrices"): True,
+    ("lawa", "below_lr_scale"): 1.0,
+    ("lawa", "min_snapshots"): 2,
+    ("swa", "below_lr_scale"): 0.2,
+    ("swa", "min_snapshots"): 1,
+}
 """(kind, old name) -> the only value that is left of what the field could say."""
 
 
@@ -29,6 +43,8 @@ def modern(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     kind, fields = str(node.get("kind")), {}
+    if kind == "transformer":
+        node = _with_patterns(node)
     for name, value in node.items():
         if (kind, name) not in REMOVED:
             fields[RENAMED.get((kind, name), name)] = modern(value)
@@ -37,4 +53,20 @@ def modern(node: Any) -> Any:
                 f"{kind}.{name}={value!r} was written by an earlier version; this one has no such "
                 f"option, and does what {REMOVED[kind, name]!r} did"
             )
+    return fields
+
+
+def _with_patterns(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model whose second block and second mixer stood in fields of their own."""
+    fields = dict(model)
+    every, pattern = fields.pop("second_mixer_every", None), fields.get("mixer_pattern") or []
+    if not pattern and every:
+        pattern = ["mixer"] * (every - 1) + ["second"]
+    own = ("mixer", fields["mixer"]["kind"])
+    for name, patterned in (("mixer", pattern), ("block", [])):
+        at, second = fields.pop(f"second_{name}_at", []), fields.pop(f"second_{name}", None)
+        if at:
+            patterned = ["second" if i in at else name for i in range(fields["num_blocks"])]
+        if second is not None:
+            fields[f"{name}_pattern"] = [name if e in (name, *own) else second for e in patterned]
     return fields

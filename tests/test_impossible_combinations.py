@@ -12,7 +12,7 @@ LINES = [
         ["looping.start=1 to looping.end=9", "3 blocks (0 to 2)"],
     ),
     (
-        "experiment=per_iteration_lora model.num_blocks=5 model.second_block_at=[]",
+        "experiment=per_iteration_lora model.num_blocks=5 model.block_pattern=[]",
         ["looping.start=3 to looping.end=5", "5 blocks (0 to 4)"],
     ),
     (

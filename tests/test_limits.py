@@ -117,8 +117,8 @@ def test_a_near_word_is_suggested():
         ("eval=ttt_sgd eval.sgd.momentum=1", "eval.sgd.momentum=1.0: from 0 to below 1"),
         ("artifact.codec.quality=12", "artifact.codec.quality=12: from 0 to 11"),
         (
-            "experiment=gated_delta_lora_cpu model.second_mixer.num_heads=0",
-            "model.second_mixer.num_heads=0: at least 1",
+            "model/mixer=attention model.mixer.num_heads=0",
+            "model.mixer.num_heads=0: at least 1",
         ),
         (
             "budget=track_10min_16mb budget.caps.evaluation.phases=[evaluaton]",

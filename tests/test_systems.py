@@ -20,14 +20,13 @@ model/mixer:
   defaults: [attention]
   num_heads: 4
   num_kv_heads: 4
-model/block@second_block: parallel
 looping:
   defaults: [cycle]
   passes: 3
 optimizer/schedule: constant
 quant: int8
 experiment:
-  model: {second_block_at: [1]}
+  model: {block_pattern: [block, parallel]}
   trainer: {steps: 7}
 """
 
@@ -49,8 +48,12 @@ def test_a_page_of_one_s_own_is_an_experiment_and_an_option_of_each_group(user):
     folder = user(mine=PAGE)
     run = compose(["experiment=mine"], config_dir=folder)
     said = ["model=transformer", "model.dim=32", "model.num_blocks=2", "model/mixer=attention"]
-    said += ["model.mixer.num_heads=4", "model.mixer.num_kv_heads=4", "model.second_block_at=[1]"]
-    said += ["model/block@model.second_block=parallel", "looping=cycle", "looping.passes=3"]
+    said += [
+        "model.mixer.num_heads=4",
+        "model.mixer.num_kv_heads=4",
+        "model.block_pattern=[block,parallel]",
+    ]
+    said += ["looping=cycle", "looping.passes=3"]
     said += ["optimizer/schedule=constant", "quant=int8", "trainer.steps=7", "name=mine"]
     assert run == compose(["~experiment", *said])
     alone = compose(["experiment=smoke", "looping=mine"], config_dir=folder)
@@ -58,7 +61,7 @@ def test_a_page_of_one_s_own_is_an_experiment_and_an_option_of_each_group(user):
 
 
 def test_an_exchanged_part_of_a_page_leaves_nothing_behind(user):
-    page = PAGE.replace("  model: {second_block_at: [1]}\n", "")
+    page = PAGE.replace("  model: {block_pattern: [block, parallel]}\n", "")
     run = compose(["experiment=mine", "model=tiny", "looping=none"], config_dir=user(mine=page))
     plain = compose(["~experiment", "model=tiny", "looping=none"])
     assert (run.model, run.looping) == (plain.model, plain.looping)

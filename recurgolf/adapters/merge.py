@@ -83,10 +83,8 @@ def untie(run: Run, model: Transformer) -> tuple[Run, Transformer]:
     flat = dataclasses.replace(
         config,
         num_blocks=len(blocks),
-        mixer_pattern=[],
-        second_mixer_every=None,
-        second_mixer_at=[i for i, b in enumerate(blocks) if b in config.second_mixer_blocks],
-        second_block_at=[i for i, b in enumerate(blocks) if b in config.second_block_at],
+        mixer_pattern=[config.mixer_of(block) for block in blocks],
+        block_pattern=[config.block_of(block) for block in blocks],
     )
     looping = NoLooping()
     new_run = dataclasses.replace(

@@ -206,6 +206,8 @@ def written(value: Any) -> str:
     """A value as it stands behind the `=` of an override."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{written(item)}" for key, item in value.items()) + "}"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 

@@ -90,6 +90,14 @@ _IDLE |= {"etlb_enabled", "etlb_lr", "etlb_steps", "etlb_clip"}
 _FACTORS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
 
 
+def _blocks(count: int, parallel: int) -> dict[str, Any]:
+    """Blocks from number `parallel` on are parallel ones; below 0: none."""
+    before = count if parallel < 0 else min(parallel, count)
+    if before in (0, count):
+        return {"model/block": "sequential" if before else "parallel", "model.block_pattern": []}
+    return {"model.block_pattern": ["block"] * before + ["parallel"] * (count - before)}
+
+
 def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     blocks, parallel = settings["num_layers"], settings["parallel_residual_start"]
     loops, xsa = positive(settings["num_loops"]), positive(settings["xsa_last_n"])
@@ -98,9 +106,9 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
         **shared_overrides(settings),
         "model.num_blocks": blocks,
         "model.embed_dim": None if wide else settings["embedding_dim"],
-        "model.mixer.remove_value_direction": xsa > 0,
-        "model.mixer.remove_value_direction_last": xsa,
-        "model.second_block_at": list(range(parallel, blocks)) if parallel >= 0 else [],
+        "model.mixer.xsa": xsa > 0,
+        "model.mixer.xsa_last": xsa,
+        **_blocks(blocks, parallel),
         "model.skips": "unet_gated" if settings["skip_gates_enabled"] else "unet",
         "model.depth_scaled_norm": settings["ln_scale"],
         "model.rope.dims": positive(settings["rope_dims"]),

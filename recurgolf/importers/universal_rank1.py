@@ -109,15 +109,15 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     xsa = positive(settings["xsa_last_n"])
     xsa_blocks = len(set(order[-xsa:])) if xsa > 0 else 0
     visits = numbers("ve_layers", settings["ve_layers"])
-    ends = [*range(prelude), *range(prelude + shared, blocks)]
+    ends = {*range(prelude), *range(prelude + shared, blocks)}
+    end = {"kind": "sequential", "update_gate": settings["dtg"]}
     return {
         **shared_overrides(settings),
         "model.num_blocks": blocks,
-        "model.second_block_at": ends,
+        "model.block_pattern": [end if block in ends else "block" for block in range(blocks)],
         "model.block.update_gate": settings["dtg"],
-        "model.second_block.update_gate": settings["dtg"],
-        "model.mixer.remove_value_direction": xsa_blocks > 0,
-        "model.mixer.remove_value_direction_last": xsa_blocks,
+        "model.mixer.xsa": xsa_blocks > 0,
+        "model.mixer.xsa_last": xsa_blocks,
         "model.skips": "prelude_to_coda" if prelude and coda else "none",
         "model.depth_scaled_norm": settings["ln_scale"],
         "model.bigram.rows": positive(settings["bigram_vocab_size"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,11 @@ class BlockConfig(Checked):
 
     input_mix: Annotated[str, one_of(INPUT_MIXES)] = "channel"
     """How the block's input is mixed with the state behind the embedding: channel|sigmoid|none."""
-    branch_gains: bool = True
-    """Learned gain per channel on each branch (mixer_scale, mlp_scale)."""
     update_gate: bool = False
     """Gate per token between keeping the input and taking the block's output."""
+
+    branch_gains: ClassVar[bool] = True
+    """Whether each branch has a learned gain per channel (mixer_scale, mlp_scale)."""
 
     def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
         raise NotImplementedError
@@ -207,7 +208,7 @@ class PeriNormConfig(BlockConfig):
     """Output-normed block for looped cores."""
 
     input_mix: str = "sigmoid"
-    branch_gains: bool = False
+    branch_gains: ClassVar[bool] = False
 
     def build(self, dim: int, mixer: nn.Module, mlp: nn.Module, norm: BlockNorm) -> Block:
         return PeriNormBlock(dim, self, mixer, mlp, norm)

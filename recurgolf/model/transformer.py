@@ -8,9 +8,9 @@ Shapes: b batch, t length, d model width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from recurgolf.model.norm import rms_norm
 from recurgolf.model.rope import rope_base, rope_table
 from recurgolf.model.skips import SKIPS, NoSkips, Skips
 from recurgolf.model.visit import VisitInputs
+
+VISIT_GAIN_LIMIT = 4.0
+"""Gains per visit are held within this, or a looped band could multiply itself out of range."""
 
 
 @dataclass
@@ -70,27 +73,17 @@ class Model(Checked):
     # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
     block: BlockConfig = field(default_factory=BlockConfig)
     mixer: Mixer = field(default_factory=Mixer)
-    second_block: BlockConfig | None = None
-    """Another kind of block for the indices in second_block_at."""
-    second_block_at: list[int] = field(default_factory=list)
-    second_mixer: Mixer | None = None
-    """Another mixer for some blocks (hybrids): those that mixer_pattern, second_mixer_every or
-    second_mixer_at says."""
-    mixer_pattern: list[str] = field(default_factory=list)
-    """Kinds of the mixers along the depth, repeated: [gated_deltanet, gated_deltanet, attention] is
-    attention in every third block. A kind that is neither `mixer` nor `second_mixer` becomes the
-    second mixer, with its defaults. Given, it takes the place of second_mixer_every."""
-    second_mixer_at: list[int] = field(default_factory=list)
-    """Indices of the blocks with the second mixer."""
-    second_mixer_every: Annotated[int | None, at_least(1)] = None
-    """k: every k-th block has the second mixer, the first of them block k - 1."""
+    block_pattern: list[Any] = field(default_factory=list)
+    """Blocks along the depth, repeated; empty: `block` everywhere. An entry is `block` (or its
+    kind), another kind, or a kind with options: [block, {kind: parallel, update_gate: true}]."""
+    mixer_pattern: list[Any] = field(default_factory=list)
+    """The same for mixers: [mixer, mixer, attention] is attention in every third block."""
     skips: Annotated[str, one_of(SKIPS)] = "none"
     """none | unet | unet_gated | prelude_to_coda."""
     depth_scaled_norm: bool = False
     """Every norm of block i is followed by the factor 1/sqrt(i + 1)."""
     visit_gains: bool = False
     """A learned gain per visit and channel on both branches."""
-    visit_gain_clamp: float = 4.0
     embed_dim: Annotated[int | None, at_least(1)] = None
     """Width of the token table where it differs from dim."""
     smear: bool = False
@@ -115,74 +108,32 @@ class Model(Checked):
             self.block = SequentialConfig()
         if type(self.mixer) is Mixer:
             self.mixer = AttentionConfig()
-        self._check_pattern()
-        for kind in self._new_kinds():
-            self.second_mixer = from_dict(Mixer, {"kind": kind})
-        self._check_hybrid()
-        self._check_second("second_block", self.second_block_at)
-        self._check_second("second_mixer", self.second_mixer_blocks)
+        self.block_pattern = self._pattern("block", BlockConfig)
+        self.mixer_pattern = self._pattern("mixer", Mixer)
         for block in range(self.num_blocks):
             self.mixer_of(block).check(self.dim)
         self._check_positions()
         if self.value_embed.dim and self.value_embed.visits:
             _ = self.kv_dim
 
-    def _new_kinds(self) -> list[str]:
-        """Kinds in the pattern that neither mixer has."""
-        own = [kind_of(mixer) for mixer in (self.mixer, self.second_mixer) if mixer is not None]
-        return [kind for kind in dict.fromkeys(self.mixer_pattern) if kind not in own]
-
-    def _check_pattern(self) -> None:
-        pattern, first, second = self.mixer_pattern, self.mixer, self.second_mixer
-        said = f"model.mixer_pattern=[{', '.join(pattern)}]"
-        if len(pattern) > self.num_blocks:
-            raise ConfigError(f"{said}: {len(pattern)} mixers for {self.num_blocks} blocks")
-        if pattern and second is not None and kind_of(first) == kind_of(second):
+    def _pattern(self, name: str, base: type[Any]) -> list[Any]:
+        """A pattern whose entries are options, or the name of the field whose option they take."""
+        own, entries = getattr(self, name), getattr(self, f"{name}_pattern")
+        said = f"model.{name}_pattern={entries}"
+        if len(entries) > self.num_blocks:
+            raise ConfigError(f"{said}: {len(entries)} entries for {self.num_blocks} blocks")
+        pattern = []
+        for entry in entries:
+            if isinstance(entry, str) and entry not in (name, kind_of(own)):
+                entry = {"kind": entry}
+            option = from_dict(base, entry) if isinstance(entry, Mapping) else entry
+            pattern.append(name if isinstance(option, str) or option == own else option)
+        if pattern and name not in pattern:
             raise ConfigError(
-                f"{said} cannot tell model.mixer from model.second_mixer: both are "
-                f"{kind_of(first)}; use model.second_mixer_every or model.second_mixer_at"
+                f"{said} does not name model.{name}, which is {kind_of(own)}: choose another "
+                f"(model/{name}=KIND) or name it"
             )
-        if second is not None and self._new_kinds():
-            raise ConfigError(
-                f"{said}: this model mixes by {kind_of(first)} (model.mixer) and "
-                f"{kind_of(second)} (model.second_mixer); name these alone"
-            )
-        if pattern and kind_of(first) not in pattern:
-            raise ConfigError(
-                f"{said} does not name model.mixer, which is {kind_of(first)}; choose another "
-                f"(model/mixer={pattern[0]}) or name it"
-            )
-        if len(self._new_kinds()) > 1:
-            raise ConfigError(f"{said}: a model has two kinds of mixers at most")
-
-    def _check_hybrid(self) -> None:
-        every = self.second_mixer_every
-        if every is not None and every > self.num_blocks:
-            raise ConfigError(
-                f"model.second_mixer_every={every}: at most the {self.num_blocks} blocks"
-            )
-        first = "mixer_pattern" if self.mixer_pattern else "second_mixer_every"
-        if getattr(self, first) and self.second_mixer_at:
-            raise ConfigError(
-                f"model.{first}={getattr(self, first)} and model.second_mixer_at="
-                f"{self.second_mixer_at}: give one of them"
-            )
-        if self.second_mixer is not None and not self.second_mixer_blocks:
-            raise ConfigError(
-                "model.second_mixer is given, but no block has it: set model.mixer_pattern, "
-                "model.second_mixer_every or model.second_mixer_at"
-            )
-
-    def _check_second(self, name: str, blocks: list[int]) -> None:
-        wrong = [i for i in blocks if not 0 <= i < self.num_blocks]
-        if wrong:
-            raise ConfigError(
-                f"model.{name}_at={wrong} is outside the {self.num_blocks} blocks "
-                f"(0 to {self.num_blocks - 1})"
-            )
-        if blocks and getattr(self, name) is None:
-            given = "every" if name == "second_mixer" and self.second_mixer_every else "at"
-            raise ConfigError(f"model.{name}_{given} is given, but no model.{name}")
+        return pattern
 
     def _check_positions(self) -> None:
         widths, dims = self.head_dims, self.rope.dims
@@ -228,24 +179,11 @@ class Model(Checked):
             )
         return widths[0]
 
-    @property
-    def second_mixer_blocks(self) -> list[int]:
-        """Indices of the blocks that have the second mixer."""
-        every, pattern = self.second_mixer_every, self.mixer_pattern
-        if pattern:
-            kinds = (pattern[i % len(pattern)] for i in range(self.num_blocks))
-            return [i for i, kind in enumerate(kinds) if kind != kind_of(self.mixer)]
-        if every is None:
-            return self.second_mixer_at
-        return list(range(every - 1, self.num_blocks, every))
-
     def block_of(self, block: int) -> BlockConfig:
-        second = self.second_block is not None and block in self.second_block_at
-        return self.second_block if second else self.block  # type: ignore[return-value]
+        return _entry(self.block_pattern, self.block, block)
 
     def mixer_of(self, block: int) -> Mixer:
-        second = self.second_mixer is not None and block in self.second_mixer_blocks
-        return self.second_mixer if second else self.mixer  # type: ignore[return-value]
+        return _entry(self.mixer_pattern, self.mixer, block)
 
     def projections(self, block: int) -> dict[str, tuple[int, int]]:
         """Linear projections of a block, name -> (in_dim, out_dim): what adapters can sit on."""
@@ -266,6 +204,11 @@ class Model(Checked):
             largest_plan: the plan with the most visits; per-visit parameters get its size.
         """
         return Transformer(self, largest_plan)
+
+
+def _entry(pattern: Sequence[Any], own: Any, block: int) -> Any:
+    entry = pattern[block % len(pattern)] if pattern else own
+    return own if isinstance(entry, str) else entry
 
 
 class Transformer(nn.Module):
@@ -466,5 +409,5 @@ class Transformer(nn.Module):
     def _visit_gain(self, table: Tensor | None, position: int) -> Tensor | None:
         if table is None:
             return None
-        clamp = self.config.visit_gain_clamp
-        return table[min(position, len(table) - 1)].clamp(-clamp, clamp)
+        # Visits beyond the table, in scoring with more passes, use its last row.
+        return table[min(position, len(table) - 1)].clamp(-VISIT_GAIN_LIMIT, VISIT_GAIN_LIMIT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,10 @@ class EMA(Averaging):
 class _SnapshotMean(Averaging):
     interval_steps: Annotated[int, at_least(1)] = 50
     """Steps between snapshots."""
-    below_lr_scale: float = 1.0
+
+    below_lr_scale: ClassVar[float] = 1.0
     """Snapshots are taken while the schedule's factor is below this."""
-    min_snapshots: Annotated[int, at_least(1)] = 2
+    min_snapshots: ClassVar[int] = 2
     """With fewer the last weights are the result."""
 
     def build(self, model: nn.Module) -> Averager:
@@ -111,8 +112,8 @@ class LAWA(_SnapshotMean):
 class SWA(_SnapshotMean):
     """The mean of snapshots taken late in the warm-down (stochastic averaging, 1803.05407)."""
 
-    below_lr_scale: float = 0.2
-    min_snapshots: int = 1
+    below_lr_scale: ClassVar[float] = 0.2
+    min_snapshots: ClassVar[int] = 1
 
 
 class ExponentialAverager(Averager):

@@ -21,12 +21,6 @@ from recurgolf.optim import foreach
 from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES, EPS, zeropower
 from recurgolf.optim.work_partition import deal, exchange, rank_and_world
 
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "sqrt_max1": lambda rows, cols: math.sqrt(max(1, rows / cols)),
-    "none": lambda rows, cols: 1.0,
-}
-"""Factor on the learning rate from the matrix's shape."""
-
 DECAY_MODES = ("none", "decoupled", "coupled_l2")
 BUFFER_DTYPES: dict[str, torch.dtype | None] = {"grad": None, "bf16": torch.bfloat16}
 
@@ -58,7 +52,7 @@ class Muon(Optimizer):
     Every keyword but `params` may differ per group.
 
     Args:
-        lr: spectral size of one update, times `scale`.
+        lr: spectral size of one update, times sqrt(max(1, rows / cols)).
         momentum: of the plain sum m = momentum * m + g.
         nesterov: orthogonalise g + momentum * m rather than m.
         ns_steps: Newton-Schulz iterations.
@@ -68,12 +62,8 @@ class Muon(Optimizer):
         weight_decay_mode: `decoupled` shrinks weights by lr * weight_decay before the update;
             `coupled_l2` adds weight_decay * weight to the gradient; `none` ignores it.
         row_normalize: give every row of the momentum unit length first (MuonEq-R).
-        scale: a key of `SCALES`.
         buffer_dtype: `grad` keeps the gradient's; `bf16` holds gradient, momentum and their sum in
             bfloat16.
-        batch: orthogonalise equal shapes in one call. Bit-identical to one by one on the CPUs
-            measured; where a batched product rounds otherwise, False keeps the result
-            independent of the number of ranks.
         compat_decay_without_grad: decay parameters whose gradient is absent, too, as
             per_iteration_lora does; otherwise they are left alone.
         compat_shard_rows: orthogonalise a 2-D parameter in so many row shards, each by itself
@@ -96,9 +86,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         weight_decay_mode: str = "decoupled",
         row_normalize: bool = False,
-        scale: str = "sqrt_max1",
         buffer_dtype: str = "grad",
-        batch: bool = True,
         compat_decay_without_grad: bool = False,
         compat_shard_rows: int = 0,
     ):
@@ -112,9 +100,7 @@ class Muon(Optimizer):
             weight_decay=weight_decay,
             weight_decay_mode=weight_decay_mode,
             row_normalize=row_normalize,
-            scale=scale,
             buffer_dtype=buffer_dtype,
-            batch=batch,
             compat_decay_without_grad=compat_decay_without_grad,
             compat_shard_rows=compat_shard_rows,
         )
@@ -216,10 +202,9 @@ class Muon(Optimizer):
         together: dict[tuple[Any, ...], list[int]] = {}
         for number, piece in mine.items():
             shards = piece.group["compat_shard_rows"] if piece.index is None else 0
-            alone = None if piece.group["batch"] else number
-            together.setdefault((id(piece.group), piece.shape, shards, alone), []).append(number)
+            together.setdefault((id(piece.group), piece.shape, shards), []).append(number)
         results = {}
-        for (_, _, shards, _), numbers in together.items():
+        for (_, _, shards), numbers in together.items():
             group = mine[numbers[0]].group
             stack = torch.stack([mine[n].of(momenta[mine[n].param]) for n in numbers])
             if shards > 1:
@@ -242,7 +227,9 @@ class Muon(Optimizer):
             for param in present:
                 parts = whole[param]
                 update = parts[0] if param.ndim == 2 else torch.stack(parts)
-                factor = SCALES[group["scale"]](*param.shape[-2:])
+                rows, cols = param.shape[-2:]
+                # A tall matrix turns a unit input into a longer output: its step grows likewise.
+                factor = math.sqrt(max(1, rows / cols))
                 param.add_(update.to(param.dtype), alpha=-group["lr"] * factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,7 +290,6 @@ CHOICES: dict[str, Iterable[str]] = {
     "ns_arithmetic": tuple(ARITHMETIC),
     "ns_dtype": tuple(DTYPES),
     "weight_decay_mode": DECAY_MODES,
-    "scale": tuple(SCALES),
     "buffer_dtype": tuple(BUFFER_DTYPES),
 }
 
@@ -321,4 +307,4 @@ def _by_row_shards(stack: Tensor, shards: int, orthogonalize: Callable[[Tensor],
     return parts.reshape(count, height * shards, cols)[:, :rows]
 
 
-__all__ = ["BUFFER_DTYPES", "DECAY_MODES", "SCALES", "Muon", "zeropower"]
+__all__ = ["BUFFER_DTYPES", "DECAY_MODES", "Muon", "zeropower"]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from recurgolf.config import Checked, option
 from recurgolf.limits import above, at_least, one_of
-from recurgolf.optim.muon import BUFFER_DTYPES, DECAY_MODES, SCALES, Muon
+from recurgolf.optim.muon import BUFFER_DTYPES, DECAY_MODES, Muon
 from recurgolf.optim.newton_schulz import ARITHMETIC, DTYPES
 from recurgolf.optim.numuon import NuMuon
 from recurgolf.optim.schedule import Schedule
@@ -144,12 +144,8 @@ class MuonAdam(OptimizerConfig):
     """Unit rows before orthogonalising (MuonEq-R)."""
     weight_decay_mode: Annotated[str, one_of(DECAY_MODES)] = "decoupled"
     """What matrix_weight_decay does: `decoupled`, `coupled_l2` (added to the gradient), `none`."""
-    muon_scale: Annotated[str, one_of(SCALES)] = "sqrt_max1"
-    """Factor on a matrix's rate: `sqrt_max1` is sqrt(max(1, rows / cols)); `none`."""
     buffer_dtype: Annotated[str, one_of(BUFFER_DTYPES)] = "grad"
     """`bf16` keeps gradient and momentum in bfloat16; `grad` in the gradient's own precision."""
-    batch_matrices: bool = True
-    """Orthogonalise equal shapes in one call."""
     lora_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """`muon` gives the adapters' matrices to Muon: their updates then have a fixed size."""
     mtp_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
@@ -185,9 +181,7 @@ class MuonAdam(OptimizerConfig):
             ns_dtype=self.ns_dtype,
             weight_decay_mode=self.weight_decay_mode,
             row_normalize=self.row_normalize,
-            scale=self.muon_scale,
             buffer_dtype=self.buffer_dtype,
-            batch=self.batch_matrices,
             compat_decay_without_grad=self.compat_decay_without_grad,
             compat_shard_rows=self.compat_shard_rows,
         )

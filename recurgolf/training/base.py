@@ -145,8 +145,12 @@ def start_from_base(run: Run, model: Transformer, tokenizer: str) -> str:
 def _network(run: Run) -> dict[str, Any]:
     """What a model's weights depend on: not how they start, nor in which way a hybrid is named."""
     model = run.model
-    hybrid = {"mixer_pattern": [], "second_mixer_every": None}
-    return {**to_dict(model), **hybrid, "second_mixer_at": model.second_mixer_blocks, "init": None}
+    depth = range(model.num_blocks)
+    parts = {
+        "mixer_pattern": [to_dict(model.mixer_of(block)) for block in depth],
+        "block_pattern": [to_dict(model.block_of(block)) for block in depth],
+    }
+    return {**to_dict(model), **parts, "init": None}
 
 
 def _from_checkpoint(run: Run, path: Path) -> dict[str, Tensor]:

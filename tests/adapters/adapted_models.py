@@ -21,8 +21,7 @@ HYBRID = (
     "data.vocab_size=64",
     "model.dim=16",
     "model/mixer=gated_deltanet",
-    "model/mixer@model.second_mixer=attention",
-    "model.second_mixer_every=2",
+    "model.mixer_pattern=[mixer,attention]",
 )
 TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_proj", "up_proj")
 LORA = ("lora.rank=2", f"lora.targets=[{','.join(TARGETS)}]", "lora.alpha=3", "lora.visits=all")

@@ -8,7 +8,7 @@ from smoke_runs import composed
 from recurgolf import adapters
 from recurgolf.adapters import Adapter, Base
 from recurgolf.adapters.adapter import Factors, Place
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, kind_of
 
 
 @pytest.mark.parametrize("overrides", [FLAT, SHARED], ids=["each block once", "shared by visits"])
@@ -43,7 +43,9 @@ def test_single_iterations_merge_into_untied_blocks_and_into_nothing_else(overri
         adapters.merge(bare, base, adapter)
     untied_run, untied = adapters.merge(bare, base, adapter, untied=True)
     assert untied_run.plan(1.0).blocks == (0, 1, 2, 3, 4, 5)
-    assert untied_run.model.second_mixer_blocks == [1, 3, 5]
+    assert [kind_of(untied_run.model.mixer_of(block)) for block in range(6)] == [
+        *("gated_deltanet", "attention") * 3
+    ]
     logits = untied(tokens, untied_run.eval_plan)
     torch.testing.assert_close(logits, model(tokens, run.eval_plan), atol=1e-5, rtol=0)
     # The Run is whole: it can be written and built again.

@@ -97,9 +97,8 @@ REFUSALS = {
         "lora.visits": "repeats",
         "looping.start_fraction": 0.5,
     },
-    "model.second_mixer is None there, 'attention' here; model.second_mixer_at is": {
-        "model.second_mixer": {"kind": "attention", "num_heads": 1},
-        "model.second_mixer_at": [1],
+    "model.mixer_pattern is .*'num_heads': 1": {
+        "model.mixer_pattern": ["mixer", {"kind": "attention", "num_heads": 1}],
     },
     "trainable='adapters': all or lora": {"trainer.trainable": "adapters"},
     "trainable=all, trainer.base=": {"trainer.trainable": "all"},
@@ -124,20 +123,12 @@ def test_another_base_or_nothing_to_train_is_refused_before_training(message, ow
 
 def test_a_hybrid_is_the_same_base_however_its_blocks_are_named(tmp_path):
     hybrid = ("experiment=smoke", "model/mixer=gated_deltanet")
-    base = composed(
-        *(*hybrid, "model/mixer@model.second_mixer=attention", "model.second_mixer_every=2"),
-        "lora=none",
-    )
+    base = composed(*hybrid, "model.mixer_pattern=[mixer,{kind:attention}]", "lora=none")
     base.write(tmp_path)
     own = ("trainer.trainable=lora", f"trainer.base='{tmp_path}'", "lora=gated_delta")
     check_base(composed(*hybrid, "model.mixer_pattern=[gated_deltanet,attention]", *own))
-    with pytest.raises(ConfigError, match=r"second_mixer_at is \[1\] there, \[0\] here"):
-        check_base(
-            composed(
-                *(*hybrid, "model/mixer@model.second_mixer=attention", *own),
-                "model.second_mixer_at=[0]",
-            )
-        )
+    with pytest.raises(ConfigError, match=r"model.mixer_pattern is .* there, .* here"):
+        check_base(composed(*hybrid, "model.mixer_pattern=[attention,mixer]", *own))
 
 
 def test_the_command_refuses_without_training(tmp_path):

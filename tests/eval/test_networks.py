@@ -19,7 +19,7 @@ from recurgolf.model.transformer import Model, RopeConfig
 
 MIXERS = {
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1),
-    "xsa": AttentionConfig(num_heads=2, num_kv_heads=1, remove_value_direction=True),
+    "xsa": AttentionConfig(num_heads=2, num_kv_heads=1, xsa=True),
     "gated_deltanet": GatedDeltaNetConfig(num_key_heads=1, num_value_heads=2, chunk_size=4),
 }
 

@@ -283,7 +283,7 @@ OFF = {
     "val_loss_every": "trainer.val_every",
     "max_wallclock_seconds": "budget.train_seconds",
     "rope_dims": "model.rope.dims",
-    "xsa_last_n": "model.mixer.remove_value_direction",
+    "xsa_last_n": "model.mixer.xsa",
     "mtp_num_heads": "model.mtp_heads",
     "lora_rank": "lora.rank",
     "bigram_vocab_size": "model.bigram.rows",

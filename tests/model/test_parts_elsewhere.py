@@ -15,8 +15,7 @@ NARROW = ["model.dim=32", "model.num_blocks=4", "data.vocab_size=64"]
 SMALL = [*NARROW, "model.mixer.num_heads=2", "model.mixer.num_kv_heads=1"]
 HYBRID = [
     "model/mixer=gated_deltanet",
-    "model/mixer@model.second_mixer=attention",
-    "model.second_mixer_every=2",
+    "model.mixer_pattern=[mixer,attention]",
 ]
 FIVE = "lora.targets=[in_proj_qkv,in_proj_z,in_proj_b,in_proj_a,out_proj]"
 MIXES = {
@@ -42,7 +41,7 @@ MIXES = {
     ],
     "the golf band's network run as a cycle": [
         "model=per_iteration_lora",
-        "model.second_block_at=[3]",
+        "model.block_pattern=[block,block,block,parallel]",
         "model.rope.dims=8",
         "looping=cycle",
         "looping.passes=2",
@@ -146,10 +145,10 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
         (["lora=rank1", "looping=none"], "lora.rank=1 .*no visit qualifies"),
         (["eval.passes=3", "looping=none"], "eval passes=3 asked for, but looping=none has 1"),
         (
-            ["model.second_block_at=[7]"],
-            r"second_block_at=\[7\] is outside the 3 blocks \(0 to 2\)",
+            ["model.block_pattern=[block,block,block,parallel]"],
+            "block_pattern=.* 4 entries for 3 blocks",
         ),
-        (["model.skips=u_net"], r"model.skips='u_net': .*did you mean 'unet'"),
+        (["model.skips=u_net"], r"model.skips='u_net': one of .*\(did you mean 'unet'"),
         (["model.rope.dims=3"], "model.rope.dims=3: an even number"),
         (
             ["model/mixer=gated_deltanet", "model.mixer.num_value_heads=3"],
@@ -172,17 +171,6 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
             ["model/mixer=gated_deltanet", "lora=attention"],
             "no projection 'q_proj'; theirs are .*in_proj_qkv",
         ),
-        ([*HYBRID, "model.second_mixer_every=4"], "second_mixer_every=4: at most the 3 blocks"),
-        ([*HYBRID, "model.second_mixer_at=[0]"], r"every=2 and .*second_mixer_at=\[0\]: give one"),
-        (["model.second_mixer_every=2"], "second_mixer_every is given, but no model.second_mixer"),
-        (
-            [
-                *HYBRID,
-                "model.mixer_pattern=[gated_deltanet,attention]",
-                "model.second_mixer_at=[0]",
-            ],
-            r"mixer_pattern=.* and model.second_mixer_at=\[0\]: give one",
-        ),
         (["model.mixer_pattern=[attention,gated_delta]"], "did you mean 'gated_deltanet'"),
         (
             ["model.mixer_pattern=[gated_deltanet]"],
@@ -190,15 +178,10 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
         ),
         (
             ["model.mixer_pattern=[attention,attention,gated_deltanet,attention]"],
-            "4 mixers for 3 blocks",
+            "mixer_pattern=.* 4 entries for 3 blocks",
         ),
         (
-            [HYBRID[1], "model.mixer_pattern=[attention]"],
-            "cannot tell model.mixer from model.second_mixer: both are attention",
-        ),
-        (HYBRID[:2], "second_mixer is given, but no block has it"),
-        (
-            [HYBRID[1], "model.second_mixer_at=[1]", "model.second_mixer.num_heads=2"],
+            ["model.mixer_pattern=[mixer,{kind:attention,num_heads:2}]"],
             r"heads of this hybrid are \[64, 96\] wide; model.rope.dims=0",
         ),
         (

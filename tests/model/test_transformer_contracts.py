@@ -1,6 +1,7 @@
 """What every block kind, input mix, mixer, kind of skips and looping schedule must keep, mixed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mixers.gated_deltanet import PROJECTIONS, GatedDeltaNetConfig
 from recurgolf.model.mlp import MLPS
 from recurgolf.model.skips import SKIPS
-from recurgolf.model.transformer import Model
+from recurgolf.model.transformer import Model, RopeConfig
 
 VOCAB, DIM, BLOCKS, LENGTH = 31, 16, 4, 9
 
@@ -41,7 +42,7 @@ def mixers(name):
     """The fields of a Model that give its blocks a registered mixer, or two in turn."""
     if name == "hybrid":
         second = AttentionConfig(**SIZES["attention"])
-        return {**mixers("gated_deltanet"), "second_mixer": second, "second_mixer_every": 2}
+        return {**mixers("gated_deltanet"), "mixer_pattern": ["mixer", second]}
     return {"mixer": REGISTRY["model/mixer"][name](**SIZES.get(name, {}))}
 
 
@@ -70,9 +71,8 @@ def everything(block="sequential"):
         num_blocks=BLOCKS,
         mlp_activation="swiglu",
         block=REGISTRY["model/block"][block](update_gate=True),
-        second_block=SequentialConfig(),
-        second_block_at=[0],
-        mixer=AttentionConfig(num_heads=2, num_kv_heads=1, remove_value_direction=True),
+        block_pattern=[SequentialConfig(), *["block"] * (BLOCKS - 1)],
+        mixer=AttentionConfig(num_heads=2, num_kv_heads=1, xsa=True),
         skips="unet_gated",
         depth_scaled_norm=True,
         visit_gains=True,
@@ -289,7 +289,7 @@ def test_nothing_stays_in_a_model_from_one_call_to_the_next(mixer):
     torch.testing.assert_close(model(tokens()[1:], plan), first[1:])
 
 
-def test_a_hybrid_has_its_second_mixer_in_every_so_manyth_block_and_survives_run_json():
+def test_a_hybrid_has_its_mixers_in_turn_and_survives_run_json():
     config = model_config(mixer="hybrid")
     kinds = [type(config.mixer_of(block)) for block in range(BLOCKS)]
     assert kinds == [GatedDeltaNetConfig, AttentionConfig] * 2
@@ -312,14 +312,23 @@ def test_a_pattern_names_the_mixers_along_the_depth_and_repeats(pattern, second)
     config = Model(num_blocks=BLOCKS, mixer=GatedDeltaNetConfig(), mixer_pattern=pattern)
     kinds = [type(config.mixer_of(block)) for block in range(BLOCKS)]
     expected = [AttentionConfig if b in second else GatedDeltaNetConfig for b in range(BLOCKS)]
-    assert kinds == expected and config.second_mixer_blocks == second
+    assert kinds == expected
     assert from_dict(Model, to_dict(config)) == config
-    again = Model(**{**vars(config), "second_mixer_every": 2})
-    assert again.second_mixer_blocks == second, "the pattern takes the place of every"
     # Of an attention first, the other kind is the one that is added.
     if second:
         other = Model(num_blocks=BLOCKS, mixer=AttentionConfig(), mixer_pattern=pattern)
         assert [type(other.mixer_of(block)) for block in range(BLOCKS)] == expected
+
+
+def test_a_pattern_takes_its_own_option_by_name_or_kind_and_others_with_theirs():
+    wide = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
+    own = AttentionConfig(num_heads=2)
+    sizes = {"dim": 48, "num_blocks": 3, "rope": RopeConfig(dims=8)}
+    config = Model(**sizes, mixer=own, mixer_pattern=["attention", "mixer", wide])
+    assert [config.mixer_of(block).num_heads for block in range(3)] == [2, 2, 4]
+    assert config.mixer_pattern == ["mixer", "mixer", AttentionConfig(num_heads=4, num_kv_heads=2)]
+    other = replace(config, mixer=AttentionConfig(num_heads=3))
+    assert [other.mixer_of(block).num_heads for block in range(3)] == [3, 3, 4]
 
 
 @torch.no_grad()

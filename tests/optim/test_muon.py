@@ -130,12 +130,13 @@ def test_singular_values_come_near_one_and_directions_stay(arithmetic, shape):
 
 @pytest.mark.parametrize("shapes", [[(40, 17)] * 3 + [(17, 40)] * 2, [(4, 33, 21), (33, 21)]])
 @pytest.mark.parametrize("ns_dtype", ["bf16", "float32"])
-def test_equal_shapes_in_one_call_change_no_bit(shapes, ns_dtype):
+def test_equal_shapes_of_a_group_in_one_call_change_no_bit(shapes, ns_dtype):
     results = []
-    for batch in (True, False):
+    for together in (True, False):
         generator = torch.Generator().manual_seed(3)
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-        optimizer = Muon(params, batch=batch, ns_dtype=ns_dtype)
+        groups = [params] if together else [[param] for param in params]
+        optimizer = Muon([{"params": group} for group in groups], ns_dtype=ns_dtype)
         for _ in range(3):
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator)

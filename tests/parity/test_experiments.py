@@ -18,8 +18,8 @@ SYSTEMS = [
 
 # What may shrink: sizes, positions, lengths and horizons.
 SHRINKS = {
-    "model": {"dim", "num_blocks", "mlp_mult", "vocab_size", "second_block_at", "mtp_heads"}
-    | {"num_heads", "num_kv_heads", "remove_value_direction_last", "rows", "visits", "train_len"},
+    "model": {"dim", "num_blocks", "mlp_mult", "vocab_size", "block_pattern", "mtp_heads"}
+    | {"num_heads", "num_kv_heads", "xsa_last", "rows", "visits", "train_len"},
     "looping": {"start", "end", "passes", "passes_eval"},
     "lora": {"rank"},
     "optimizer": {"momentum_warmup_steps", "warmdown_steps", "compat_shard_rows"},

@@ -14,6 +14,8 @@ from recordings import (
     with_derived,
 )
 
+from recurgolf.config import kind_of
+
 CASES = cases()
 
 
@@ -58,6 +60,10 @@ def test_outputs_and_every_gradient_equal_the_recording(folder, case):
     assert set(gradients) == set(wanted)
 
 
+def blocks_of_kind(model, kind):
+    return [i for i in range(model.num_blocks) if kind_of(model.block_of(i)) == kind]
+
+
 @pytest.mark.parametrize("folder", with_derived("per_iteration_lora"), ids=lambda f: f.name)
 def test_visits_skips_and_adapters_follow_the_recorded_schedule(folder):
     derived = config_of(folder)["derived"]
@@ -67,7 +73,7 @@ def test_visits_skips_and_adapters_follow_the_recorded_schedule(folder):
     assert list(plan.blocks) == derived["encoder_indices"] + derived["decoder_indices"]
     assert len(transformer.skips.weight) == derived["num_skip_weights"]
     assert [i for i, b in enumerate(transformer.blocks) if b.mixer.xsa] == derived["xsa_blocks"]
-    assert found.run.model.second_block_at == derived["parallel_blocks"]
+    assert blocks_of_kind(found.run.model, "parallel") == derived["parallel_blocks"]
     factors = [block.norm.factor for block in transformer.blocks]
     assert factors == pytest.approx(derived["ln_scale_factors"], rel=1e-15)
     schedule = derived.get("encoder_lora_schedule", []) + derived.get("decoder_lora_schedule", [])
@@ -93,7 +99,7 @@ def test_universal_visits_and_blocks_follow_the_recorded_schedule(folder):
     assert factors == pytest.approx(derived["ln_scale_factors"], rel=1e-15)
     assert bool(transformer.skips.pairs(found.model.plan)) == derived["has_skip"]
     ends = [i for i, mode in enumerate(derived["block_modes"]) if mode == "preln"]
-    assert found.run.model.second_block_at == ends
+    assert blocks_of_kind(found.run.model, "sequential") == ends
     if found.run.model.value_embed.dim:
         assert found.run.model.value_embed.visits == derived["ve_layer_indices"]
 

@@ -30,9 +30,9 @@ class AttentionConfig(Mixer):
     heads, or one where that does not divide them."""
     q_gain_init: float = 1.5
     """Start of the learned gain on every query head, applied after the rotation."""
-    remove_value_direction: bool = False
-    """XSA: take from each output its part along the value of the same position."""
-    remove_value_direction_last: int | None = None
+    xsa: bool = False
+    """Exclusive self attention: take from each output its part along its own position's value."""
+    xsa_last: int | None = None
     """XSA only in the last n blocks (of all blocks, not visits); null: in all."""
 
     def heads(self, dim: int) -> tuple[int, int]:
@@ -72,8 +72,7 @@ class AttentionConfig(Mixer):
         }
 
     def build(self, dim: int, block: int, num_blocks: int, norm_eps: float) -> Attention:
-        last = self.remove_value_direction_last
-        xsa = self.remove_value_direction and (last is None or block >= num_blocks - last)
+        xsa = self.xsa and (self.xsa_last is None or block >= num_blocks - self.xsa_last)
         return Attention(dim, self, xsa, norm_eps)
 
     def flops(self, dim: int, length: int) -> int:
@@ -118,7 +117,7 @@ class Attention(nn.Module):
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         y = self._attend(q, k.to(q.dtype), v.to(q.dtype), inputs.documents)
         if self.xsa:
-            y = self._remove_value_direction(y, v[:, :, first:])
+            y = self._without_own_value(y, v[:, :, first:])
         y = y.transpose(1, 2).reshape(batch, length - first, dim)
         return self.o_proj(y, adapters.get("o_proj"))
 
@@ -133,7 +132,7 @@ class Attention(nn.Module):
             mask = (mask & (documents[:, first:, None] == documents[:, None, :]))[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
-    def _remove_value_direction(self, y: Tensor, v: Tensor) -> Tensor:
+    def _without_own_value(self, y: Tensor, v: Tensor) -> Tensor:
         """y - (y . v/|v|) v/|v| with the value of the same position and kv head."""
         batch, _, length, head_dim = y.shape
         direction = F.normalize(v, dim=-1)[:, :, None]  # (b, kv, 1, t, d)
