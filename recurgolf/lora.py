@@ -123,8 +123,9 @@ class LowRank:
         self.a, self.b, self.scale = a, b, scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(x, self.a.to(x.dtype))
-        delta = nn.functional.linear(low, self.b.to(low.dtype))
+        # Two thin products: B A is never formed, which would cost a full matrix per visit.
+        low = nn.functional.linear(x, self.a.to(x.dtype))  # (..., rank)
+        delta = nn.functional.linear(low, self.b.to(low.dtype))  # (..., out)
         return delta if self.scale == 1.0 else delta * self.scale
 
 

@@ -2,6 +2,9 @@
 
 A block is run once per visit: `block(x, inputs) -> x`, with everything that differs between visits
 in `inputs`. Blocks do not know whether they are looped.
+
+Shapes: B batch, T positions that are read, R positions that are wanted (T, but in the last visit of
+a scored window: see `VisitInputs.read_from`), D model width.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ class ChannelMix(nn.Module):
         self.weight = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
-        mix = self.weight.to(x.dtype)
-        return mix[0] * x + mix[1] * x0
+        mix = self.weight.to(x.dtype)  # (2, D)
+        return mix[0] * x + mix[1] * x0  # (B, T, D)
 
 
 class SigmoidMix(nn.Module):
@@ -107,10 +110,11 @@ class Block(nn.Module):
         return not isinstance(self.input_mix, NoMix)
 
     def forward(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        mixed = self.input_mix(x, inputs.x0)
-        out = self.update(mixed, inputs)
-        mixed = mixed[:, inputs.read_from :]
+        mixed = self.input_mix(x, inputs.x0)  # (B, T, D)
+        out = self.update(mixed, inputs)  # (B, R, D)
+        mixed = mixed[:, inputs.read_from :]  # (B, R, D)
         if "residual" in inputs.adapters:
+            # The only adapter without a matrix of its own: it corrects what the block puts out.
             out = out + inputs.adapters["residual"](out)
         return out if self.update_gate is None else self.update_gate(mixed, out)
 
@@ -120,7 +124,8 @@ class Block(nn.Module):
 
     def mixed(self, x: Tensor, inputs: VisitInputs) -> Tensor:
         """The mixer's output from `inputs.read_from` on; a mixer may well compute all of it."""
-        y = self.mixer(x, inputs)
+        y = self.mixer(x, inputs)  # (B, T or R, D)
+        # Counted from the end: attention skips unwanted queries, a recurrence cannot.
         return y[:, y.shape[1] - x.shape[1] + inputs.read_from :]
 
     def mixer_branch(self, x: Tensor, inputs: VisitInputs) -> Tensor:
@@ -142,7 +147,9 @@ class UpdateGate(nn.Module):
         self.bias = nn.Parameter(torch.full((1,), 2.0))
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        # Without the detach the gate would pull the stream towards states that open it.
         gate = nn.functional.linear(x.detach(), self.weight.to(x.dtype), self.bias.to(x.dtype))
+        # (B, R, 1): one gate per token
         return x + torch.sigmoid(gate) * (out - x)
 
 
@@ -158,7 +165,8 @@ class SequentialBlock(Block):
     """x + mixer(norm x), then x + mlp(norm x): the pre-norm block."""
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        x = x[:, inputs.read_from :] + self.mixer_branch(self.norm(x), inputs)
+        # The mixer reads all T positions; from here on only the wanted R are computed.
+        x = x[:, inputs.read_from :] + self.mixer_branch(self.norm(x), inputs)  # (B, R, D)
         return x + self.mlp_branch(self.norm(x), inputs)
 
 
@@ -166,7 +174,7 @@ class ParallelBlock(Block):
     """x + mixer(norm x) + mlp(norm x): both branches read the same input (GPT-J)."""
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        normed, read = self.norm(x), slice(inputs.read_from, None)
+        normed, read = self.norm(x), slice(inputs.read_from, None)  # (B, T, D)
         x = x[:, read] + self.mixer_branch(normed, inputs)
         return x + self.mlp_branch(normed[:, read], inputs)
 
@@ -178,7 +186,8 @@ class PeriNormBlock(Block):
     """
 
     def update(self, x: Tensor, inputs: VisitInputs) -> Tensor:
-        mixed = rms_norm(self.mixed(x, inputs), self.norm.eps)
+        # eps alone is the norm's here: a factor on an output norm would scale the branch itself.
+        mixed = rms_norm(self.mixed(x, inputs), self.norm.eps)  # (B, R, D)
         x = x[:, inputs.read_from :] + gained(mixed, self.mixer_scale, inputs.mixer_gain)
         mlp = rms_norm(self.mlp(x, inputs.adapters), self.norm.eps)
         return x + gained(mlp, self.mlp_scale, inputs.mlp_gain)

@@ -59,6 +59,7 @@ class BigramHash(nn.Module):
         With document numbers given, a document's first token has nothing before it either.
         """
         last = self.embed.num_embeddings - 1
+        # int32, where the products may wrap: other widths hash to other buckets than published.
         ids = tokens.to(torch.int32)
         mixed = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
         buckets = F.pad(mixed, (1, 0), value=last).long()
@@ -83,7 +84,7 @@ class Smear(nn.Module):
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         gate = torch.sigmoid(self.gate).to(x.dtype)
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D), shifted by one position
         if documents is not None:
             previous = previous.masked_fill(starts(documents)[..., None], 0)
         return (1 - gate) * x + gate * previous

@@ -33,6 +33,9 @@ class Linear(nn.Module):
         return self.weight
 
     def forward(self, x: Tensor, adapter: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        # Weights stay in float32, so that optimizer, averages and quantizer see every update;
+        # the cast is cheap beside the product. Adapters are added outside the fake quantizer:
+        # they are stored beside the matrix, not in it.
         y = F.linear(x, self.seen_weight.to(x.dtype))
         return y if adapter is None else y + adapter(x).to(y.dtype)
 

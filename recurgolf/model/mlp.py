@@ -1,4 +1,7 @@
-"""Feed-forward layers. The activation is chosen by name in `model.mlp_activation`."""
+"""Feed-forward layers. The activation is chosen by name in `model.mlp_activation`.
+
+Shapes: B batch, T positions, D model width, H hidden width.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ class _Relu2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
+        # In place on a fresh product: half the memory traffic of (2 * positive) * grad.
         return (positive * grads[0]).mul_(2)
 
 
@@ -47,8 +51,8 @@ class Mlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, adapters: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        hidden = self.activation(self.up_proj(x, adapters.get("up_proj")))
-        return self.down_proj(hidden, adapters.get("down_proj"))
+        hidden = self.activation(self.up_proj(x, adapters.get("up_proj")))  # (B, T, H)
+        return self.down_proj(hidden, adapters.get("down_proj"))  # (B, T, D)
 
 
 class SwiGlu(nn.Module):
@@ -61,7 +65,7 @@ class SwiGlu(nn.Module):
         self.down_proj = Linear(hidden, dim, zero_init=True)
 
     def forward(self, x: Tensor, adapters: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        gate = F.silu(self.gate_proj(x, adapters.get("gate_proj")))
+        gate = F.silu(self.gate_proj(x, adapters.get("gate_proj")))  # (B, T, H)
         hidden = gate * self.up_proj(x, adapters.get("up_proj"))
         return self.down_proj(hidden, adapters.get("down_proj"))
 

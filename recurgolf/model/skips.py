@@ -1,6 +1,8 @@
 """Skip connections between visits: a state is kept at one visit and joined at a later one.
 
 `model.skips` names the kind. Which visits pair up follows from the LoopPlan alone.
+
+Shapes: states are (B, T, D): batch, positions, model width.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Skips(nn.Module):
         self.weight = nn.Parameter(torch.ones(rows, dim))
 
     def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
-        return x + self._row(self.weight, row).to(x.dtype) * kept
+        return x + self._row(self.weight, row).to(x.dtype) * kept  # (D,) over (B, T, D)
 
     @staticmethod
     def _row(table: Tensor, row: int) -> Tensor:
@@ -63,6 +65,7 @@ class GatedSkips(Skips):
 
     def join(self, x: Tensor, kept: Tensor, row: int) -> Tensor:
         kept = self._row(self.weight, row).to(x.dtype) * kept
+        # lerp(kept, x, g) = (1 - g) kept + g x, in one pass over memory.
         return torch.lerp(kept, x, torch.sigmoid(self._row(self.gate, row)).to(x.dtype))
 
 

@@ -290,12 +290,13 @@ class Transformer(nn.Module):
         values = self.value_embed(tokens) if self.value_embed is not None else {}
         pairs = self.skips.pairs(plan)
         sources = {source for source, _ in pairs.values()}
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}  # states that a later visit will join
         for position, visit in enumerate(plan.visits):
             if position in pairs:
                 source, row = pairs[position]
                 x = self.skips.join(x, kept.pop(source), row)
             if position == plan.num_visits - 1:
+                # Only here: every earlier visit's output is still attended to by the next one.
                 inputs.read_from = read_from
             if self.adapters is not None:
                 inputs.adapters = self.adapters.of_visit(visit)
@@ -303,6 +304,8 @@ class Transformer(nn.Module):
             inputs.mixer_gain = self._visit_gain(self.mixer_visit_gain, position)
             inputs.mlp_gain = self._visit_gain(self.mlp_visit_gain, position)
             if position < plan.grad_from and torch.is_grad_enabled():
+                # Truncated backpropagation. Not through apply_block, which training may replace
+                # by one that recomputes: nothing is kept here for a backward pass.
                 with torch.no_grad():
                     x = self.blocks[visit.block](x, inputs)
             else:
@@ -382,7 +385,8 @@ class Transformer(nn.Module):
         for proj in projections if init.linear == "orthogonal" else []:
             if proj is not None and min(proj.weight.shape) < 64:
                 nn.init.zeros_(proj.weight)
-        # Heads start at zero even where other output projections do not.
+        # Heads start at zero even where other output projections do not: the first loss is then
+        # log(vocab_size) whatever the rest does.
         if self.lm_head is not None:
             nn.init.zeros_(self.lm_head.weight)
         if self.mtp is not None:

@@ -130,6 +130,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rank, _ = rank_and_world()
+        # Every rank lists the same pieces in the same order; each works on those it owns.
         pieces = [piece for piece in self._pieces() if piece.param.grad is not None]
         mine = {number: piece for number, piece in enumerate(pieces) if piece.owner == rank}
         momenta: dict[Tensor, Tensor] = {}
@@ -166,6 +167,8 @@ class Muon(Optimizer):
                 indices = [None] if param.ndim == 2 else range(param.shape[0])
                 pieces.extend(_Piece(param, index, group) for index in indices)
         _, world = rank_and_world()
+        # Dealt anew in every step, from all matrices: who owns what must not depend on which of
+        # them have a gradient now, or momentum would be left behind on another rank.
         for piece, owner in zip(pieces, deal([p.cost for p in pieces], world), strict=True):
             piece.owner = owner
         return pieces
@@ -186,6 +189,8 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(grad)
         buffers = [self.state[param]["momentum_buffer"] for param in params]
+        # A plain sum, not a mean: they differ by a factor (1 - momentum), under Nesterov too, and
+        # orthogonalising forgets the scale.
         foreach.scale_(buffers, group["momentum"])
         foreach.add_(buffers, grads)
         momenta = buffers

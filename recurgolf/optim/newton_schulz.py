@@ -57,6 +57,7 @@ def zeropower(
     """
     iteration = ARITHMETIC[arithmetic]
     x = matrices.to(dtype)
+    # The Frobenius norm bounds the largest singular value, and the quintic needs them at most 1.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)
     tall = x.size(-2) > x.size(-1)
     # The Gram matrix of the shorter side is the cheap one.

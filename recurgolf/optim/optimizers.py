@@ -109,6 +109,7 @@ class Optimizers:
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(params, limit, norms[name])
         if self.wants_unsynchronized_gradients:
+            # Behind the clip, as universal_rank1 has it: every rank has clipped its own.
             self._average_gradients()
         # One transfer from the device for all norms.
         values = torch.stack([norm.float() for norm in norms.values()]).tolist()

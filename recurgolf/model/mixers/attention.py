@@ -1,4 +1,8 @@
-"""Causal grouped-query attention with normed queries and keys and a learned gain per head."""
+"""Causal grouped-query attention with normed queries and keys and a learned gain per head.
+
+Shapes: B batch, T positions that are attended to, R the last of them, whose output is wanted
+(R = T in training), H query heads, K key and value heads, E width of a head, D = H E.
+"""
 
 from __future__ import annotations
 
@@ -102,16 +106,18 @@ class Attention(nn.Module):
         batch, length, dim = x.shape
         adapters, first = inputs.adapters, inputs.read_from
 
-        def heads(y: Tensor, count: int) -> Tensor:  # (b, t, h*d) -> (b, h, t, d)
+        def heads(y: Tensor, count: int) -> Tensor:  # (B, T, h E) -> (B, h, T, E)
             return y.unflatten(-1, (count, -1)).transpose(1, 2)
 
-        q = heads(self.q_proj(x[:, first:], adapters.get("q_proj")), self.num_heads)
-        k = heads(self.k_proj(x, adapters.get("k_proj")), self.num_kv_heads)
-        v = self.v_proj(x, adapters.get("v_proj"))
+        q = heads(self.q_proj(x[:, first:], adapters.get("q_proj")), self.num_heads)  # (B, H, R, E)
+        k = heads(self.k_proj(x, adapters.get("k_proj")), self.num_kv_heads)  # (B, K, T, E)
+        v = self.v_proj(x, adapters.get("v_proj"))  # (B, T, K E)
         if inputs.values is not None:
             v = v + inputs.values.to(v.dtype)
         v = heads(v, self.num_kv_heads)
         cos, sin = inputs.rope
+        # Norm before rotation, gain after it: the gain is then the temperature of a head, which
+        # neither the norm nor the angle can undo.
         q = rotate(rms_norm(q, self.norm_eps), (cos[first:], sin[first:]))
         k = rotate(rms_norm(k, self.norm_eps), inputs.rope)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
@@ -125,6 +131,7 @@ class Attention(nn.Module):
         grouped = self.num_heads != self.num_kv_heads
         queries, length = q.shape[2], k.shape[2]
         if documents is None and queries == length:
+            # Without an explicit mask torch may take its fused kernels.
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         first = length - queries  # the queries are those of the last positions
         mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(first)
@@ -135,7 +142,8 @@ class Attention(nn.Module):
     def _without_own_value(self, y: Tensor, v: Tensor) -> Tensor:
         """y - (y . v/|v|) v/|v| with the value of the same position and kv head."""
         batch, _, length, head_dim = y.shape
-        direction = F.normalize(v, dim=-1)[:, :, None]  # (b, kv, 1, t, d)
-        grouped = y.view(batch, self.num_kv_heads, -1, length, head_dim)
+        direction = F.normalize(v, dim=-1)[:, :, None]  # (B, K, 1, R, E)
+        # Consecutive query heads share a kv head, as enable_gqa has it.
+        grouped = y.view(batch, self.num_kv_heads, -1, length, head_dim)  # (B, K, H / K, R, E)
         along = (grouped * direction).sum(-1, keepdim=True)
         return (grouped - along * direction).view_as(y)
