@@ -32,6 +32,11 @@ REMOVED: dict[tuple[str, str], Any] = {
 """(kind, old name) -> the only value that is left of what the field could say."""
 
 
+_SECOND = frozenset(
+    {"second_mixer", "second_mixer_at", "second_mixer_every", "second_block", "second_block_at"}
+)
+
+
 def modern(node: Any) -> Any:
     """A tree of options as `config.from_dict` takes it.
 
@@ -43,8 +48,11 @@ def modern(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     kind, fields = str(node.get("kind")), {}
-    if kind == "transformer":
-        node = _with_patterns(node)
+    if kind == "transformer" and not _SECOND.isdisjoint(node):
+        try:
+            node = _with_patterns(node)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ConfigError("model: its fields of an earlier version contradict it") from None
     for name, value in node.items():
         if (kind, name) not in REMOVED:
             fields[RENAMED.get((kind, name), name)] = modern(value)

@@ -35,6 +35,7 @@ FILES = {
     "run.json",
     "score.py",
     "scores",
+    "seal.json",
     "summary.json",
     "train.log",
 }

@@ -16,14 +16,17 @@ from recurgolf.artifact.codecs import (
 )
 from recurgolf.artifact.container import PackTable, SectionBytes, pack, pack_bytes
 from recurgolf.artifact.reader import Artifact, ArtifactError
-from recurgolf.config import import_modules
+from recurgolf.config import ConfigError, import_modules
 from recurgolf.older import modern
 
 
 def load(path: str | Path) -> Artifact:
     """Read an artifact, also one whose header an earlier version wrote; see `reader.load`."""
     artifact = reader.load(path)
-    return replace(artifact, metadata=modern(artifact.metadata))
+    try:
+        return replace(artifact, metadata=modern(artifact.metadata))
+    except ConfigError as error:
+        raise ArtifactError(f"header: {error}") from None
 
 
 MODULES = import_modules(__name__)

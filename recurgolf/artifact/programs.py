@@ -26,6 +26,7 @@ def replaced(run: Run) -> dict[Target, Target]:
         "data.shard_fingerprints:checksums",
         "data.shard_fingerprints:fingerprints",
         "record:JsonlTracker",
+        "trust:check_trusted",
     }
     if run.trainer.base is None:
         gone.add("training.base:start_from_base")

@@ -146,6 +146,8 @@ def _seconds(looped: Run, flat: Run) -> list[float]:
                     # The first of each warms up.
                     if turn:
                         taken.setdefault((which, plan), []).append(time.perf_counter() - began)
+        for trainer in trainers:
+            trainer.job.tracker.finish()
     return [
         sum(share * statistics.median(taken[which, plan]) for plan, share in plans.items())
         for which, plans in enumerate(map(_plan_shares, runs))

@@ -147,10 +147,15 @@ def _network(run: Run) -> dict[str, Any]:
     model = run.model
     depth = range(model.num_blocks)
     parts = {
-        "mixer_pattern": [to_dict(model.mixer_of(block)) for block in depth],
-        "block_pattern": [to_dict(model.block_of(block)) for block in depth],
+        "mixer_pattern": [_unless(model.mixer, model.mixer_of(block)) for block in depth],
+        "block_pattern": [_unless(model.block, model.block_of(block)) for block in depth],
     }
     return {**to_dict(model), **parts, "init": None}
+
+
+def _unless(usual: Any, part: Any) -> Any:
+    """What a block has; null where it is what the model has of itself."""
+    return None if part == usual else to_dict(part)
 
 
 def _from_checkpoint(run: Run, path: Path) -> dict[str, Tensor]:

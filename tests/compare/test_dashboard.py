@@ -62,7 +62,7 @@ def test_curves_are_drawn_by_group_over_all_three_axes(written, view):
     lines = [p["config"] for p in plots(written[view]) if p["viewType"] == "Run History Line Plot"]
     curves = [config for config in lines if config["metrics"] == ["val/bpb"]]
     assert {config["xAxis"] for config in curves} == {"step", "tokens", "train_seconds"}
-    assert all(config["groupBy"] == "group" for config in curves)
+    assert all(config["groupBy"] == "setting.value" for config in curves)
     assert all(config["groupArea"] == "stddev" for config in curves)
 
 
@@ -74,7 +74,7 @@ def test_the_cost_of_packing_has_a_bar_for_every_group(written, view):
         if p["viewType"] == "Bar Chart" and "gap" in p["config"]["metrics"][0]
     ]
     assert bars["metrics"] == ["summary_metrics.quantization_gap"]
-    assert bars["groupBy"] == "group"
+    assert bars["groupBy"] == "setting.value"
 
 
 def test_both_belong_to_the_project_asked_for(written):
@@ -83,7 +83,7 @@ def test_both_belong_to_the_project_asked_for(written):
     assert (workspace["displayName"], report["displayName"]) == ("the board", "the board")
     assert report["project"] == {"name": "golf", "entityName": "somebody"}
     grouping = workspace["spec"]["section"]["runSets"][0]["grouping"]
-    assert grouping == [{"section": "run", "name": "group"}]
+    assert grouping == [{"section": "config", "name": "setting.value"}]
 
 
 def test_the_report_lists_every_seed(written):
@@ -91,7 +91,7 @@ def test_the_report_lists_every_seed(written):
     (seeds,) = [run for run in runsets if run["name"] == "seeds"]
     assert seeds["grouping"] == []
     assert seeds["runFeed"]["columnOrder"][:4] == [
-        *("run:group", "run:displayName", "config:seed.value", "summary:val_bpb"),
+        *("run:group", "run:displayName", "config:setting.value", "config:seed.value"),
     ]
     keys = [(sort["key"]["section"], sort["key"]["name"]) for sort in seeds["sort"]["keys"]]
     assert keys == [("run", "group"), ("run", "displayName")]
