@@ -54,7 +54,7 @@ def test_jobs_are_offline_wandb_runs_of_one_group_with_figures_and_config(swept)
         assert found.config["seed"] == summary["seed"]
         assert found.exit_code == 0
     assert len(ids) == 4
-    assert groups == {"smoke"}
+    assert groups == {"smoke lora.rank=1", "smoke lora.rank=2"}
 
 
 def test_the_groups_have_mean_and_deviation_over_seeds(swept):

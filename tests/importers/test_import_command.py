@@ -103,6 +103,7 @@ def test_the_folder_is_a_finished_runs_without_its_training(folder, source):
     scored = {"evals.json", "scores"}  # what evaluate leaves, wherever it ran before
     found = {p.name for p in folder.iterdir()} - scored
     files = {"run.json", "train.log", "checkpoints", "artifact.bin", "score.py", "ledger.json"}
+    files |= {"seal.json"}
     assert found == files
     parts, state = checkpoint.load(folder / "checkpoints" / "step_000000")
     expected = source.model.transformer.state_dict()
