@@ -126,8 +126,8 @@ class _Disturbing(Qat):
     blocks: Annotated[str, one_of("all", "looped")] = "all"
     """`all` weights that have a grid, embeddings too, or those of `looped` blocks alone."""
     compat_own_steps: bool = False
-    """True (compat, systems K and V): steps of every row's largest entry, without the clip and the
-    floor of the export, so that training meets other steps than the file holds."""
+    """True (compat, depth_recurrent_qat and universal_rank1): steps of every row's largest entry,
+    without the clip and the floor of the export: training meets other steps than the file holds."""
 
     def check_plan(self, plan: LoopPlan) -> None:
         if self.blocks == "looped" and not plan.looped_blocks:

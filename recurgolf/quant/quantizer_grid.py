@@ -59,7 +59,7 @@ class Grid:
     Attributes:
         step: [rows] or [rows, groups] float32, as the codes are rounded with.
         offset: the same shape, value of code 0; None where symmetric.
-        scales: what is stored; see `codes.dequantize`.
+        scales: what is stored; see `quantized_tensor.dequantize`.
     """
 
     spec: QuantizerGrid

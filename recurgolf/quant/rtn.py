@@ -34,7 +34,7 @@ def rtn_quantize(
         scale_floor, code_scale, vector_zero_scale: habits of public systems, see `QuantizerGrid`.
 
     Returns:
-        Codes, int8 of the weight's shape, and scales as `codes.dequantize` takes them.
+        Codes, int8 of the weight's shape, and scales as `dequantize` takes them.
 
     Raises:
         ConfigError: bits, groups or clip that make no grid.
