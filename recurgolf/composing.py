@@ -321,7 +321,7 @@ def hydra_initialized(folder: Path | None = None) -> Iterator[None]:
 
 def built(config: Any, path: str = "") -> Any:
     """The objects of a composed config, or of one part of it at `path`."""
-    from recurgolf.artifact.code import classes_of, texts_of
+    from recurgolf.counted.code import classes_of, texts_of
     from recurgolf.run import Run
 
     found = to_object(config, path.rstrip("."))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from recurgolf.artifact.code import Codes, codes_of
 from recurgolf.artifact.ledger import Line, predict
 from recurgolf.config import ConfigError, to_dict
+from recurgolf.counted.code import Codes, codes_of
 from recurgolf.looping import LoopPlan
 from recurgolf.quant.fill import STEPS, at_step
 from recurgolf.run import Run

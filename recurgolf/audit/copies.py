@@ -11,12 +11,10 @@ left to the trials on the text as it stands.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from recurgolf.audit.prediction import Trials
+from recurgolf.audit.scorer import Trials
 
 ENUMERATED = 0.75
 """Share of the copies that try tokens in the place of a few targets; the others try rows."""

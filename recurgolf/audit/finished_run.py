@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from recurgolf.artifact.code import COUNTED
 from recurgolf.artifact.score import text_of
 from recurgolf.audit.accounts import (
     ValidationText,
@@ -28,6 +27,7 @@ from recurgolf.audit.scoring_process import scoring_process
 from recurgolf.audit.separation import overlap_with_training
 from recurgolf.budget import Budget
 from recurgolf.config import REGISTRY, ConfigError, from_dict
+from recurgolf.counted.code import COUNTED
 from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.dataset import open_dataset, raw_text_bytes
 from recurgolf.seal import AUDIT as FILE

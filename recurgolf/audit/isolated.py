@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recurgolf.artifact.code import COUNTED, TRAIN_NAME
+from recurgolf.counted.code import COUNTED, TRAIN_NAME
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 

@@ -9,14 +9,13 @@ Submissions").
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from recurgolf.audit.check import FAIL, NOT_APPLICABLE, PASS, Check, judged, not_applicable
 from recurgolf.audit.copies import Copies, Mass, examine_copies
-from recurgolf.audit.scorer import Scored, Scorer
+from recurgolf.audit.scorer import Scored, Scorer, Trials
 from recurgolf.eval.text import Text
 
 MOVED = 5e-5
@@ -37,56 +36,6 @@ EVEN = 0.1
 """Share of every bet spread over the whole vocabulary."""
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Trials:
-    """One protocol under trial.
-
-    Attributes:
-        tokens: the real text.
-        bos: token that begins a document, None where there is none.
-        plain: the real text's scoring.
-        scorings: how many have been made.
-    """
-
-    scorer: Scorer
-    tokens: np.ndarray
-    bos: int | None
-    chance: np.random.Generator
-    plain: Scored = field(init=False)
-    scorings: int = 0
-
-    def __post_init__(self) -> None:
-        self.plain = self.scored(self.tokens)
-
-    def scored(self, tokens: np.ndarray) -> Scored:
-        self.scorings += 1
-        return self.scorer.score(tokens)
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.tokens) - 1
-
-    def changed(self, first: int, stop: int) -> np.ndarray:
-        """The text with tokens `first` to `stop` - 1 replaced; documents begin where they did."""
-        tokens = np.array(self.tokens)
-        tokens[first:stop] = self.replaced(tokens[first:stop])
-        return tokens
-
-    def replaced(self, part: np.ndarray) -> np.ndarray:
-        """Other tokens of the text in the place of these; BOS stays."""
-        ordinary = self.ordinary
-        drawn = self.chance.choice(ordinary, size=len(part))
-        same = drawn == part
-        drawn[same] = ordinary[(np.searchsorted(ordinary, part[same]) + 1) % len(ordinary)]
-        return drawn if self.bos is None else np.where(part == self.bos, part, drawn)
-
-    @property
-    def ordinary(self) -> np.ndarray:
-        """Tokens that the text has, BOS left out."""
-        found = np.unique(self.tokens)
-        return found if self.bos is None else found[found != self.bos]
 
 
 def prediction_checks(

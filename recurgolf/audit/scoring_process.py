@@ -189,8 +189,8 @@ class Scoring:
         }
 
     def facts(self) -> dict[str, Any]:
-        from recurgolf.artifact.code import codes_of
         from recurgolf.config import kind_of
+        from recurgolf.counted.code import codes_of
 
         return {
             "protocols": {n: dataclasses.asdict(s.hints) for n, s in self.scorers.items()},

@@ -95,6 +95,27 @@ class Dataset(ValidationData):
         """Bits per raw byte that well-known compressors reach on the validation text."""
         return dict(_mapping(self.manifest.get("anchors")))
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """What a checkpoint remembers of the data: shard -> SHA-256."""
+        found = {path.name: self.files[path].sha256 for path in self.train_shards}
+        return {"validation": self.fingerprint, **found}
+
+    def check_contents(self, before: dict[str, str]) -> None:
+        """Refuse to continue on data other than a checkpoint's.
+
+        Raises:
+            DataError: the shards that are new, gone or different.
+        """
+        now = self.contents
+        differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if differing:
+            shown = ", ".join(differing[:5]) + (" ..." if len(differing) > 5 else "")
+            raise DataError(
+                f"{self.folder}: the data is not what this run began with; it differs in {shown}. "
+                "Put the old data back, or start anew with trainer.resume=never"
+            )
+
 
 def open_validation(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> ValidationData:
     """Read the validation shards of a folder as the challenge ships them.

@@ -10,15 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from recurgolf.data.cache import remembered, sha256_of
 from recurgolf.data.shards import HEADER_BYTES, MANIFEST, DataChanged, DataError, count_tokens
-
-if TYPE_CHECKING:
-    from recurgolf.data.dataset import Dataset
 
 _BYTES_AT_ONCE = 1 << 22
 
@@ -68,28 +65,6 @@ def check_unchanged(before: Mapping[Path, Fingerprint]) -> None:
             raise DataChanged(path, "was written again")
 
 
-def contents(dataset: Dataset) -> dict[str, str]:
-    """What a checkpoint remembers of the data: shard -> SHA-256."""
-    found = {path.name: dataset.files[path].sha256 for path in dataset.train_shards}
-    return {"validation": dataset.fingerprint, **found}
-
-
-def check_contents(before: dict[str, str], dataset: Dataset) -> None:
-    """Refuse to continue on other data.
-
-    Raises:
-        DataError: the shards that are new, gone or different.
-    """
-    now = contents(dataset)
-    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if differing:
-        shown = ", ".join(differing[:5]) + (" ..." if len(differing) > 5 else "")
-        raise DataError(
-            f"{dataset.folder}: the data is not what this run began with; it differs in {shown}. "
-            "Put the old data back, or start anew with trainer.resume=never"
-        )
-
-
 def checksums(manifest: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """What to add to a manifest: SHA-256 of every other file below its folder, and of itself."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -135,9 +110,7 @@ def _contents(path: Path) -> list[Any]:
 __all__ = [
     "Fingerprint",
     "check_checksums",
-    "check_contents",
     "check_unchanged",
     "checksums",
-    "contents",
     "fingerprints",
 ]

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recurgolf.artifact.code import PACKED_NAME
 from recurgolf.artifact.ledger import Line
 from recurgolf.audit import audit_at_the_end
 from recurgolf.config import kind_of
+from recurgolf.counted.code import PACKED_NAME
 from recurgolf.eval.several import write_scores
 from recurgolf.run import Run
 from recurgolf.seal import seal

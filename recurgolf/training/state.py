@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.config import ConfigError, kind_of
-from recurgolf.data import Loader, shard_fingerprints
+from recurgolf.data import Loader
 from recurgolf.model.transformer import Transformer
 from recurgolf.optim import Averager, Optimizers
 from recurgolf.optim import build as build_optimizers
@@ -118,7 +118,7 @@ class TrainState:
             "precision": job.precision,
             "loaders": ranks.all_gather(self.loader.state_dict()),
             "clock": job.clock.state_dict(),
-            "data": shard_fingerprints.contents(job.dataset),
+            "data": job.dataset.contents,
             "tracker_run_id": job.tracker.run_id,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "saved": time.time(),
@@ -132,7 +132,7 @@ class TrainState:
             ConfigError: the data has changed, or its order depends on the number of ranks.
         """
         run, ranks = job.run, job.ranks
-        shard_fingerprints.check_contents(state["data"], job.dataset)
+        job.dataset.check_contents(state["data"])
         same_ranks = state["world_size"] == ranks.world_size
         began = self.loader.order_key(state["world_size"], state["run"]["trainer"]["grad_accum"])
         now = self.loader.order_key(ranks.world_size, run.trainer.grad_accum)

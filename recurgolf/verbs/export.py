@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recurgolf.artifact.code import Codes, codes_of, write_readable
 from recurgolf.config import ConfigError
+from recurgolf.counted.code import Codes, codes_of, write_readable
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.seal import FILE as SEAL

@@ -8,8 +8,8 @@ from datetime import datetime
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from recurgolf.artifact.code import Codes, PackedCode
 from recurgolf.config import kind_of
+from recurgolf.counted.code import Codes, PackedCode
 from recurgolf.data import Embedded, Shards
 from recurgolf.run import Run
 from recurgolf.training.summary import Summary

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from smoke_runs import small
 
 import recurgolf
-from recurgolf.data import shard_fingerprints
 from recurgolf.data.shards import write_shard
 from recurgolf.log import Log
 from recurgolf.record import read_jsonl
@@ -283,15 +282,15 @@ def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change):
 def test_contents_tell_data_apart_and_do_not_mind_a_copy(tmp_path):
     run = recurgolf.compose(shard_folder(tmp_path))
     dataset = run.data.prepare()
-    before = shard_fingerprints.contents(dataset)
+    before = dataset.contents
     shard = dataset.train_shards[0]
     os.utime(shard, ns=(1, 1))
-    shard_fingerprints.check_contents(before, run.data.prepare())
+    run.data.prepare().check_contents(before)
     tokens = np.fromfile(shard, dtype="<u2", offset=1024)
     tokens[0] ^= 1
     write_shard(shard, tokens)
     with pytest.raises(ValueError, match=shard.name):
-        shard_fingerprints.check_contents(before, run.data.prepare())
+        run.data.prepare().check_contents(before)
 
 
 def test_memory_that_is_not_there_ends_in_advice(tmp_path):

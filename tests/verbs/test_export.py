@@ -12,9 +12,9 @@ import pytest
 from command_line import recurgolf
 from smoke_runs import composed, train
 
-from recurgolf.artifact.code import code_of
 from recurgolf.conf import options
 from recurgolf.config import to_dict
+from recurgolf.counted.code import code_of
 from recurgolf.standalone import console
 from recurgolf.verbs.export_check import run_alone
 
@@ -188,7 +188,7 @@ def test_the_run_can_count_the_program_that_trains(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", options()["experiment"])
 def test_every_experiment_s_program_starts_alone(experiment, tmp_path):
-    from recurgolf.artifact.code import training_code_of
+    from recurgolf.counted.code import training_code_of
 
     run = composed(f"experiment={experiment}")
     for name, code in (("score.py", code_of(run)), ("train_gpt.py", training_code_of(run))):

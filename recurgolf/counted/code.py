@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurgolf.artifact.decode import DECODERS, library
-from recurgolf.artifact.minify import stripped
-from recurgolf.artifact.programs import LIBRARIES, replaced
-from recurgolf.artifact.tree_shaking import Shaker, Target, module_source, named_options
 from recurgolf.config import REGISTRY, kind_of
+from recurgolf.counted.minify import stripped
+from recurgolf.counted.programs import LIBRARIES, replaced
+from recurgolf.counted.tree_shaking import Shaker, Target, module_source, named_options
 from recurgolf.disk import write_file
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recurgolf.artifact.tree_shaking import Target
+from recurgolf.counted.tree_shaking import Target
 
 if TYPE_CHECKING:
     from recurgolf.run import Run

@@ -6,8 +6,8 @@ import functools
 import pytest
 from smoke_runs import composed
 
-from recurgolf.artifact.code import PackedCode, code_of, codes_of, training_code_of
-from recurgolf.artifact.minify import stripped
+from recurgolf.counted.code import PackedCode, code_of, codes_of, training_code_of
+from recurgolf.counted.minify import stripped
 
 CHOICES = ("score", "train")
 
@@ -59,7 +59,7 @@ def test_it_needs_neither_the_command_line_nor_what_only_watches():
         "recurgolf.cli",
         "recurgolf.composing",
         "recurgolf.overrides",
-        "recurgolf.artifact.tree_shaking",
+        "recurgolf.counted.tree_shaking",
     }
 
 

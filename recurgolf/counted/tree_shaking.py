@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from recurgolf.artifact.minify import dense, minified
+from recurgolf.counted.minify import dense, minified
 
 
 class Target(NamedTuple):

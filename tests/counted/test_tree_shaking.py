@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import recurgolf
-from recurgolf.artifact.minify import dense, minified, stripped_tree
-from recurgolf.artifact.tree_shaking import Shaker, Target
+from recurgolf.counted.minify import dense, minified, stripped_tree
+from recurgolf.counted.tree_shaking import Shaker, Target
 
 MODULES = sorted(Path(recurgolf.__file__).parent.rglob("*.py"))
 
