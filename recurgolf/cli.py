@@ -1,6 +1,6 @@
 """The command line: verbs that compose a Run, and the way to those that need none.
 
-This module and `composing.py` are the only importers of Hydra.
+This module, `composing.py` and `override_errors.py` are the only importers of Hydra.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
 from recurgolf.composing import (
-    COMPOSE_ERRORS,
     built,
     check_sweep,
     compose,
     compose_parts,
-    explain,
+    explained,
     hydra_initialized,
-    is_bug,
     of_sweep,
     prepared,
     varied_keys,
@@ -34,6 +32,7 @@ from recurgolf.composing import (
 from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.help import VERBS, group_help, help_text
+from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
 from recurgolf.overrides import config_dir, group_of, split_arguments
 from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
@@ -73,7 +72,7 @@ def _code(arguments: list[str]) -> int:
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
-        code = _refused(explain(error, arguments, config_dir(arguments)))
+        code = _refused(explained(error, arguments, config_dir(arguments)))
     except OSError as error:
         if error.filename is None and not is_full_disk(error):
             raise

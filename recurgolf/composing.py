@@ -1,6 +1,6 @@
-"""From overrides to a Run: Hydra's composition, and its errors in the words of overrides.
+"""From overrides to a Run, by Hydra.
 
-This module and `cli.py` are the only importers of Hydra.
+This module, `override_errors.py` and `cli.py` are the only importers of Hydra.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -27,37 +26,26 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.plugins import Plugins
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from hydra.plugins.config_source import ConfigResult
 
 from recurgolf.conf import (
-    SYSTEMS,
     PageOption,
     conf_folder,
     group_names,
-    options,
     read_yaml,
     system_options,
 )
 from recurgolf.config import (
-    CONFIG_LIBRARY_ERRORS,
     REGISTRY,
     ConfigError,
-    key_names,
     kind_of,
     load_plugins,
-    suggestion,
     to_config,
     to_dict,
     to_object,
 )
+from recurgolf.override_errors import COMPOSE_ERRORS, check_readable, explain, is_bug
 from recurgolf.overrides import (
-    CONFIG_DIR_FLAGS,
     Choice,
     Interval,
     added_keys,
@@ -65,19 +53,11 @@ from recurgolf.overrides import (
     check_overrides,
     group_of,
     is_seed,
-    quoted,
 )
 from recurgolf.trust import look_in_working_folder
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
-
-COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
-VALUE_FLAGS = (
-    *(*CONFIG_DIR_FLAGS, "--config-path", "-cp", "--config-name", "-cn"),
-    *("--package", "-p", "--experimental-rerun"),
-)
-"""Flags of Hydra whose value is the next argument."""
 
 
 def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
@@ -108,53 +88,6 @@ def named_plugins(overrides: Sequence[str]) -> list[str]:
         for value in values or [override.value()]:
             found += value if isinstance(value, list) else []
     return found
-
-
-def check_readable(arguments: Sequence[str]) -> None:
-    """Refuse overrides that break the grammar, in words that say what to quote.
-
-    Args:
-        arguments: of the command line, flags among them.
-
-    Raises:
-        ConfigError: with the override as it can be read, and as a shell takes it.
-    """
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("-") or "=" not in argument or before in VALUE_FLAGS:
-            continue
-        if not _is_readable(argument):
-            raise ConfigError(unreadable(argument))
-
-
-def unreadable(override: str) -> str:
-    """What is wrong with an override that breaks the grammar."""
-    key, _, value = override.partition("=")
-    if not _is_readable(f"{key}=0"):
-        return f"{override}: {key!r} cannot be a key; a key has letters, digits, _ . / and @"
-    inner = value[1:-1] if value[:1] + value[-1:] == "[]" else value
-    odd = [c for c in dict.fromkeys(inner) if not _is_readable(f"x=a{c}b") and c != ","]
-    parts = _quoted_parts(value)
-    if not _is_readable(f"{key}={parts}"):
-        parts = quoted(value)
-    right = f"{key}={parts}"
-    shell = f'"{right}"' if not set(right) & set('"$`!\\') else shlex.quote(right)
-    named = " ".join(odd) or value
-    return f"{override}: {named} in a value needs quotes: {right} (in a shell {shell})"
-
-
-def _quoted_parts(value: str) -> str:
-    """With quotes around those values of a list or sweep that need them."""
-    if value.startswith("[") and value.endswith("]"):
-        return f"[{_quoted_parts(value[1:-1])}]"
-    return ",".join(v if _is_readable(f"x={v}") else quoted(v) for v in value.split(","))
-
-
-def _is_readable(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
 
 
 def varied_keys(overrides: Sequence[str]) -> list[str]:
@@ -211,7 +144,7 @@ def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any
     except COMPOSE_ERRORS as error:
         if is_bug(error):
             raise
-        raise ConfigError(explain(error, overrides, folder)) from None
+        raise ConfigError(explained(error, overrides, folder)) from None
 
 
 def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
@@ -415,73 +348,23 @@ def plugin_modules(folder: Path) -> list[str]:
     return modules
 
 
-def is_bug(error: BaseException) -> bool:
-    """Whether a component's own code broke: so OmegaConf words a TypeError in `__post_init__`."""
-    return "Could not create instance" in str(error)
-
-
-def explain(error: BaseException, overrides: Sequence[str] = (), folder: Path | None = None) -> str:
-    """What Hydra or OmegaConf refused, in one or two lines, with the nearest right name.
+def explained(
+    error: BaseException, overrides: Sequence[str] = (), folder: Path | None = None
+) -> str:
+    """What Hydra or OmegaConf refused; see `override_errors.explain`.
 
     Args:
         overrides: of the command line; the groups they choose say which keys there are.
         folder: a user's own, whose options are known as well.
     """
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    if any(isinstance(e, ConfigError) for e in chain):
-        return str(next(e for e in chain if isinstance(e, ConfigError)))
-    texts = [str(e) for e in chain]
-    whole = "\n".join(texts)
-    if isinstance(error, MissingConfigException):
-        return _unknown_option(whole, folder)
-    several = re.search(r"Ambiguous value for argument '([^']+)'", whole)
-    if several:
-        key, _, values = several.group(1).partition("=")
-        return f"{key}={values} is several values: -m runs each of them, [{values}] is one list"
-    if isinstance(error, OverrideParseException):
-        return f"cannot read an override: {texts[0].splitlines()[0]}"
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", whole)
-    key = re.search(r"full_key: (\S+)", whole)
-    override = re.search(r"[Cc]ould not override '([^']+)'", whole)
-    if override and (unknown or isinstance(error, ConfigCompositionException)):
-        return _unknown_key(override.group(1), overrides, folder)
-    if unknown and key:
-        return _unknown_key(key.group(1), overrides, folder)
-    if key:
-        return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    return " ".join(lines[:2])
-
-
-def _unknown_option(text: str, folder: Path | None) -> str:
-    match = re.search(r"[Cc]ould not (?:find|load) '([^']+)'", text)
-    if match is None:
-        return text.splitlines()[0]
-    group, _, name = match.group(1).rpartition("/")
-    return f"{group}={name}: no such option{suggestion(name, options(folder).get(group, []))}"
-
-
-def _unknown_key(key: str, overrides: Sequence[str], folder: Path | None) -> str:
-    if key == SYSTEMS:
-        return "the pages in conf/systems are chosen by experiment=NAME, their parts by group=NAME"
     groups = group_names()
     chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
-    parent, _, name = key.rpartition(".")
-    with hydra_initialized(folder):
-        try:
-            config = hydra.compose("config", overrides=chosen)
-        except COMPOSE_ERRORS:
-            config = hydra.compose("config")
-    # The first part that is not there is the wrong one: `modle.dim` has no key at all.
-    while "." in parent and not key_names(config, parent):
-        parent, _, name = parent.rpartition(".")
-    top = key_names(config, "")
-    if "/" in key or not parent or (parent not in top and "." not in parent):
-        wrong = key if "/" in key or not parent else parent
-        return f"there is no key or group {wrong!r}{suggestion(wrong, [*top, *groups])}"
-    known = key_names(config, parent)
-    if not known:
-        return f"{parent} has no key {name!r}: the chosen option of {parent} has none"
-    return f"{parent} has no key {name!r}{suggestion(name, known)}"
+
+    def config() -> Any:
+        with hydra_initialized(folder):
+            try:
+                return hydra.compose("config", overrides=chosen)
+            except COMPOSE_ERRORS:
+                return hydra.compose("config")
+
+    return explain(error, folder, config)

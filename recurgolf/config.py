@@ -31,7 +31,7 @@ REGISTRY: dict[str, dict[str, type]] = {}
 
 
 CONFIG_LIBRARY_ERRORS = (OmegaConfBaseException,)
-"""What OmegaConf raises on a wrong key or type; composing.py rewords it."""
+"""What OmegaConf raises on a wrong key or type; override_errors.py rewords it."""
 
 
 class ConfigError(ValueError):

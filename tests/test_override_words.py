@@ -5,8 +5,8 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from recurgolf.composing import check_readable
 from recurgolf.config import ConfigError
+from recurgolf.override_errors import check_readable
 
 VALUES = ["a=b.txt", "a#b", "a&b", "a(b", "!x", "é.txt", "a;b", "a{b", "~/d", "a<b", "it's", "a)b"]
 
