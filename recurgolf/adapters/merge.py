@@ -104,7 +104,7 @@ def untie(run: Run, model: Transformer) -> tuple[Run, Transformer]:
         new.load_state_dict(plain, strict=True)
     except RuntimeError as error:
         raise ConfigError(
-            f"untie: {_first_line(error)}; this model's loop cannot be undone"
+            f"untie: {' '.join(str(error).split())}; this model's loop cannot be undone"
         ) from None
     _compare(run, model, new_run, new)
     return new_run, new.train(model.training)
@@ -135,8 +135,3 @@ def _add(model: Transformer, adapter: Adapter, block: int, nth: int, into: int) 
         if factors is not None:
             weight = model.get_parameter(f"{Place(into, module.module).path}.weight")
             weight.copy_(weight.double() + factors.delta().to(weight.device))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])

@@ -6,7 +6,7 @@ from the ledger of phases and held against the budget's caps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,6 @@ def limits_check(
     step_seconds: float,
     sizes: Mapping[str, Path],
     claimed: Mapping[str, float],
-    reads: Callable[[Path], int] = lambda path: path.stat().st_size,
 ) -> Check:
     """Hold phases against caps, and the files against the budget and against what was claimed.
 
@@ -227,7 +226,7 @@ def limits_check(
             wrong.append(f"cap {name}: {parts} s is more than {cap.seconds:.0f} s")
     missing = [name for name, path in sizes.items() if not path.exists()]
     wrong += [f"{name} is not there" for name in missing]
-    total = sum(reads(path) for name, path in sizes.items() if name not in missing)
+    total = sum(path.stat().st_size for name, path in sizes.items() if name not in missing)
     used.append(f"{total:,} of {budget.artifact_bytes:,} bytes")
     largest = max(largest, total / budget.artifact_bytes)
     if total > budget.artifact_bytes:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurgolf.eval import Eval, ScoreAccumulator, ScoredModel, Text, protocol, score
+from recurgolf.eval import Eval, ScoreAccumulator, ScoredModel, Text, score
 from recurgolf.eval.windows import Overlapping
 
 MOST_EDGES = 4096
@@ -174,8 +174,7 @@ class LocalScorer:
     def score(self, tokens: np.ndarray) -> Scored:
         text = dataclasses.replace(self.text, tokens=tokens)
         try:
-            with _recording():
-                result = score(self.how, self.scored_model, text)
+            result = score(self.how, self.scored_model, text, accumulate=Recorder)
         except (ValueError, RuntimeError, IndexError) as error:
             none = np.zeros(0)
             return Scored(none, none, none, {}, str(error) or type(error).__name__)
@@ -198,17 +197,6 @@ class LocalScorer:
             found.append(shares.reshape(*wanted.shape, -1))
         seen.model.train(was_training)
         return np.concatenate(found)
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Inside, `eval.score` makes Recorders."""
-    before = protocol.ScoreAccumulator
-    protocol.ScoreAccumulator = Recorder
-    try:
-        yield
-    finally:
-        protocol.ScoreAccumulator = before
 
 
 def edges(how: Eval, text: Text, length: int) -> list[int]:

@@ -13,7 +13,7 @@ text, memory with the validation set and one shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,25 +112,18 @@ class Sketch:
         return hashes[kept], places[kept]
 
 
-def overlap_with_training(
-    val_tokens: Tokens,
-    train_shards: Iterable[Path],
-    bos_id: int,
-    progress: Callable[[int], None] = lambda shards: None,
-) -> Overlap:
+def overlap_with_training(val_tokens: Tokens, train_shards: Iterable[Path], bos_id: int) -> Overlap:
     """Compare all training text with all validation text.
 
     Args:
         train_shards: in the order of the stream.
-        progress: called with the number of shards done.
     """
     sketch = Sketch(val_tokens, bos_id)
-    for done, path in enumerate(train_shards, start=1):
+    for path in train_shards:
         tokens = read_shard(path)
         # Cut anywhere: a block that straddles two pieces is found by the half that is larger.
         for start in range(0, len(tokens), 1 << 22):
             sketch.compare(tokens[start : start + (1 << 22) + 2 * BLOCK])
-        progress(done)
     return sketch.overlap
 
 

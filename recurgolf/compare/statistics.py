@@ -17,6 +17,10 @@ from scipy import stats
 
 MARGIN_NATS = 0.005
 """The challenge's margin, in nats per token."""
+CONFIDENCE = 0.95
+"""Of the intervals."""
+POWER = 0.8
+"""Probability of a decision that `seeds_needed` aims at."""
 MOST_SEEDS = 1000
 """A search for the number of seeds ends here."""
 
@@ -33,7 +37,6 @@ class Test:
         p_worse: the same for a loss beyond the margin (`gain < -margin`).
         p_level: of `|gain| < margin` by two one-sided tests; 1 without a margin.
         interval: confidence interval of the gain, two-sided.
-        confidence: of the interval.
     """
 
     method: str
@@ -45,7 +48,7 @@ class Test:
     p_worse: float
     p_level: float
     interval: tuple[float, float]
-    confidence: float
+    confidence: float = CONFIDENCE
 
 
 def margin_bpb(tokens: int, num_bytes: int, nats: float = MARGIN_NATS) -> float:
@@ -57,12 +60,7 @@ def margin_bpb(tokens: int, num_bytes: int, nats: float = MARGIN_NATS) -> float:
     return nats / math.log(2) * tokens / num_bytes
 
 
-def welch(
-    candidate: Sequence[float],
-    baseline: Sequence[float],
-    margin: float,
-    confidence: float = 0.95,
-) -> Test | None:
+def welch(candidate: Sequence[float], baseline: Sequence[float], margin: float) -> Test | None:
     """Welch's t-test of two independent samples; None where they cannot be tested.
 
     That is with fewer than two values on a side, or without any variation on either.
@@ -74,15 +72,10 @@ def welch(
     def test(shift: float, alternative: str) -> Any:
         return stats.ttest_ind(b - shift, a, equal_var=False, alternative=alternative)
 
-    return _t_test("welch", (len(a), len(b)), float(b.mean() - a.mean()), test, margin, confidence)
+    return _t_test("welch", (len(a), len(b)), float(b.mean() - a.mean()), test, margin)
 
 
-def paired(
-    candidate: Sequence[float],
-    baseline: Sequence[float],
-    margin: float,
-    confidence: float = 0.95,
-) -> Test | None:
+def paired(candidate: Sequence[float], baseline: Sequence[float], margin: float) -> Test | None:
     """The t-test of pairs (same seed, same order); None as in `welch`."""
     gains = np.asarray(baseline, float) - np.asarray(candidate, float)
     if len(gains) < 2 or np.ptp(gains) == 0:
@@ -92,20 +85,15 @@ def paired(
         return stats.ttest_1samp(gains, shift, alternative=alternative)
 
     n = (len(gains), len(gains))
-    return _t_test("paired", n, float(gains.mean()), test, margin, confidence)
+    return _t_test("paired", n, float(gains.mean()), test, margin)
 
 
 def _t_test(
-    method: str,
-    n: tuple[int, int],
-    gain: float,
-    test: Callable[[float, str], Any],
-    margin: float,
-    confidence: float,
+    method: str, n: tuple[int, int], gain: float, test: Callable[[float, str], Any], margin: float
 ) -> Test:
     """All questions put to one t-test: (shift, alternative) -> scipy's result for gain - shift."""
     beyond = test(margin, "greater")
-    interval = test(0.0, "two-sided").confidence_interval(confidence)
+    interval = test(0.0, "two-sided").confidence_interval(CONFIDENCE)
     within = (test(-margin, "greater").pvalue, test(margin, "less").pvalue)
     return Test(
         method=method,
@@ -117,7 +105,6 @@ def _t_test(
         p_worse=float(test(-margin, "less").pvalue),
         p_level=float(max(within)) if margin else 1.0,
         interval=(float(interval.low), float(interval.high)),
-        confidence=confidence,
     )
 
 
@@ -126,7 +113,6 @@ def over_documents(
     baseline: np.ndarray,
     num_bytes: np.ndarray,
     margin: float,
-    confidence: float = 0.95,
     resamples: int = 9999,
 ) -> Test | None:
     """Paired bootstrap over documents: would the gain hold on other documents of this kind?
@@ -154,7 +140,7 @@ def over_documents(
         vectorized=True,
         n_resamples=resamples,
         batch=max(1, 5_000_000 // len(gains)),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(0),
     )
@@ -176,7 +162,6 @@ def over_documents(
         p_worse=below,
         p_level=max(share(draws <= -margin), share(draws >= margin)) if margin else 1.0,
         interval=(float(found.confidence_interval.low), float(found.confidence_interval.high)),
-        confidence=confidence,
     )
 
 
@@ -198,7 +183,6 @@ def seeds_needed(
     deviations: tuple[float, float],
     margin: float,
     alpha: float,
-    power: float = 0.8,
 ) -> int | None:
     """Seeds per side with which Welch's test would most likely decide, were the estimates true.
 
@@ -208,7 +192,6 @@ def seeds_needed(
     Args:
         gain: estimated.
         deviations: sample deviations of candidate and baseline.
-        power: probability of a decision.
     """
     distance = abs(abs(gain) - margin)
     # Within the margin both of its ends have to be excluded.
@@ -226,6 +209,6 @@ def seeds_needed(
             far = (margin + abs(gain)) / error
             misses = stats.nct.cdf(critical, df, inner / error) + stats.nct.cdf(critical, df, far)
             reached = 1 - float(misses)
-        if reached >= power:
+        if reached >= POWER:
             return n
     return None

@@ -256,20 +256,20 @@ def score(
     *,
     share: Share = ALONE,
     progress: Progress | None = None,
-    per_target: bool = False,
+    accumulate: type[ScoreAccumulator] = ScoreAccumulator,
 ) -> Score:
     """Run a protocol; the model is put in evaluation mode meanwhile.
 
     Args:
         progress: called with (units done, units of this rank).
-        per_target: keep what every target cost in the score's accumulator.
+        accumulate: what the protocol fills; one of another class may keep more than sums.
 
     Raises:
         ConfigError: a text shorter than a window, a model that the protocol does not fit.
     """
     began = time.perf_counter()
     protocol.check(text.num_targets, protocol.seq_len or scored_model.seq_len)
-    accumulator = ScoreAccumulator(text, per_target=per_target, repeats=protocol.repeats)
+    accumulator = accumulate(text, repeats=protocol.repeats)
     was_training = scored_model.model.training
     scored_model.model.eval()
     try:

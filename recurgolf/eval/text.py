@@ -85,26 +85,19 @@ class ScoreAccumulator:
     Attributes:
         nats, tokens, bytes: sums per document [num_documents].
         means: further quantities summed over targets, by name; reported per target.
-        variants: tallies of what the protocol measured besides, by name.
-        target_nats, scored, turn: with `per_target`, for every target: its nats (the last that were
-            given), how often it was scored, and the number of the `add` that did it (from 1 on).
+        variants: accumulators of what the protocol measured besides, by name.
 
     Args:
         repeats: allow a target to be scored again, as some public scripts do.
     """
 
-    def __init__(self, text: Text, *, per_target: bool = False, repeats: bool = False):
-        self.text, self.per_target, self.repeats = text, per_target, repeats
+    def __init__(self, text: Text, *, repeats: bool = False):
+        self.text, self.repeats = text, repeats
         self.nats = np.zeros(text.num_documents)
         self.tokens = np.zeros(text.num_documents, dtype=np.int64)
         self.bytes = np.zeros(text.num_documents, dtype=np.int64)
         self.means: dict[str, float] = {}
         self.variants: dict[str, ScoreAccumulator] = {}
-        size = text.num_targets if per_target else 0
-        self.target_nats = np.zeros(size)
-        self.scored = np.zeros(size, dtype=np.int64)
-        self.turn = np.zeros(size, dtype=np.int64)
-        self._adds = 0
         # Targets scored so far as disjoint ranges that do not touch: a handful at any time.
         self._starts: list[int] = []
         self._stops: list[int] = []
@@ -135,11 +128,6 @@ class ScoreAccumulator:
         self.nats[rows] += np.add.reduceat(values, cuts)
         self.tokens[rows] += np.diff(cuts, append=count)
         self.bytes[rows] += np.add.reduceat(self.text.bytes_of(first, stop), cuts)
-        self._adds += 1
-        if self.per_target:
-            self.target_nats[first:stop] = values
-            self.scored[first:stop] += 1
-            self.turn[first:stop] = self._adds
 
     def add_mean(self, name: str, values: Tensor) -> None:
         """Add a quantity of targets just scored, to be reported as its mean over all targets."""
@@ -148,13 +136,12 @@ class ScoreAccumulator:
     def variant(self, name: str) -> ScoreAccumulator:
         """The accumulator of the same targets measured in another way."""
         if name not in self.variants:
-            again = ScoreAccumulator(self.text, per_target=self.per_target, repeats=self.repeats)
-            self.variants[name] = again
+            self.variants[name] = type(self)(self.text, repeats=self.repeats)
         return self.variants[name]
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up over ranks, in float64; every rank then has the whole."""
-        parts = [self.nats, self.tokens, self.bytes, self.target_nats, self.scored, self.turn]
+        parts = [self.nats, self.tokens, self.bytes]
         names = sorted(self.means)
         sums = np.concatenate([*parts, [self.means[name] for name in names]])
         whole = all_reduce(torch.from_numpy(sums)).cpu().numpy()

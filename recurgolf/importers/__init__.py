@@ -25,6 +25,7 @@ from recurgolf.importers.source import Place, System, lay, read_weights
 from recurgolf.looping import LoopPlan
 from recurgolf.lora import LowRank
 from recurgolf.model.transformer import Transformer
+from recurgolf.overrides import quoted
 from recurgolf.run import Run
 
 SYSTEMS: dict[str, System] = {
@@ -176,7 +177,7 @@ def run_of(system: System, settings: Mapping[str, Any], overrides: Sequence[str]
         name = key.replace("/", ".")
         goes = name in exchanged or name.startswith(tuple(f"{group}." for group in exchanged))
         if not goes or name in _OF_ALL_OPTIONS:
-            said.append(f"{key}={written(value)}")
+            said.append(f"{key}={quoted(value)}")
     return compose([f"experiment={system.experiment}", *said, *overrides])
 
 
@@ -200,16 +201,6 @@ def _load_layer(config: Mapping[str, Any], weights: Weights) -> Imported:
     layer = ImportedLayer(config, read_weights(weights))
     unread = [key for key in layer.config if key not in gated_delta_layer.SETTINGS]
     return Imported(None, layer, passed_over=unread)
-
-
-def written(value: Any) -> str:
-    """A value as it stands behind the `=` of an override."""
-    if isinstance(value, list):
-        return f"[{','.join(map(written, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{written(item)}" for key, item in value.items()) + "}"
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 __all__ = ["SYSTEMS", "Imported", "ImportedLayer", "ImportedModel", "load", "run_of"]

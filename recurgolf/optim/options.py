@@ -137,7 +137,8 @@ class MuonAdam(OptimizerConfig):
     ns_steps: Annotated[int, at_least(1)] = 5
     """Newton-Schulz iterations."""
     ns_arithmetic: Annotated[str, one_of(ARITHMETIC)] = "scale_first"
-    """Order of rounding: `scale_first` (B0, M, R), `square_first` (V), `fused` (fastest)."""
+    """Order of rounding: `scale_first` (most systems), `square_first`
+    (universal_rank1), `fused` (fastest)."""
     ns_dtype: Annotated[str, one_of(DTYPES)] = "bf16"
     """Precision of the iterations: `bf16`, or `float32` where a CPU multiplies that faster."""
     row_normalize: bool = False

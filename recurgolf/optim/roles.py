@@ -13,18 +13,15 @@ from recurgolf.config import ConfigError, suggestion
 
 ROLES = ("embed", "head", "matrix", "scalar", "lora", "mtp")
 
-
 CONTROL = frozenset(
     {"scale", "mix", "gain", "gate", "skip", "smear", "conv"}
     | {f"{word}s" for word in ("scale", "gain", "gate", "skip")}
 )
 """Words that mark a control tensor, small and multiplied in, whatever its number of dimensions."""
 
-
 CONTROL_NAMES = frozenset({"A_log", "dt_bias", "in_proj_a", "in_proj_b"})
 """Whole parts of a name that mark one: decay and writing strength of the gated delta net, whose
 projections have a row per head and feed a sigmoid and a softplus."""
-
 
 _WORD = re.compile(r"[A-Za-z]+")
 

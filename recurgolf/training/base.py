@@ -64,17 +64,44 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
     try:
         header = load(path).metadata if path.exists() else None
         if newest is not None:
-            source, state = f"{newest}", _from_checkpoint(run, newest)
+            with torch.random.fork_rng(devices=[]):
+                model, _, _ = weights_of(run, newest)
+            source, state = f"{newest}", model.state_dict()
         elif path.exists():
             source, state = f"{path}", rebuild(load(path)).model.state_dict()
         else:
             raise ConfigError(
                 f"{folder} has neither checkpoints nor {ARTIFACT}: there are no weights in it"
             )
-    except (ArtifactError, MissingLibrary, checkpoint.CheckpointError) as error:
+    except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{folder}: {error}") from None
     tokenizer = run.data.prepare().tokenizer.sha256 if header is None else header["tokenizer"]
     return FinishedRun(run, dict(state), source, tokenizer)
+
+
+def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
+    """The network of a checkpoint with the weights that its run was scored with.
+
+    Returns:
+        The network, the checkpoint's state, and how the weights were averaged, for the log.
+
+    Raises:
+        ConfigError: a damaged checkpoint.
+    """
+    try:
+        parts, state = checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    model = run.build_model()
+    model.load_state_dict(parts["model"])
+    if not parts.get("averaging"):
+        return model, state, "the last weights"
+    averager = run.averaging.build(model)
+    averager.load_state_dict(parts["averaging"])
+    averaged = averager.averaged_state()
+    if averaged is not None:
+        model.load_state_dict(averaged)
+    return model, state, averager.status()
 
 
 def check_base(run: Run) -> None:
@@ -156,19 +183,6 @@ def _network(run: Run) -> dict[str, Any]:
 def _unless(usual: Any, part: Any) -> Any:
     """What a block has; null where it is what the model has of itself."""
     return None if part == usual else to_dict(part)
-
-
-def _from_checkpoint(run: Run, path: Path) -> dict[str, Tensor]:
-    """The weights that the run's averaging makes of a checkpoint."""
-    parts, _ = checkpoint.load(path)
-    if not parts.get("averaging"):
-        return parts["model"]
-    with torch.random.fork_rng(devices=[]):
-        model = run.build_model()
-    model.load_state_dict(parts["model"])
-    averager = run.averaging.build(model)
-    averager.load_state_dict(parts["averaging"])
-    return averager.averaged_state() or parts["model"]
 
 
 def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError, kind_of, to_dict
-from recurgolf.model.transformer import Transformer
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
+from recurgolf.training.base import weights_of
 from recurgolf.training.calibration import check_calibration
 from recurgolf.training.job import Job
 from recurgolf.training.new_folder import check_new, new_folder, pack, pack_and_score, val_bpb_of
@@ -96,28 +96,6 @@ def _mappings(option: Any) -> dict[str, Any]:
 def _is_below(key: str, groups: set[str]) -> bool:
     dotted = key.replace("/", ".")
     return any(f"{dotted}.".startswith(f"{group.replace('/', '.')}.") for group in groups)
-
-
-def weights_of(run: Run, path: Path) -> tuple[Transformer, dict, str]:
-    """The network of a checkpoint with the weights that its run was scored with.
-
-    Returns:
-        The network, the checkpoint's state, and how the weights were averaged, for the log.
-    """
-    try:
-        parts, state = checkpoint.load(path)
-    except checkpoint.CheckpointError as error:
-        raise ConfigError(str(error)) from None
-    model = run.build_model()
-    model.load_state_dict(parts["model"])
-    if not parts.get("averaging"):
-        return model, state, "the last weights"
-    averager = run.averaging.build(model)
-    averager.load_state_dict(parts["averaging"])
-    averaged = averager.averaged_state()
-    if averaged is not None:
-        model.load_state_dict(averaged)
-    return model, state, averager.status()
 
 
 def repack(job: Job, path: Path, score: bool) -> None:

@@ -294,14 +294,13 @@ REAL = real_text().tokens
     [
         lambda how, model, text, accumulator: text.num_targets == TOKENS - 1,
         lambda how, model, text, accumulator: model.seq_len == LENGTH,
-        lambda how, model, text, accumulator: not accumulator.per_target,
         lambda how, model, text, accumulator: not accumulator.repeats,
         lambda how, model, text, accumulator: how.calls == 1,
         lambda how, model, text, accumulator: how.calls % 2 == 1,
         lambda how, model, text, accumulator: np.array_equal(text.tokens, REAL),
         lambda how, model, text, accumulator: np.array_equal(text.tokens[-9:], REAL[-9:]),
     ],
-    ids=["text length", "window", "per_target", "repeats", "first", "parity", "text", "last words"],
+    ids=["text length", "window", "repeats", "first", "parity", "text", "last words"],
 )
 def test_a_protocol_that_cheats_where_it_thinks_it_is_not_watched(tell):
     assert "fail" in audited(cheats_when(tell)).values()

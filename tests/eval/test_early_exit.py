@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from per_target import PerTarget
 from scored_models import VOCAB, network, score_on_ranks, stream
 
 from recurgolf.config import ConfigError
@@ -56,7 +57,7 @@ def test_each_position_stops_where_its_distribution_stopped_changing(
     protocol = EarlyExitEval(
         stride=5, measure=measure, threshold=thresholds[0], thresholds=thresholds[1:]
     )
-    result = score(protocol, scored_model, TEXT, per_target=True)
+    result = score(protocol, scored_model, TEXT, accumulate=PerTarget)
     found = [result, *(result.variants[f"threshold={t:g}"] for t in thresholds[1:])]
     targets = TEXT.tokens[1:].astype(int)
     for threshold, got in zip(thresholds, found, strict=True):

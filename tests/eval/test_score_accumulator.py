@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from per_target import PerTarget
 from scored_models import FixedBytes, stream
 
 from recurgolf.config import ConfigError
@@ -29,7 +30,7 @@ def test_sums_are_those_of_a_loop_over_targets_in_whatever_order_they_come(start
     edges = [0, *sorted(c for c in cuts if c < LENGTH - 1), LENGTH - 1]
     pieces = list(pairwise(edges))
     chance.shuffle(pieces)
-    accumulator = ScoreAccumulator(text, per_target=True)
+    accumulator = PerTarget(text)
     for first, stop in pieces:
         accumulator.add(first, torch.from_numpy(nats[first:stop]))
 
@@ -65,11 +66,11 @@ def test_a_target_is_refused_exactly_when_it_was_scored_before(pieces):
 
 
 def test_protocols_that_say_so_may_repeat():
-    accumulator = ScoreAccumulator(stream(10), per_target=True, repeats=True)
+    accumulator = PerTarget(stream(10), repeats=True)
     accumulator.add(0, torch.ones(5))
     accumulator.add(3, torch.full((4,), 2.0))
     assert accumulator.scored.tolist() == [1, 1, 1, 2, 2, 1, 1, 0, 0]
-    assert accumulator.turn.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert accumulator.recorded({}).turn.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
     assert accumulator.nats.sum() == 13
 
 

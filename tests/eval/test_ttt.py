@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from per_target import PerTarget
 
 import recurgolf
 from recurgolf.config import REGISTRY, ConfigError, kind_of
@@ -61,7 +62,7 @@ def table() -> ByteCount:
 
 
 def run(protocol: Eval, whom: ScoredModel, what: Text, **options) -> Score:
-    return score(protocol, whom, what, per_target=True, **options)
+    return score(protocol, whom, what, accumulate=PerTarget, **options)
 
 
 def nats(result: Score) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from per_target import PerTarget
 from safetensors.torch import load_file
 
 from recurgolf import importers
@@ -97,7 +98,7 @@ ONCE = [(system, how) for system, how in SGD if system != "universal_rank1"]
 @pytest.mark.parametrize(("system", "how"), ONCE, ids=[str(n) for n in range(len(ONCE))])
 def test_every_chunk_costs_what_was_recorded(system, how):
     result = score(
-        sgd_protocol(system, how), scored_model_of(system), validation_text(), per_target=True
+        sgd_protocol(system, how), scored_model_of(system), validation_text(), accumulate=PerTarget
     )
     assert result.accumulator is not None
     sums = result.accumulator.target_nats.cumsum()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from per_target import PerTarget
 from recordings import GOLDEN
 
 from recurgolf import importers
@@ -83,8 +84,10 @@ def test_a_tail_scored_twice_is_told_from_one_scored_once(text, subjects):
     length, stride = how["eval_seq_len"], how["stride"]
     settings = {"stride": stride, "seq_len": length, "whole_windows": True}
     twice = SlidingEval(**settings, compat_rescore_tail=True)
-    counts = score(twice, scored_model, text, per_target=True).accumulator.scored
-    once = score(SlidingEval(**settings), scored_model, text, per_target=True).accumulator.scored
+    counts = score(twice, scored_model, text, accumulate=PerTarget).accumulator.scored
+    once = score(
+        SlidingEval(**settings), scored_model, text, accumulate=PerTarget
+    ).accumulator.scored
     # Windows that begin in the last one score its end again, a stride each or what is left.
     again = sum(min(stride, length - behind) for behind in range(stride, length, stride))
     assert counts.sum() - once.sum() == again

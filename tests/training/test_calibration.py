@@ -27,6 +27,7 @@ from recurgolf.quant import (
 from recurgolf.quant.gptq import hessian_error
 from recurgolf.quant.rtn import exported
 from recurgolf.run import Run
+from recurgolf.training.base import weights_of
 from recurgolf.training.calibration import (
     check_calibration,
     collect_grams,
@@ -35,7 +36,6 @@ from recurgolf.training.calibration import (
 )
 from recurgolf.training.job import Job
 from recurgolf.training.quantize import quantize_model, rules_of, weights_under
-from recurgolf.verbs.pack import weights_of
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden/per_iteration_lora/quantization"
 GPTQ = (

@@ -9,8 +9,8 @@ from smoke_runs import RunFolder, train
 
 from recurgolf.quant import QuantizedTensor, dequantize_state, quantize_state
 from recurgolf.run import Run
+from recurgolf.training.base import weights_of
 from recurgolf.training.quantize import packed_state, rules_of
-from recurgolf.verbs.pack import weights_of
 
 SHORT = ("trainer.steps=16", "trainer.log_every=4", "optimizer.ns_dtype=float32")
 NOISE = (*SHORT, "quant/qat=noise", "quant.qat.start_fraction=0.5")
