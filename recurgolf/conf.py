@@ -174,8 +174,6 @@ def _page(path: Path, changed: int) -> Page:
     for part, value in content.items():
         if value is not None and not isinstance(value, (str, dict)):
             raise ConfigError(f"{path}: {part}: {value!r} is neither a block nor an option's name")
-        if "@" in part and isinstance(value, dict):
-            raise ConfigError(f"{path}: {part} takes the name of an option, not a block")
     return Page(path, like, content, experiment)
 
 

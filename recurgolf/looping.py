@@ -238,14 +238,3 @@ class PreludeCoreCoda(_Repeat):
 
     def band(self, num_blocks: int) -> tuple[int, int]:
         return self.prelude, num_blocks - self.coda
-
-
-__all__ = [
-    "CycleLooping",
-    "LoopPlan",
-    "Looping",
-    "NoLooping",
-    "PreludeCoreCoda",
-    "SegmentLooping",
-    "Visit",
-]

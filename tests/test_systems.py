@@ -111,7 +111,7 @@ def test_a_user_s_page_stands_for_the_package_s_of_the_same_name(user):
         ("lopping: none\n", "no key or group 'lopping' (did you mean 'looping'?)"),
         ("looping: cycel\n", "looping=cycel: no such option (did you mean 'cycle'?)"),
         ("looping: {defaults: [cycle], passs: 3}\n", "looping has no key 'passs'"),
-        ("model/mixer@second_mixer: {num_heads: 2}\n", "takes the name of an option"),
+        ("model/mixer@other: {num_heads: 2}\n", "model/mixer@other says no `defaults: [OPTION]`"),
         ("plugins: [nowhere]\n", "plugins: cannot import 'nowhere'"),
     ],
 )

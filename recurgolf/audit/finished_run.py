@@ -30,7 +30,6 @@ from recurgolf.config import REGISTRY, ConfigError, from_dict
 from recurgolf.counted.code import COUNTED
 from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.dataset import open_dataset, raw_text_bytes
-from recurgolf.seal import AUDIT as FILE
 from recurgolf.seal import broken, signature_of, strangers
 from recurgolf.trust import check_trusted
 
@@ -294,6 +293,3 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     return found if isinstance(found, dict) else {}
-
-
-__all__ = ["FILE", "audit_run", "validation_text"]

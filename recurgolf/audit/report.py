@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from recurgolf.audit.check import Audit
-from recurgolf.audit.finished_run import FILE, audit_run
+from recurgolf.audit.finished_run import audit_run
 from recurgolf.config import ConfigError
 from recurgolf.log import Log
+from recurgolf.seal import AUDIT as FILE
 
 
 def audit_and_show(folder: Path, log: Log, **options: Any) -> Audit:

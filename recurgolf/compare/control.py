@@ -169,5 +169,3 @@ PER_STEP: dict[str, Callable[[Run, Run], list[float]]] = {
     "seconds": _seconds,
 }
 """What to hold equal besides bytes -> its amount in one step of the looped run and the control."""
-
-__all__ = ["KEY", "PER_STEP", "TOLERANCE", "Control", "flat_control"]

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from recurgolf.artifact.decode import DECODERS, library
 from recurgolf.config import REGISTRY, kind_of
-from recurgolf.counted.minify import stripped
 from recurgolf.counted.programs import LIBRARIES, replaced
 from recurgolf.counted.tree_shaking import Shaker, Target, module_source, named_options
 from recurgolf.disk import write_file
@@ -309,18 +308,3 @@ def _nodes(node: Any) -> Iterator[Any]:
     elif isinstance(node, Mapping):
         for item in node.values():
             yield from _nodes(item)
-
-
-__all__ = [
-    "COUNTED",
-    "PACKED_NAME",
-    "TRAIN_NAME",
-    "Codes",
-    "PackedCode",
-    "code_of",
-    "codes_of",
-    "pack_code",
-    "stripped",
-    "training_code_of",
-    "write_readable",
-]

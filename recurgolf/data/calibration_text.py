@@ -69,6 +69,3 @@ class CalibrationText:
             chosen = reached.sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
             ids = torch.cat((ids, chosen), dim=1)
         return ids.cpu()
-
-
-__all__ = ["CalibrationText"]

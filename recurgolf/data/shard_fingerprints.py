@@ -105,12 +105,3 @@ def _contents(path: Path) -> list[Any]:
             tokens = np.frombuffer(part, dtype="<u2", count=len(part) // 2)
             largest = max(largest, int(tokens.max(initial=0)))
     return [digest.hexdigest(), largest]
-
-
-__all__ = [
-    "Fingerprint",
-    "check_checksums",
-    "check_unchanged",
-    "checksums",
-    "fingerprints",
-]

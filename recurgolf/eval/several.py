@@ -154,16 +154,3 @@ def kept_settings(path: Path) -> tuple[dict[str, Any], str]:
 def _asked_as(name: str, protocols: Mapping[str, Eval]) -> str:
     """The protocol that gave the entry `name`, which may be a variant of it."""
     return max((known for known in protocols if f"{name}/".startswith(f"{known}/")), key=len)
-
-
-__all__ = [
-    "FOLDER",
-    "by_passes",
-    "difference",
-    "file_name",
-    "free_names",
-    "kept_settings",
-    "named_protocols",
-    "settings_of",
-    "write_scores",
-]

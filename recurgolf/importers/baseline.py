@@ -49,5 +49,3 @@ def places(
 
 
 SYSTEM = System("baseline", "parameter_golf_baseline", DEFAULTS, overrides, places, IDLE)
-
-__all__ = ["SYSTEM"]

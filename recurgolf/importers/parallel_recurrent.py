@@ -93,5 +93,3 @@ SYSTEM = System(
     places,
     IDLE | {"gptq_group_size"},
 )
-
-__all__ = ["SYSTEM"]

@@ -192,5 +192,3 @@ def places(
 
 
 SYSTEM = System("per_iteration_lora", "per_iteration_lora", DEFAULTS, overrides, places, _IDLE)
-
-__all__ = ["SYSTEM"]

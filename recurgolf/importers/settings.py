@@ -184,15 +184,3 @@ def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
         "trainer.progress": "wallclock" if seconds else "steps",
         "seed": settings["seed"],
     }
-
-
-__all__ = [
-    "IDLE",
-    "TRAINING_DEFAULTS",
-    "UNTIED_DEFAULTS",
-    "numbers",
-    "positive",
-    "read_settings",
-    "shared_overrides",
-    "without_bearing",
-]

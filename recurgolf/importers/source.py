@@ -209,14 +209,3 @@ def whole_places(model: Transformer) -> list[Place]:
         names[f"mtp_heads.{head}.weight"] = f"mtp.heads.{head}.weight"
     have = {name for name, _ in model.named_parameters()}
     return [Place(source, ours) for source, ours in names.items() if ours in have]
-
-
-__all__ = [
-    "BLOCK_NAMES",
-    "MODEL_NAMES",
-    "Place",
-    "System",
-    "lay",
-    "read_weights",
-    "whole_places",
-]

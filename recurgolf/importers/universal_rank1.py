@@ -229,5 +229,3 @@ SYSTEM = System(
     _OFF,
     {"dtg_enabled": "dtg"},
 )
-
-__all__ = ["SYSTEM"]

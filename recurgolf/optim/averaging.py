@@ -251,15 +251,3 @@ class _Weights:
             for name, live in zip(self.names, self.live, strict=True)
         ]
         return values, int(tensors["count"])
-
-
-__all__ = [
-    "EMA",
-    "LAWA",
-    "SWA",
-    "Averager",
-    "Averaging",
-    "ExponentialAverager",
-    "NoAveraging",
-    "SnapshotAverager",
-]

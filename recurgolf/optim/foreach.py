@@ -21,6 +21,3 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
         return
     for tensor in tensors:
         tensor.mul_(factor)
-
-
-__all__ = ["add", "add_", "scale_"]

@@ -80,6 +80,3 @@ def _in_blocks(name: str, blocks: Collection[int] | None) -> bool:
     if "blocks" not in parts:
         return False
     return blocks is None or int(parts[parts.index("blocks") + 1]) in blocks
-
-
-__all__ = ["ParameterGroup", "split"]

@@ -310,6 +310,3 @@ def _by_row_shards(stack: Tensor, shards: int, orthogonalize: Callable[[Tensor],
     filled = torch.nn.functional.pad(stack, (0, 0, 0, height * shards - rows))
     parts = orthogonalize(filled.view(count * shards, height, cols))
     return parts.reshape(count, height * shards, cols)[:, :rows]
-
-
-__all__ = ["BUFFER_DTYPES", "DECAY_MODES", "Muon", "zeropower"]

@@ -65,6 +65,3 @@ def zeropower(
     for _ in range(steps):
         x = iteration(x)
     return x.mT if tall else x
-
-
-__all__ = ["ARITHMETIC", "DTYPES", "EPS", "zeropower"]

@@ -49,6 +49,3 @@ class NuMuon(Muon):
         rank = rank_at(group["fraction"], min(matrices.shape[-2:]), group["min_rank"])
         u, _, vh = torch.linalg.svd(matrices.float(), full_matrices=False)
         return (u[..., :rank] @ vh[..., :rank, :]).to(DTYPES[group["ns_dtype"]])
-
-
-__all__ = ["NuMuon", "rank_at"]

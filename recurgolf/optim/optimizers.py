@@ -200,6 +200,3 @@ def _made(
     make: Callable[[list[dict[str, Any]]], Optimizer], groups: list[ParameterGroup]
 ) -> Optimizer | None:
     return make([group.for_torch() for group in groups]) if groups else None
-
-
-__all__ = ["Optimizers", "build", "gather_state"]

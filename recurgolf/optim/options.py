@@ -189,6 +189,3 @@ class MuonAdam(OptimizerConfig):
         if self.matrix_optimizer == "numuon":
             return NuMuon(groups, min_rank=self.numuon_min_rank, **options)
         return Muon(groups, **options)
-
-
-__all__ = ["AllAdamW", "MuonAdam", "OptimizerConfig"]

@@ -77,6 +77,3 @@ def _is_control(parts: list[str]) -> bool:
         if not part.endswith("_proj") and not CONTROL.isdisjoint(_WORD.findall(part)):
             return True
     return False
-
-
-__all__ = ["ROLES", "is_matrix", "parameter_roles"]

@@ -115,12 +115,3 @@ class WallclockSchedule(Schedule):
         if max(total_steps - self.warmdown_steps, 0) <= step < total_steps:
             return (total_steps - step) / self.warmdown_steps
         return 1.0
-
-
-__all__ = [
-    "FractionSchedule",
-    "Schedule",
-    "StepsSchedule",
-    "WallclockSchedule",
-    "training_fraction",
-]

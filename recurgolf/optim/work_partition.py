@@ -70,6 +70,3 @@ def exchange(
         everyone[owner, start : start + shape.numel()].view(shape)
         for shape, owner, start in zip(shapes, owners, place, strict=True)
     ]
-
-
-__all__ = ["deal", "exchange", "rank_and_world"]

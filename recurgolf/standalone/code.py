@@ -66,6 +66,3 @@ def known_plan(run: Run) -> KnownPlan:
 
 def _program() -> Path:
     return Path(sys.modules["__main__"].__file__ or "")
-
-
-__all__ = ["KnownPlan", "known_plan"]

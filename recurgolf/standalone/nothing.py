@@ -48,6 +48,3 @@ def found(key: Any, find: Callable[[], Any]) -> Any:
 def as_it_is(node: Any) -> Any:
     """The program's own Run is of this version."""
     return node
-
-
-__all__ = ["Nothing", "as_it_is", "found", "no_words"]

@@ -90,14 +90,3 @@ def out_of_memory(error: BaseException, where: str, config: TrainerConfig) -> Ru
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-__all__ = [
-    "RunFailed",
-    "full_disk",
-    "is_full_disk",
-    "is_out_of_memory",
-    "lacks_compiler",
-    "no_compiler",
-    "out_of_memory",
-]

@@ -102,6 +102,3 @@ def entry_of(result: Score, dataset: Dataset) -> dict[str, float]:
     raw_bytes = result.bytes * dataset.val_raw_bytes / counted
     raw_bpb = result.val_bpb * counted / dataset.val_raw_bytes
     return {**entry, "raw_bytes": raw_bytes, "val_bpb_raw": raw_bpb}
-
-
-__all__ = ["entry_of", "score_all", "scored", "validate"]
