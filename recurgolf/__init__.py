@@ -38,17 +38,18 @@ def train(run: Run, folder: str | Path | None = None) -> Summary:
     """Train, pack and score a Run, as the command does.
 
     Args:
-        folder: where everything goes; default `outputs/<name>/<time>_seed=<seed>`.
+        folder: where everything goes; default `outputs/<name>/<time>_seed<seed>`.
 
     Returns:
         The figures of summary.json; `summary.folder` is where the rest lies.
     """
     from datetime import datetime
 
+    from recurgolf.folders import claimed, plain_name
     from recurgolf.training.launch import launch
 
     if folder is None:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = Path("outputs") / run.name / f"{stamp}_seed={run.seed}"
+        folder = claimed(Path("outputs") / plain_name(run.name) / f"{stamp}_seed{run.seed}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     return launch(run, Path(folder))

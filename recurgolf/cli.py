@@ -19,21 +19,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
 from recurgolf.composing import (
+    Command,
     built,
     check_sweep,
+    command,
     compose,
     compose_parts,
     explained,
-    hydra_initialized,
     of_sweep,
     prepared,
     varied_keys,
 )
 from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
+from recurgolf.folders import claimed
 from recurgolf.help import VERBS, group_help, help_text
 from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
-from recurgolf.overrides import config_dir, group_of, split_arguments
+from recurgolf.overrides import config_dir, group_of, quoted, split_arguments
 from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
 from recurgolf.trust import look_in_working_folder
@@ -129,9 +131,8 @@ def _planned(arguments: list[str]) -> Run:
 def _train_command(arguments: list[str]) -> int:
     from recurgolf.training.distributed import started_by_torchrun
 
-    multirun = any(a in ("-m", "--multirun") for a in arguments)
     if started_by_torchrun():
-        if multirun:
+        if {"-m", "--multirun"} & set(arguments):
             raise ConfigError(
                 "multirun under torchrun would sweep once per rank; start it without torchrun and "
                 "set trainer.devices=N, which makes the ranks of every job"
@@ -143,6 +144,10 @@ def _train_command(arguments: list[str]) -> int:
         from recurgolf.training.launch import launch
 
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if multirun:
+            from recurgolf.compare.sweep import note_overrides
+
+            note_overrides(folder, list(HydraConfig.get().overrides.task))
         try:
             run = built(config)
             if multirun:
@@ -168,11 +173,14 @@ def _train_command(arguments: list[str]) -> int:
         return summary.val_bpb
 
     folder = prepared(arguments, config_dir(arguments))
-    varied: list[str] = []
+    asked = command(arguments, folder)
+    multirun, varied = asked is not None and asked.run is None, list[str]()
     if multirun:
         given = [a for a in arguments if "=" in a and not a.startswith("-")]
         check_sweep(given, folder)
         varied = varied_keys(given)
+    if asked is not None:
+        arguments = [*arguments, *_own_folder(asked)]
     SweepTable.exit_code = EXIT_FAILED
     with _hydra_environment(arguments):
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
@@ -184,6 +192,27 @@ def _train_command(arguments: list[str]) -> int:
         if not outcome.within_budget:
             return EXIT_OVER_BUDGET
     return 0
+
+
+def _own_folder(asked: Command) -> list[str]:
+    """Have the run or sweep a folder that is no other one's, before Hydra writes into it.
+
+    Returns:
+        Overrides that name it.
+
+    Raises:
+        ConfigError: the folder that was named is another one's.
+    """
+    from recurgolf.compare.sweep import check_new_sweep
+    from recurgolf.training.resume import check_unused
+
+    if asked.new:
+        return [f"{asked.key}={quoted(str(claimed(asked.folder)))}"]
+    if asked.run is not None:
+        check_unused(asked.run, asked.folder)
+    else:
+        check_new_sweep(asked.folder, asked.jobs)
+    return []
 
 
 @contextlib.contextmanager
@@ -209,14 +238,14 @@ def _train_under_torchrun(overrides: list[str], folder: Path | None) -> int:
 
     if not any(override.startswith("trainer.devices=") for override in overrides):
         overrides = [*overrides, f"trainer.devices={os.environ['WORLD_SIZE']}"]
-    run = compose(overrides, folder)
-    with hydra_initialized(folder):
-        # `name` and `seed` are part of the folder's name, hence the whole configuration again.
-        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-        output = Path(config.hydra.run.dir)
-    summary = launch(run, output)
-    over = not summary.within_budget and environment_rank() == 0
-    return EXIT_OVER_BUDGET if over else 0
+    prepared(overrides, folder)
+    asked = command(overrides, folder)
+    if asked is None or asked.run is None:
+        raise ConfigError("hydra.mode=MULTIRUN under torchrun would sweep once per rank")
+    first = environment_rank() == 0
+    output = claimed(asked.folder) if asked.new and first else asked.folder
+    summary = launch(asked.run, output)
+    return EXIT_OVER_BUDGET if not summary.within_budget and first else 0
 
 
 class SweepTable(Callback):

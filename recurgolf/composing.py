@@ -20,13 +20,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 
 from recurgolf.conf import (
     PageOption,
@@ -38,12 +41,14 @@ from recurgolf.conf import (
 from recurgolf.config import (
     REGISTRY,
     ConfigError,
+    as_written,
     kind_of,
     load_plugins,
     to_config,
     to_dict,
     to_object,
 )
+from recurgolf.folders import plain_name
 from recurgolf.override_errors import COMPOSE_ERRORS, check_readable, explain, is_bug
 from recurgolf.overrides import (
     Choice,
@@ -204,6 +209,100 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(f"{override.input_line}: not a list of values")
     return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the command line asks Hydra for, before Hydra writes anything.
+
+    Attributes:
+        key: of the folder: `hydra.run.dir` or `hydra.sweep.dir`.
+        folder: where everything goes.
+        new: whether the folder is to be made under a name that nobody has; else it was named.
+        run: the Run; None where there are several.
+        jobs: a sweep's: the overrides of every one; empty where a searching sweeper makes them.
+    """
+
+    key: str
+    folder: Path
+    new: bool
+    run: Run | None
+    jobs: list[list[str]]
+
+
+def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
+    """What Hydra would do with a command line; None where it only prints something.
+
+    Args:
+        folder: a user's own, as --config-dir.
+    """
+    asked = get_args_parser().parse_args(list(arguments))
+    if asked.cfg or asked.info or asked.hydra_help or asked.shell_completion:
+        return None
+    name, overrides = asked.config_name or "config", list(asked.overrides)
+    with hydra_initialized(folder):
+        told = _of_hydra(name, overrides, RunMode.MULTIRUN)
+        multirun = asked.multirun or told.hydra.mode == RunMode.MULTIRUN
+        if not multirun:
+            run = built(hydra.compose(name, overrides))
+            return Command("hydra.run.dir", *_place(told, "run"), run, [])
+        params = told.hydra.sweeper.get("params") or {}
+        place = _place(told, "sweep")
+    task = [*(f"{key}={value}" for key, value in params.items()), *told.hydra.overrides.task]
+    try:
+        jobs = sweep_jobs(task)
+    except ConfigError:
+        jobs = []
+    if len(jobs) > 1 and "${hydra.job.num}" not in as_written(told.hydra.sweep)["subdir"]:
+        of_hydra = [str(item) for item in told.hydra.overrides.hydra]
+        _check_apart([[*of_hydra, *job] for job in jobs], name, folder)
+    return Command("hydra.sweep.dir", *place, None, jobs)
+
+
+def _of_hydra(name: str, overrides: list[str], mode: RunMode) -> Any:
+    """The whole config, Hydra's own part among it."""
+    main = GlobalHydra.instance().hydra
+    assert main is not None
+    return main.compose_config(
+        name, overrides, mode, with_log_configuration=False, validate_sweep_overrides=False
+    )
+
+
+def _place(told: Any, part: str) -> tuple[Path, bool]:
+    """The folder of `hydra.run` or `hydra.sweep`, and whether its name is to be a new one.
+
+    A name with the time in it is meant to be new; the package's own is plain as well.
+    """
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(told)
+    try:
+        path = Path(str(told.hydra[part].dir))
+    finally:
+        HydraConfig.instance().cfg = before
+    pattern = as_written(told.hydra[part])["dir"]
+    if pattern.startswith("outputs/${name}/"):
+        path = Path(*map(plain_name, path.parts))
+    return path, "${now:" in pattern
+
+
+def _check_apart(jobs: Sequence[Sequence[str]], name: str, folder: Path | None) -> None:
+    """Refuse a `hydra.sweep.subdir` that sends two jobs into one folder.
+
+    Args:
+        jobs: overrides of every one, those of Hydra's own part among them.
+    """
+    seen: dict[str, int] = {}
+    with hydra_initialized(folder):
+        for number, overrides in enumerate(jobs):
+            own = [*overrides, f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
+            told = _of_hydra(name, own, RunMode.RUN)
+            subdir = str(told.hydra.sweep.subdir)
+            if subdir in seen:
+                raise ConfigError(
+                    f"hydra.sweep.subdir sends jobs {seen[subdir]} and {number} into one folder, "
+                    f"{subdir!r}; what varies, or ${{hydra.job.num}}, belongs into it"
+                )
+            seen[subdir] = number
 
 
 def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice | Interval]]:

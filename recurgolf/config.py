@@ -151,6 +151,11 @@ def key_names(config: DictConfig, parent: str) -> list[str]:
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
+def as_written(config: DictConfig) -> dict[str, Any]:
+    """A composed node with its interpolations as they stand in the YAML."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
 def to_dict(node: Any) -> Any:
     """JSON-ready copy of an option tree; `from_dict` is its inverse."""
     if dataclasses.is_dataclass(node) and not isinstance(node, type):

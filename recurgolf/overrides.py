@@ -135,6 +135,11 @@ class Choice:
 
     values: tuple[str, ...]
 
+    @property
+    def values_tried(self) -> Sequence[Any]:
+        """All that can be drawn, as a trial keeps it; empty where there is no end to it."""
+        return list(dict.fromkeys(self.values))
+
     def suggest(self, trial: optuna.Trial, key: str) -> str:
         return str(trial.suggest_categorical(key, list(self.values)))
 
@@ -147,6 +152,11 @@ class Interval:
     high: float
     log: bool = False
     whole: bool = False
+
+    @property
+    def values_tried(self) -> Sequence[Any]:
+        """All that can be drawn; empty where there is no end to it."""
+        return range(int(self.low), int(self.high) + 1) if self.whole else ()
 
     def suggest(self, trial: optuna.Trial, key: str) -> str:
         if self.whole:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,16 @@ class Seeds(Checked):
     init: Annotated[int | None, SEED] = None
     data: Annotated[int | None, SEED] = None
     noise: Annotated[int | None, SEED] = None
+
+
+def fingerprint_of(written: Mapping[str, Any]) -> str:
+    """The fingerprint of what stands in a run.json."""
+    data = copy.deepcopy({k: v for k, v in written.items() if k not in ("tracker", "plugins")})
+    for name in NOT_FINGERPRINTED:
+        data["trainer"].pop(name, None)
+    data["eval"].pop("audit", None)
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -181,13 +192,7 @@ class Run:
         Of a Run that was read from a folder, that of its run.json as it was written, which the
         rest of the folder refers to; an earlier version may have had other fields.
         """
-        data = copy.deepcopy(vars(self).get("_written") or self.to_dict())
-        del data["tracker"], data["plugins"]
-        for name in NOT_FINGERPRINTED:
-            data["trainer"].pop(name, None)
-        data["eval"].pop("audit", None)
-        text = json.dumps(data, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return fingerprint_of(vars(self).get("_written") or self.to_dict())
 
     def known_as(self, folder: Path) -> set[str]:
         """The fingerprints that a folder may have recorded for this very Run.

@@ -33,8 +33,8 @@ OTHERS = (
     *("scores", "checkpoints", "wandb", ".hydra", "non_finite"),
 )
 """What else a run's folder has; nothing of it is needed to score the artifact."""
-ASIDE = "checkpoints_before_"
-"""So begin the names of checkpoints that a new run in the same folder moved aside."""
+ASIDE = ("checkpoints_before_", "result_before_")
+"""So begin the names of what a new run in the same folder moved aside."""
 SCORES = "scores"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from smoke_runs import composed
 
+from recurgolf.run import fingerprint_of
+
 TOKENS, BYTES = 40_000, 100_000
 MACHINE = {"device": "test processor", "ranks": 1, "threads": 1, "precision": "float32"}
 TEXT = {"name": "text", "fingerprint": "a" * 64, "tokenizer": "b" * 64}
@@ -71,7 +73,8 @@ def write_run(
     data = config(seed, *overrides, name=name)
     (folder / "run.json").write_text(json.dumps(data))
     if val_bpb is not None:
-        (folder / "summary.json").write_text(json.dumps(summary(seed, val_bpb, **figures)))
+        told = {"fingerprint": fingerprint_of(data), **figures}
+        (folder / "summary.json").write_text(json.dumps(summary(seed, val_bpb, **told)))
     if nats is not None and sizes is not None:
         (folder / "scores").mkdir()
         np.savez_compressed(

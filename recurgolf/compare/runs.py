@@ -12,6 +12,7 @@ import math
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,12 +21,13 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 from recurgolf.older import modern
+from recurgolf.run import fingerprint_of
 from recurgolf.seal import audit_state
 from recurgolf.settings import NOT_FINGERPRINTED
 
 ABSENT = "-"
 """Stands for a setting that a group does not have, because another kind is chosen there."""
-_SKIPPED_FOLDERS = {"checkpoints", "wandb", "scores", ".hydra", "__pycache__"}
+SKIPPED_FOLDERS = {"checkpoints", "wandb", "scores", ".hydra", "moved_aside", "__pycache__"}
 _NO_SETTINGS = ("name", "seed", "seeds", "tracker", "plugins")
 _NO_PROTOCOL = {"batch_tokens", "passes", "also", "rope_scale"}
 """Fields of an evaluation that say how the model is run, not what is scored."""
@@ -212,10 +214,23 @@ def read_run(folder: Path) -> FoundRun:
     summary = folder / "summary.json"
     # failure.txt lies where a later attempt failed: the summary is of an earlier one.
     finished = summary.exists() and not (folder / "failure.txt").exists()
+    if finished and (stale := foreign_summary(folder)):
+        print(f"{folder}: {stale}: left out", file=sys.stderr)
+        finished = False
     config, told = _json(folder / "run.json"), _json(summary) if finished else None
     if told is None or not all(_finite(told.get(name)) for name in ("val_bpb", "artifact_bytes")):
         return FoundRun(folder, config, None)  # one that diverged has no figures to compare either
     return FoundRun(folder, config, told, summary.stat().st_mtime)
+
+
+def foreign_summary(folder: Path) -> str:
+    """What is wrong where summary.json is not of the run in run.json; empty where it is."""
+    try:
+        told = json.loads((folder / "summary.json").read_text())["fingerprint"]
+        own = fingerprint_of(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # absent, damaged or of another version: told by who reads it
+    return "" if told == own else f"its summary.json is of another run ({told}, run.json: {own})"
 
 
 def _finite(value: Any) -> bool:
@@ -286,7 +301,7 @@ def declared_seeds(runs: Sequence[FoundRun]) -> list[str]:
             for override in job["overrides"]
             if override.startswith("seed=")
         ]
-    return sorted(set(seeds), key=_numeric)
+    return sorted(set(seeds), key=numeric)
 
 
 def seed_list(text: str) -> list[str]:
@@ -306,12 +321,14 @@ def seed_list(text: str) -> list[str]:
 
 def _one_run_a_seed(group: Group) -> None:
     """Keep the newest run of every seed: the same seed twice is no second observation."""
-    newest: dict[str, FoundRun] = {}
+    newest: dict[tuple[str, str], FoundRun] = {}
     for run in sorted(group.runs, key=lambda run: run.ended):
-        if run.seed in newest:
-            group.repeated.append(newest[run.seed])
-        newest[run.seed] = run
-    group.runs = sorted(newest.values(), key=lambda run: _numeric(run.seed))
+        # On another text it is another observation, and `compare` says that texts differ.
+        key = (run.seed, run.scored_text)
+        if key in newest:
+            group.repeated.append(newest[key])
+        newest[key] = run
+    group.runs = sorted(newest.values(), key=lambda run: numeric(run.seed))
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -319,8 +336,8 @@ def _run_folders(folder: Path) -> list[Path]:
     for here, below, files in os.walk(folder):
         if "run.json" in files:
             found.append(Path(here))
-        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS]
-    return sorted(found, key=lambda path: [_numeric(part) for part in path.parts])
+        below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
+    return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
 
 
 def _flat(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, str]]:
@@ -338,7 +355,7 @@ def _without_seed(overrides: Iterable[str]) -> tuple[str, ...]:
     return tuple(o for o in overrides if not o.startswith(("seed=", "seeds.")))
 
 
-def _numeric(text: str) -> tuple[tuple[int, str], ...]:
+def numeric(text: str) -> tuple[tuple[int, str], ...]:
     """Sorts 9 before 10."""
     return tuple(
         (int(part or -1) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", text)

@@ -7,22 +7,29 @@ clearly beaten on the way are ended early.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from recurgolf.config import ConfigError, suggestion
+from recurgolf.disk import write_file
 from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
@@ -33,7 +40,11 @@ OBJECTIVES = ("val_bpb", "artifact_bytes", "train_seconds", "params")
 """Figures of a summary that a search can make small."""
 STUDY, RESULT = "study.db", "search.json"
 _POLL_SECONDS = 0.5
-_OVER_BUDGET = 3
+_OVER_BUDGET, _INTERRUPTED = 3, 130
+TWIN = "tried before"
+"""Attribute of a trial whose setting another one has tried."""
+_MOST_SETTINGS = 10_000
+"""Of a space that is looked at as a whole."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Search:
     seed: int = 0
     patience: int = 3
     margin: float = 0.0
+    stopping: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self) -> None:
         if not self.space:
@@ -76,9 +88,26 @@ class Search:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} {getattr(self, name)}: at least {least}")
 
+    @cached_property
+    def grid(self) -> list[dict[str, Any]]:
+        """All settings of a space without continuous ranges; empty where they are endless."""
+        values = [space.values_tried for space in self.space.values()]
+        finite = all(values) and math.prod(map(len, values)) <= _MOST_SETTINGS
+        every = itertools.product(*values) if finite else ()
+        return [dict(zip(self.space, setting, strict=True)) for setting in every]
+
 
 class TrialFailed(Exception):
     """A trial without a result; the search goes on."""
+
+
+class TriedBefore(Exception):
+    """A setting was drawn a second time; another one waits in its place."""
+
+
+def all_failed(study: optuna.Study) -> bool:
+    """Whether trials have ended and not one of them with a result."""
+    return not any(trial.state == TrialState.COMPLETE for trial in study.trials)
 
 
 def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
@@ -91,7 +120,8 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
     asked.folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="recurgolf",
-        storage=f"sqlite:///{asked.folder / STUDY}",
+        # Quoted for SQLite, whose URI stands in SQLAlchemy's: a folder's name may hold anything.
+        storage=f"sqlite:///file:{quote(quote(str(asked.folder / STUDY)))}?uri=true",
         sampler=optuna.samplers.TPESampler(
             seed=asked.seed,
             multivariate=True,
@@ -107,13 +137,22 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
         say(f"{had} of {asked.trials} trials are there")
         # With its first seed it would draw the same trials again.
         study.sampler.reseed_rng()
-    if had < asked.trials:
-        study.optimize(
-            lambda trial: _run_trial(study, trial, asked, say),
-            n_trials=asked.trials - had,
-            n_jobs=asked.jobs,
-            catch=(TrialFailed,),
-        )
+    grid = asked.grid
+    wanted = min(asked.trials, len(grid) or asked.trials)
+    try:
+        # More than once only where a setting was drawn that had been tried.
+        while (missing := wanted - sum(_ended(trial) for trial in study.trials)) > 0:
+            study.optimize(
+                lambda trial: _run_trial(study, trial, asked, say),
+                n_trials=missing,
+                n_jobs=asked.jobs,
+                catch=(TrialFailed, TriedBefore),
+            )
+    except KeyboardInterrupt:
+        asked.stopping.set()
+        raise
+    if wanted < asked.trials:
+        say(f"all {len(grid)} settings of this space are tried")
     _write(study, asked)
     return study
 
@@ -147,6 +186,8 @@ def _take_up(study: optuna.Study) -> None:
     for trial in study.get_trials(deepcopy=False):
         if _ended(trial) or trial.state == TrialState.WAITING or trial.number in taken:
             continue
+        if TWIN in trial.user_attrs or not trial.params:
+            continue
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
@@ -172,6 +213,7 @@ def _objectives(
 ) -> list[float]:
     """One trial: composed, run in its folder, watched."""
     chosen = [f"{key}={space.suggest(trial, key)}" for key, space in asked.space.items()]
+    _only_once(study, trial, asked)
     folder = asked.folder / str(trial.number)
     label = f"trial {trial.number} ({' '.join(chosen)})"
     try:
@@ -180,7 +222,7 @@ def _objectives(
         say(f"{label}: {error}")
         raise TrialFailed(str(error)) from None
     trial.set_user_attr("bytes_expected", expected)
-    command = [sys.executable, "-m", "recurgolf", *asked.flags, *asked.fixed, *chosen]
+    command = [sys.executable, "-P", "-m", "recurgolf", *asked.flags, *asked.fixed, *chosen]
     command += [f"hydra.run.dir={quoted(str(folder))}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.log").open("w") as console:
@@ -188,6 +230,8 @@ def _objectives(
         try:
             while process.poll() is None:
                 time.sleep(_POLL_SECONDS)
+                if asked.stopping.is_set():
+                    raise KeyboardInterrupt
                 curve = validation_curve(folder)
                 if curve:
                     trial.set_user_attr("curve", curve)
@@ -202,6 +246,8 @@ def _objectives(
                 process.terminate()
                 process.wait()
     trial.set_user_attr("curve", validation_curve(folder))
+    if process.returncode == _INTERRUPTED:  # by the same Ctrl-C that is to end the search
+        raise KeyboardInterrupt
     if process.returncode not in (0, _OVER_BUDGET) or not (folder / SUMMARY).exists():
         last = (folder / "console.log").read_text().strip().splitlines()[-1:]
         say(f"{label}: failed with exit code {process.returncode}: {' '.join(last)}")
@@ -212,6 +258,35 @@ def _objectives(
     told = ", ".join(f"{n} {_form(n, v)}" for n, v in zip(asked.objectives, values, strict=True))
     say(f"{label}: {told}{'' if summary.within_budget else ', over the budget'}")
     return values
+
+
+def _only_once(study: optuna.Study, trial: optuna.Trial, asked: Search) -> None:
+    """Put a setting in front that was not tried yet where this one was, if the space is finite.
+
+    Raises:
+        TriedBefore: the trial that is at hand need not run.
+    """
+    grid = asked.grid
+    if not grid:
+        return
+    tried = [
+        other.params
+        for other in study.get_trials(deepcopy=False)
+        if other.number != trial.number
+        and TWIN not in other.user_attrs
+        and (_ended(other) or (other.state == TrialState.RUNNING and other.number < trial.number))
+    ]
+    if trial.params not in tried:
+        return
+    trial.set_user_attr(TWIN, True)
+    waiting = [
+        other.system_attrs.get("fixed_params")
+        for other in study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    ]
+    left = [setting for setting in grid if setting not in tried and setting not in waiting]
+    if left:
+        study.enqueue_trial(random.Random(f"{asked.seed} {trial.number}").choice(left))
+    raise TriedBefore
 
 
 def validation_curve(folder: Path) -> dict[str, float]:
@@ -313,9 +388,10 @@ def _write(study: optuna.Study, asked: Search) -> None:
             "front": trial.number in best,
         }
         for trial in study.trials
+        if TWIN not in trial.user_attrs
     ]
     text = json.dumps({"fixed": list(asked.fixed), "trials": trials}, indent=1)
-    (asked.folder / RESULT).write_text(text + "\n")
+    write_file(asked.folder / RESULT, text + "\n")
 
 
-__all__ = ["Choice", "Interval", "Search", "front", "hopeless", "search", "table"]
+__all__ = ["Choice", "Interval", "Search", "all_failed", "front", "hopeless", "search", "table"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,77 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recurgolf.compare.runs import FoundRun, Group, read_run
+from recurgolf.compare.runs import (
+    SKIPPED_FOLDERS,
+    FoundRun,
+    Group,
+    foreign_summary,
+    numeric,
+    read_run,
+)
 from recurgolf.config import ConfigError
+from recurgolf.disk import write_file
 from recurgolf.overrides import is_seed
 from recurgolf.training.summary import FILE as SUMMARY
 
+OVERRIDES = ".hydra/overrides.yaml"
+"""In the folder of every job: its overrides."""
+JOBS_FILE = "multirun.yaml"
+"""In a sweep's folder: what Hydra was asked for."""
+MOVED_ASIDE = "moved_aside"
+"""In a sweep's folder: folders that made way for a job."""
 FAILURE = "failure.txt"
 """In the folder of a job that failed: the cause in its first line, then the traceback."""
+
+
+def check_new_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse to begin a sweep in a folder that another sweep, or any run, has used.
+
+    The very same sweep may go on under `trainer.resume=auto`.
+
+    Args:
+        jobs: overrides of all that is to run.
+
+    Raises:
+        ConfigError: what is there, and how to go on.
+    """
+    there = [read_overrides(path) for path in job_folders(folder)]
+    if not there and not any(folder.glob("*/run.json")) and not (folder / JOBS_FILE).exists():
+        return
+    mine = [list(job) for job in jobs]
+    if there and all(job in mine and "trainer.resume=auto" in job for job in there):
+        return
+    raise ConfigError(
+        f"{folder} holds a sweep already ({len(there)} jobs): go on with it by recurgolf sweep "
+        "resume FOLDER, or name another hydra.sweep.dir"
+    )
+
+
+def note_overrides(folder: Path, overrides: list[str]) -> None:
+    """Have a job's folder say its overrides, also where Hydra was told to write nothing."""
+    path = folder / OVERRIDES
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, yaml.safe_dump(overrides))
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """What was recorded for a job."""
+    try:
+        told = yaml.safe_load((folder / OVERRIDES).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [str(item) for item in told] if isinstance(told, list) else []
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of a sweep's jobs, whatever they are called and however deep: 9 before 10."""
+    found: list[Path] = []
+    for here, below, _ in os.walk(folder):
+        if (Path(here) / OVERRIDES).is_file():
+            found.append(Path(here))
+        below[:] = [name for name in below if name not in (*SKIPPED_FOLDERS, MOVED_ASIDE)]
+    return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
 
 
 def note_failure(folder: Path, error: Exception) -> None:
@@ -30,7 +95,7 @@ def note_failure(folder: Path, error: Exception) -> None:
     refused = isinstance(error, ConfigError)
     cause = str(error) if refused else f"{type(error).__name__}: {error}"
     first = cause.splitlines()[0] if cause else type(error).__name__
-    (folder / FAILURE).write_text(f"{first}\n\n{traceback.format_exc()}")
+    write_file(folder / FAILURE, f"{first}\n\n{traceback.format_exc()}")
     print(f"recurgolf: this job failed: {first}", file=sys.stderr)
 
 
@@ -40,15 +105,16 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
     Folders are the truth, whichever launcher ran the jobs and in whichever process.
     """
     jobs = []
-    for path in sorted(
-        (p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
-    ):
+    for path in job_folders(folder):
         note = path / FAILURE
-        finished = (path / SUMMARY).exists() and not note.exists()
-        error = note.read_text().splitlines()[0] if note.exists() else "it did not finish"
+        stale = foreign_summary(path)
+        finished = (path / SUMMARY).exists() and not note.exists() and not stale
+        error = stale or "it did not finish"
+        if note.exists():
+            error = (note.read_text().splitlines() or ["no cause was noted"])[0]
         jobs.append(
             {
-                "overrides": yaml.safe_load((path / ".hydra" / "overrides.yaml").read_text()),
+                "overrides": read_overrides(path),
                 "folder": str(path),
                 "status": "finished" if finished else "failed",
                 "error": None if finished else error,
@@ -86,11 +152,17 @@ class Outcome:
 
 
 def finish_sweep(folder: Path) -> Outcome:
-    """Write sweep.json, print the table and what failed."""
+    """Write sweep.json, print the table and what failed.
+
+    Raises:
+        ConfigError: no job has left anything.
+    """
     jobs = read_jobs(folder)
+    if not jobs:
+        raise ConfigError(f"{folder}: no job of a sweep in or below it")
     groups = grouped(jobs)
     text = json.dumps({"jobs": jobs, "groups": [as_json(g) for g in groups]}, indent=1)
-    (folder / "sweep.json").write_text(text + "\n")
+    write_file(folder / "sweep.json", text + "\n")
     # Where no terminal sets a width, a label stays in one line.
     wide = None if sys.stdout.isatty() else 200
     console = Console(highlight=False, soft_wrap=True, width=wide)

@@ -1,6 +1,6 @@
 """The exported program: trains one Run, or scores the artifact beside it.
 
-    python train_gpt.py                      the exact Run, into ./retrained_seed=N
+    python train_gpt.py                      the exact Run, into ./retrained_seedN
     torchrun --nproc_per_node=8 train_gpt.py the same on eight ranks
     python train_gpt.py --evaluate           the score of artifact.bin, one JSON object
 
@@ -68,7 +68,7 @@ def main(data: dict[str, Any], code: dict[str, Any]) -> None:
             return
         if run.trainer.devices > 1 and not started_by_torchrun():
             become_ranks(run.trainer.devices)
-        folder = asked.folder or Path(f"retrained_seed={run.seed}")
+        folder = asked.folder or Path(f"retrained_seed{run.seed}")
         folder.mkdir(parents=True, exist_ok=True)
         summary = trained(run, folder.resolve())
     except (ConfigError, DataError, ArtifactError) as error:

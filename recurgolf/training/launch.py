@@ -109,6 +109,7 @@ def _finished(run: Run, folder: Path) -> Summary | None:
     summary = resume.finished(run, folder)
     if summary is not None and environment_rank() == 0:
         print(f"{folder}: this run is finished already (trainer.resume=auto)")
+    resume.check_unused(run, folder)
     if environment_rank() == 0:
         (folder / "failure.txt").unlink(missing_ok=True)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ def check_new(folder: Path) -> None:
 def new_folder(run: Run, folder: Path) -> Iterator[Job]:
     """A job in a folder that appears under its name when the block ends well, and else not."""
     check_new(folder)
+    # A Run that was read keeps what stood in its file, an older version's among it.
+    run = dataclasses.replace(run)
     draft = folder.parent / f".{folder.name}.{os.getpid()}"
     draft.mkdir(parents=True)
     try:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from recurgolf.training.summary import Summary
 from recurgolf.trust import check_trusted
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+ARTIFACT = "artifact.bin"
+RESULT = (
+    *(SUMMARY, ARTIFACT, "score.py", "train_gpt.py", "ledger.json"),
+    *("scores", "audit.json", "seal.json"),
+)
+"""What a run leaves at its end."""
+RESULT_ASIDE = "result_before_"
 LOCK_SECONDS = 30.0
 """A killed run's ranks need a moment to end; who comes after them waits so long."""
 
@@ -107,18 +115,8 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
     Raises:
         ConfigError: every field that differs and may not, with both values.
     """
-    try:  # fields that were added since then take their defaults
-        check_trusted(state["run"].get("plugins") or [], trust=False)
-        before = Run.from_dict(state["run"]).to_dict()
-    except ConfigError:
-        before = state["run"]
-    changes = differences(before, run.to_dict())
-    free = {f"trainer.{name}" for name in MAY_CHANGE_ON_RESUME}
-    refused = [
-        f"{key}={now!r} (was {before!r})"
-        for key, (before, now) in changes.items()
-        if key not in free and key.partition(".")[0] not in ("tracker", "plugins", "name")
-    ]
+    changes = changes_since(run, state["run"])
+    refused = refused_changes(changes)
     if refused:
         raise ConfigError(
             f"{path} belongs to another run; these differ: {', '.join(refused)}. Resume it with "
@@ -143,6 +141,25 @@ def compare(run: Run, state: dict[str, Any], path: Path) -> str:
     )
 
 
+def changes_since(run: Run, written: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now), of what a run.json or checkpoint says and of a Run."""
+    before = written
+    with contextlib.suppress(ConfigError):  # fields that were added since take their defaults
+        check_trusted(written.get("plugins") or [], trust=False)
+        before = Run.from_dict(written).to_dict()
+    return differences(before, run.to_dict())
+
+
+def refused_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Those changes that make another run of it: `seed=3 (was 1)`."""
+    free = {f"trainer.{name}" for name in MAY_CHANGE_ON_RESUME}
+    return [
+        f"{key}={now!r} (was {before!r})"
+        for key, (before, now) in changes.items()
+        if key not in free and key.partition(".")[0] not in ("tracker", "plugins", "name")
+    ]
+
+
 def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (before, now) of two trees of plain data, where they differ."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -156,7 +173,8 @@ def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, A
 
 def finished(run: Run, folder: Path) -> Summary | None:
     """The result of a run that already ended well in this folder, under `trainer.resume=auto`."""
-    if run.trainer.resume != "auto" or not (folder / SUMMARY).exists():
+    there = all((folder / name).exists() for name in (SUMMARY, ARTIFACT))
+    if run.trainer.resume != "auto" or not there:
         return None
     try:
         summary, events = Summary.read(folder), read_jsonl(folder / METRICS)
@@ -167,12 +185,55 @@ def finished(run: Run, folder: Path) -> Summary | None:
     return summary if ended_well and summary.fingerprint in run.known_as(folder) else None
 
 
+def check_unused(run: Run, folder: Path) -> None:
+    """Refuse to begin in a folder that is another run's, whose results would pass for this one's.
+
+    Raises:
+        ConfigError: the folder, what is in it, and how to go on.
+    """
+    path = folder / "run.json"
+    if not path.is_file() or path.stat().st_size == 0 or _is_run_of(run, folder):
+        return
+    try:
+        refused = refused_changes(changes_since(run, json.loads(path.read_text())))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        refused = ["all of it: its run.json is damaged"]
+    if refused:
+        what = "a finished run" if (folder / SUMMARY).exists() else "a run that did not finish"
+        raise ConfigError(
+            f"{folder} belongs to another run, {what}; these differ: {', '.join(refused)}. Resume "
+            "it with its own settings (recurgolf resume FOLDER) or use another folder "
+            "(hydra.run.dir)"
+        )
+
+
+def set_result_aside(folder: Path) -> str:
+    """Move the result of an earlier attempt aside, so that it cannot pass for that of the next.
+
+    Returns:
+        The folder's name that it is in now; empty where there was none.
+    """
+    names = [name for name in RESULT if (folder / name).exists()]
+    if SUMMARY not in names:
+        return ""
+    number = 1
+    while (aside := folder / f"{RESULT_ASIDE}{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in names:  # the summary first: without it the rest is no result
+        (folder / name).rename(aside / name)
+    return aside.name
+
+
 def make_room(run: Run, folder: Path, found: Found | None, say: Say) -> None:
     """Leave in a run's folder only what the checkpoint to continue from knows of.
 
     What was recorded behind it is cut off, since it will be recorded again. Checkpoints that are
     newer, or of another run, are moved aside.
     """
+    check_unused(run, folder)
+    if aside := set_result_aside(folder):
+        say(f"the result of an earlier run in this folder is now in {aside}")
     own = found is not None and found.is_of(folder)
     kept = found.state["metrics_bytes"] if own and found is not None else 0
     path = folder / METRICS
@@ -238,4 +299,4 @@ def _locked(handle: int) -> bool:
     return True
 
 
-__all__ = ["CHECKPOINTS", "Found", "find", "finished", "make_room", "only_one"]
+__all__ = ["CHECKPOINTS", "Found", "check_unused", "find", "finished", "make_room", "only_one"]

@@ -25,6 +25,7 @@ from recurgolf.run import Run
 from recurgolf.training.base import FinishedRun, read_finished
 from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
 from recurgolf.trust import add_trust
+from recurgolf.verbs.own_data import check_own_data
 
 OVERRIDABLE = ("quant", "data")
 """Parts of the Run that `load` and `merge` can exchange: how the result is packed."""
@@ -136,6 +137,8 @@ def _write_run(asked: argparse.Namespace, found: FinishedRun, run: Run, model: T
                 f"{asked.run} was trained with tokenizer {found.tokenizer[:12]}…, the data has "
                 f"{tokenizer[:12]}…"
             )
+        own = not any(override.startswith("data") for override in asked.overrides)
+        check_own_data(asked.run, job.dataset, text=own)
         keep_weights(job, model, {})
         (pack_and_score if asked.score else pack)(job, model)
         weights = sum(p.numel() for p in model.parameters())

@@ -24,6 +24,7 @@ from recurgolf.training.job import Job
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.trust import add_trust
+from recurgolf.verbs.own_data import check_own_data
 
 OTHER_EVALS = "evals.json"
 """Where entries go in a folder without a summary (an imported checkpoint)."""
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         check_run(scorable.metadata, finished)
         dataset = job.dataset
         check_data(scorable.metadata, dataset)
+        # Another text is fine where it was asked for, and only there.
+        if not any(override.startswith("data") for override in asked.overrides):
+            check_own_data(asked.folder, dataset)
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{path}: {error}") from None
     if dataset.fingerprint != scorable.metadata["text"]:

@@ -13,6 +13,7 @@ from recurgolf.config import ConfigError, kind_of
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.training.summary import Summary
+from recurgolf.verbs.own_data import check_own_data
 
 BLOCKED = ("recurgolf", "hydra", "omegaconf", "wandb", "rich", "scipy")
 """What the exported program must do without; its own modules come before this is asked."""
@@ -54,6 +55,7 @@ def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int
         arguments += ["--data", str(data.resolve())]
     else:
         dataset = run.data.prepare(log.line)
+        check_own_data(folder, dataset)
         arguments += ["--data", str(dataset.folder.resolve())]
         arguments += ["--tokenizer", str(dataset.tokenizer.path.resolve())]
     threads = summary.environment.get("threads", 1)

@@ -123,7 +123,7 @@ seed and `train_gpt.py`. `artifact.bin` here is that of seed {summaries[0].seed}
 
 ```
 pip install -r requirements.txt
-{start} train_gpt.py               # trains the very run again, into ./retrained_seed={run.seed}
+{start} train_gpt.py               # trains the very run again, into ./retrained_seed{run.seed}
 python train_gpt.py --evaluate     # scores artifact.bin: one JSON object
 ```
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError, kind_of, to_dict
+from recurgolf.disk import write_file
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
@@ -27,6 +28,7 @@ from recurgolf.training.quantize import rules_of, weights_under
 from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.summary import Summary, Trained
 from recurgolf.trust import add_trust
+from recurgolf.verbs.own_data import check_own_data
 
 PARTS = ("quant", "artifact", "budget", "eval")
 """Parts of a Run that can change without training again."""
@@ -101,11 +103,14 @@ def _is_below(key: str, groups: set[str]) -> bool:
 def repack(job: Job, path: Path, score: bool) -> None:
     """Quantize and pack a checkpoint, and score the file."""
     run, log = job.run, job.log
+    check_own_data(path.parent.parent, job.dataset)
     model, state, averaged = weights_of(run, path)
+    if "data" in state:  # a run that was stopped has no result yet that tells
+        job.dataset.check_contents(state["data"])
     check_calibration(run, model, job.dataset, weights_under("gptq", rules_of(run, model)))
     log.line(f"{path}: {averaged}")
     origin = {"checkpoint": str(path.resolve()), "step": state["step"]}
-    (job.folder / "packed_from.json").write_text(json.dumps(origin, indent=1) + "\n")
+    write_file(job.folder / "packed_from.json", json.dumps(origin, indent=1) + "\n")
     # The clocks go on from where training stopped them, so that its caps are told as well.
     job.clock.add(state.get("clock", {}))
     job.precision = state.get("precision", job.precision)
@@ -124,6 +129,8 @@ def _known_before(run: Run, trained: Path) -> float | None:
     """The score of the same weights before packing, where the run was scored in the same way."""
     try:
         summary, own = Summary.read(trained), Run.read(trained)
+        if summary.fingerprint != own.fingerprint:
+            return None
     except (OSError, ConfigError, TypeError):
         return None
     return summary.pre_quant_val_bpb if own.eval == run.eval else None

@@ -17,6 +17,8 @@ from pathlib import Path
 from recurgolf.config import ConfigError
 from recurgolf.overrides import split_arguments
 
+EXIT_FAILED = 1
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run trials, print the Pareto front."""
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sampler-seed", type=int, default=0)
     asked, rest = parser.parse_known_args(list(arguments))
     try:
-        from recurgolf.compare.search import Search, search, table
+        from recurgolf.compare.search import Search, all_failed, search, table
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -64,4 +66,4 @@ def main(arguments: Sequence[str]) -> int:
     )
     study = search(wanted, lambda text: print(text, flush=True))
     print(table(study, wanted))
-    return 0
+    return EXIT_FAILED if all_failed(study) else 0

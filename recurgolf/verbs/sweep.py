@@ -1,7 +1,7 @@
 """recurgolf sweep: show the table of a sweep again, or run what is missing or failed in it.
 
-A sweep's folder says itself which jobs there should be (`multirun.yaml`) and which there are (a
-`summary.json` with the fingerprint that the job's overrides give today).
+A sweep's folder says itself which jobs there should be (`multirun.yaml`) and which there are (the
+overrides that every job's folder has recorded).
 """
 
 from __future__ import annotations
@@ -18,15 +18,27 @@ from typing import Any
 
 import yaml
 
-from recurgolf.compare.sweep import FAILURE, finish_sweep, note_failure
+from recurgolf.compare.sweep import (
+    FAILURE,
+    JOBS_FILE,
+    MOVED_ASIDE,
+    finish_sweep,
+    job_folders,
+    note_failure,
+    note_overrides,
+    read_overrides,
+)
 from recurgolf.config import ConfigError
+from recurgolf.folders import moved_aside
 from recurgolf.run import Run
 from recurgolf.training.launch import launch
+from recurgolf.training.packing import ARTIFACT
+from recurgolf.training.resume import check_unused
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
+from recurgolf.trust import add_trust, check_trusted
 
 EXIT_FAILED, EXIT_OVER_BUDGET = 1, 3
-JOBS_FILE = "multirun.yaml"
 
 
 @dataclass
@@ -34,13 +46,14 @@ class Job:
     """One job of a sweep: its number, its overrides and what is to be done with it.
 
     Attributes:
+        run: or why there is none.
         remark: why it has to run; None where it is finished.
     """
 
     number: int
     folder: Path
     overrides: list[str]
-    run: Run
+    run: Run | ConfigError
     remark: str | None
 
 
@@ -53,14 +66,16 @@ def main(arguments: Sequence[str]) -> int:
         action.add_argument("folder", type=Path, help="folder of the sweep")
     action.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
     action.add_argument("--config-dir", type=Path, help="YAML of your own, if it has moved")
+    add_trust(action)
     only = actions.add_parser("job", help="run one job in this process")
     only.add_argument("folder", type=Path)
     only.add_argument("number", type=int)
     only.add_argument("--config-dir", type=Path)
+    add_trust(only)
     asked = parser.parse_args(arguments)
     if asked.action == "show":
         return _ended(asked.folder)
-    jobs = jobs_of(asked.folder, asked.config_dir)
+    jobs = jobs_of(asked.folder, asked.config_dir, asked.trust)
     if asked.action == "job":
         return run_job(jobs[asked.number])
     if asked.jobs < 1:
@@ -78,51 +93,98 @@ def main(arguments: Sequence[str]) -> int:
     return _ended(asked.folder)
 
 
-def jobs_of(folder: Path, config_dir: Path | None = None) -> list[Job]:
+def jobs_of(folder: Path, config_dir: Path | None = None, trust: bool = False) -> list[Job]:
     """All jobs that a sweep was to have, with what each still needs.
 
+    A job is known by the overrides that its folder has recorded, whatever the folder is called. One
+    whose Run is recorded as well (run.json) goes on as that Run; only where there is none are the
+    overrides composed.
+
+    Args:
+        trust: import plugins that the folder names and that are not installed.
+
     Raises:
-        ConfigError: not a sweep's folder, or overrides that no longer compose.
+        ConfigError: not a sweep's folder, or plugins that are not trusted.
     """
-    from recurgolf.composing import compose, sweep_jobs
+    from recurgolf.composing import named_plugins, plugin_modules, sweep_jobs, varied_keys
 
     path = folder / JOBS_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} is not the folder of a sweep: it has no {JOBS_FILE}")
-    asked = yaml.safe_load(path.read_text())["hydra"]
+    try:
+        asked = yaml.safe_load(path.read_text())["hydra"]
+        # A sweep may stand in YAML; the command line comes behind it, as Hydra's sweeper has it.
+        params = (asked.get("sweeper") or {}).get("params") or {}
+        task = [*(f"{key}={value}" for key, value in params.items()), *asked["overrides"]["task"]]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error!r}") from None
     own = config_dir or _config_dir(asked)
+    recorded = {tuple(read_overrides(place)): place for place in job_folders(folder)}
+    all_overrides, varied = sweep_jobs(task), varied_keys(task)
+    named = named_plugins(task)
+    if own is not None and config_dir is None:
+        named += plugin_modules(own)
+    check_trusted(named, trust)
     jobs = []
-    for number, overrides in enumerate(sweep_jobs(asked["overrides"]["task"])):
-        run = compose(overrides, own)
-        place = folder / str(number)
+    for number, overrides in enumerate(all_overrides):
+        place = recorded.get(tuple(overrides)) or folder / str(number)
+        run = _run_of(place, overrides, varied, own, trust)
         jobs.append(Job(number, place, overrides, run, unfinished(run, place)))
     return jobs
 
 
-def unfinished(run: Run, folder: Path) -> str | None:
+def _run_of(
+    place: Path, overrides: list[str], varied: list[str], own: Path | None, trust: bool
+) -> Run | ConfigError:
+    """The Run that a job's folder has recorded, else that of its overrides; why there is none."""
+    from recurgolf.composing import compose, of_sweep
+
+    try:
+        if read_overrides(place) == overrides and _has_content(place / "run.json"):
+            return Run.read(place, trust)
+        return of_sweep(compose(overrides, own), overrides, varied)
+    except ConfigError as error:
+        return error
+
+
+def _has_content(path: Path) -> bool:
+    """Whether a file is there; a full disk may have left an empty one."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def unfinished(run: Run | ConfigError, folder: Path) -> str | None:
     """Why a job has to run; None if its folder holds the result of this very Run."""
     if (folder / FAILURE).exists():
-        return f"failed: {(folder / FAILURE).read_text().splitlines()[0]}"
+        cause = (folder / FAILURE).read_text().splitlines() or ["no cause was noted"]
+        return f"failed: {cause[0]}"
+    if isinstance(run, ConfigError):
+        return f"does not compose: {run}"
     if not (folder / SUMMARY).exists():
         return "interrupted" if (folder / "run.json").exists() else "never started"
-    there = Summary.read(folder).fingerprint
+    if not (folder / ARTIFACT).exists():
+        return "its artifact.bin is gone"
+    try:
+        there = Summary.read(folder).fingerprint
+    except (ValueError, TypeError):
+        return "its summary.json is damaged"
     if there not in run.known_as(folder):
-        return f"its settings have changed (fingerprint {there}, now {run.fingerprint})"
+        return f"its summary.json is of another run (fingerprint {there}, not {run.fingerprint})"
     return None
 
 
 def run_job(job: Job) -> int:
-    """Run a job in its folder, from its newest checkpoint where it has one of the same Run."""
+    """Run a job in its folder, from its newest checkpoint where it has one."""
+    if isinstance(job.run, ConfigError):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        note_overrides(job.folder, job.overrides)
+        note_failure(job.folder, job.run)
+        return EXIT_FAILED
+    if _is_another_ones(job):
+        print(f"{job.folder} holds something else: now in {_made_way(job.folder)}")
     job.folder.mkdir(parents=True, exist_ok=True)
-    noted = job.folder / ".hydra" / "overrides.yaml"
-    noted.parent.mkdir(exist_ok=True)
-    noted.write_text(yaml.safe_dump(job.overrides))
-    # A finished result under other settings would be taken for this one's.
-    for name in (FAILURE, SUMMARY):
-        (job.folder / name).unlink(missing_ok=True)
-    continues = job.remark == "interrupted"
-    resume = "auto" if continues else "never"
-    trainer = dataclasses.replace(job.run.trainer, resume=resume)
+    note_overrides(job.folder, job.overrides)
+    continues = job.remark is not None and not job.remark.startswith("failed")
+    trainer = dataclasses.replace(job.run.trainer, resume="auto" if continues else "never")
     try:
         launch(dataclasses.replace(job.run, trainer=trainer), job.folder)
     except Exception as error:
@@ -131,10 +193,28 @@ def run_job(job: Job) -> int:
     return 0
 
 
+def _is_another_ones(job: Job) -> bool:
+    """Whether a folder is recorded as another job's or, without a record, holds another Run."""
+    told = read_overrides(job.folder)
+    if told:
+        return told != job.overrides
+    assert isinstance(job.run, Run)
+    try:
+        check_unused(job.run, job.folder)
+    except ConfigError:
+        return True
+    return False
+
+
+def _made_way(folder: Path) -> Path:
+    return moved_aside(folder, folder.parent / MOVED_ASIDE)
+
+
 def _in_own_process(job: Job, asked: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "recurgolf", "sweep", "job", str(asked.folder)]
+    command = [sys.executable, "-P", "-m", "recurgolf", "sweep", "job", str(asked.folder)]
     command += [str(job.number)]
     command += ["--config-dir", str(asked.config_dir)] if asked.config_dir else []
+    command += ["--trust"] if asked.trust else []
     subprocess.run(command, check=False)
 
 

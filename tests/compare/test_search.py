@@ -103,3 +103,14 @@ def test_only_what_is_beaten_in_everything_is_given_up(tmp_path):
     assert hopeless(small, {"5": 9.9}, 1000, asked) is None, "nobody to compare with at that step"
     assert hopeless(small[:2], {"4": 9.9}, 1000, asked) is None, "too few to judge by"
     assert hopeless(small, {}, 1000, asked) is None
+
+
+@pytest.mark.parametrize("name", ["it's", "f%20a", "q?1"])
+def test_a_search_in_a_folder_of_any_name_tries_every_setting_once(tmp_path, name):
+    line = ["search", "experiment=smoke", "data.files=/nowhere.txt", "data=text", "lora.rank=1,2"]
+    ended = recurgolf(*line, "--trials", "5", "--folder", str(tmp_path / name), cwd=tmp_path)
+    assert ended.code == 1, "every trial failed"
+    assert "all 2 settings of this space are tried" in ended.out
+    assert (tmp_path / name / "study.db").exists()
+    found = json.loads((tmp_path / name / "search.json").read_text())["trials"]
+    assert sorted(trial["settings"]["lora.rank"] for trial in found) == ["1", "2"]

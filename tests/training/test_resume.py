@@ -220,9 +220,9 @@ def test_the_resume_verb_takes_only_what_cannot_change_the_result(stopped):
 def test_a_new_run_in_an_old_folder_keeps_the_old_checkpoints_apart(stopped, tmp_path):
     folder = copied(stopped, tmp_path)
     names = [path.name for path in checkpoint.steps(folder / "checkpoints")]
-    fresh = recurgolf.train(recurgolf.compose(small("trainer.steps=2")), folder)
-    assert fresh.steps == 2
-    assert [p.name for p in checkpoint.steps(folder / "checkpoints")] == ["step_000002"]
+    fresh = recurgolf.train(recurgolf.compose(small(*ADVERSE)), folder)
+    assert fresh.steps == 24
+    assert [p.name for p in checkpoint.steps(folder / "checkpoints")] == ["step_000024"]
     assert [p.name for p in checkpoint.steps(folder / "checkpoints_before_1")] == names
 
 

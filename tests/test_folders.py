@@ -1,0 +1,104 @@
+"""A run folder belongs to one Run, and its name is nobody else's."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from command_line import recurgolf
+from run_folders import write_run
+from smoke_runs import small
+
+from recurgolf.compare.runs import read_run
+from recurgolf.folders import claimed, plain_name
+
+SHORT = ("trainer.steps=2",)
+
+
+def test_a_name_is_given_once_however_many_ask_at_the_same_moment(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda _: claimed(tmp_path / "a/run"), range(40)))
+    assert len(set(given)) == 40
+    assert {path.name for path in given} == {"run", *(f"run_{n}" for n in range(2, 41))}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("a b='c'#1", "a-b-c-1"), ("../x", "x"), ("é", "run"), ("a_1.b", "a_1.b")]
+)
+def test_names_need_no_quotes(text, name):
+    assert plain_name(text) == name
+
+
+def test_another_run_in_a_used_folder_is_refused_and_the_same_one_keeps_the_old_result(tmp_path):
+    base = small(*SHORT, "hydra.run.dir=o")
+    recurgolf(*base, cwd=tmp_path).finished()
+    before = {p: p.read_bytes() for p in tmp_path.glob("o/**/*") if p.is_file()}
+    why = recurgolf(*base, "lora.rank=4", cwd=tmp_path).refused()
+    assert "o belongs to another run, a finished run" in why
+    assert "lora.rank=4 (was" in why and "recurgolf resume" in why
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("o/**/*") if p.is_file()}
+    recurgolf(*base, cwd=tmp_path).finished()
+    kept = tmp_path / "o/result_before_1/summary.json"
+    assert kept.read_bytes() == before[tmp_path / "o/summary.json"]
+
+
+def test_the_folder_of_a_run_with_an_odd_name_is_plain(tmp_path):
+    recurgolf(*small(*SHORT, "name='a=b c'"), cwd=tmp_path).finished()
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert folder.parent.name == "a-b-c"
+    assert plain_name(folder.name) == folder.name and folder.name.endswith("_seed1337")
+
+
+def test_a_second_sweep_in_a_used_folder_is_refused_before_it_writes(tmp_path):
+    asked = ["-m", *small(*SHORT), "hydra.sweep.dir=s"]
+    recurgolf(*asked, "seed=1", cwd=tmp_path).finished()
+    before = {p: p.read_bytes() for p in tmp_path.glob("s/**/*") if p.is_file()}
+    assert "sweep resume" in recurgolf(*asked, "lora.rank=1,2", cwd=tmp_path).refused()
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("s/**/*") if p.is_file()}
+
+
+def test_two_jobs_in_one_folder_are_refused(tmp_path):
+    asked = ["-m", *small(*SHORT), "seed=1,2", "hydra.sweep.dir=s", "hydra.sweep.subdir='${seed}0'"]
+    both = [*asked[:-1], "hydra.sweep.subdir='${lora.rank}'"]
+    assert "jobs 0 and 1 into one folder" in recurgolf(*both, cwd=tmp_path).refused()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_summary_of_another_run_is_as_good_as_absent(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", 1, 2.0)
+    assert read_run(folder).summary is not None
+    told = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**told, "fingerprint": "0" * 16}))
+    assert read_run(folder).summary is None
+    assert "of another run" in capsys.readouterr().err
+
+
+def test_a_sweep_in_yaml_with_folders_of_its_own_is_resumed_by_what_was_recorded(tmp_path):
+    own = tmp_path / "conf/experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\nhydra:\n  output_subdir: null\n"
+        "  mode: MULTIRUN\n  sweep: {subdir: 'job_${seed}/x'}\n"
+        "  sweeper: {params: {seed: '1,2'}}\n"
+    )
+    rest = [item for item in small(*SHORT) if item != "experiment=smoke"]
+    asked = ["--config-dir", "conf", "experiment=mine", *rest, "hydra.sweep.dir=s"]
+    recurgolf(*asked, cwd=tmp_path).finished()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("s/*/x/artifact.bin")}
+    assert {path.parts[-3] for path in before} == {"job_1", "job_2"}
+    ended = recurgolf("sweep", "resume", "s", cwd=tmp_path).finished()
+    assert "2 of 2 jobs are finished" in ended.out
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("s/*/x/artifact.bin")}
+    # One job is lost and composes no more, the artifact of the other is gone: the other is run.
+    (tmp_path / "s/job_2/x/artifact.bin").unlink()
+    os.rename(tmp_path / "s/job_1", tmp_path / "gone")
+    text = (tmp_path / "s/multirun.yaml").read_text().replace("seed: 1,2", "seed: 2,wrong")
+    (tmp_path / "s/multirun.yaml").write_text(text)
+    ended = recurgolf("sweep", "resume", "s", cwd=tmp_path)
+    assert ended.code == 1
+    assert "its artifact.bin is gone" in ended.out and "does not compose" in ended.out
+    assert (tmp_path / "s/job_2/x/artifact.bin").exists()
+
+
+def test_the_table_of_an_empty_folder_is_refused(tmp_path):
+    assert "no job of a sweep" in recurgolf("sweep", "show", ".", cwd=tmp_path).refused()
