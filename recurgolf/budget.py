@@ -10,9 +10,10 @@ from recurgolf.limits import above, at_least, not_empty, one_of
 
 PHASES = (
     *("setup", "warmup", "training", "checkpoint", "validation", "calibration"),
-    *("quantization", "packing", "evaluation"),
+    *("quantization", "packing", "evaluation", "base"),
 )
-"""What a run spends its time on; `warmup` is compiling and the steps before the clock starts."""
+"""What a run spends its time on; `warmup` is compiling and the steps before the clock starts,
+`base` what the run of `trainer.base` had spent on its training clock."""
 
 TRAINING = "training"
 """The cap that ends training."""
@@ -40,7 +41,7 @@ class Budget(Checked):
     caps: dict[str, Cap] = field(default_factory=dict)
     """Which phases count against which clock, such as evaluation: {seconds: 600, phases:
     [evaluation]}. The cap `training` is there by itself where train_seconds is, over training,
-    checkpoint and calibration: whatever works on the weights or reads training data."""
+    checkpoint, calibration and base: whatever works on the weights or reads training data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,7 @@ class Budget(Checked):
     def train_phases(self) -> list[str]:
         """What the training clock counts."""
         own = self.caps.get(TRAINING)
-        return own.phases if own else [TRAINING, "checkpoint", "calibration"]
+        return own.phases if own else [TRAINING, "checkpoint", "calibration", "base"]
 
     @property
     def all_caps(self) -> dict[str, Cap]:

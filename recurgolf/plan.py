@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from recurgolf.artifact.ledger import Line, predict
+from recurgolf.artifact.ledger import Line, component, predict
 from recurgolf.config import ConfigError, to_dict
 from recurgolf.counted.code import Codes, codes_of
 from recurgolf.looping import LoopPlan
+from recurgolf.model.transformer import TRAINING_ONLY
+from recurgolf.quant import TensorRule
 from recurgolf.quant.fill import STEPS, at_step
 from recurgolf.run import Run
+
+MOST_BITS, PRICED_BITS = 7.0, 4.0
+"""Bits per weight where training learns its steps: at most, and guessed for a fixed price."""
 
 
 @dataclass
@@ -83,7 +88,7 @@ class _NoDrawing(TorchFunctionMode):
 
 def packed_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Without what is used in training alone."""
-    return {name: shape for name, shape in shapes.items() if not name.startswith("mtp.")}
+    return {name: shape for name, shape in shapes.items() if not name.startswith(TRAINING_ONLY)}
 
 
 def effective(shapes: dict[str, tuple[int, ...]], plan: LoopPlan) -> int:
@@ -149,6 +154,8 @@ def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
         "fingerprint": run.fingerprint,
     }
     lines = predict(shapes, rules, run.artifact.codec, header)
+    if run.quant.learned(shapes):
+        return learned_lines(run, shapes, header)
     if not run.quant.fill_budget:
         return lines
     # One step for all layers that fills what the code leaves; the search will vary it by layer.
@@ -164,6 +171,39 @@ def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
     return lines
 
 
+def learned_lines(
+    run: Run, shapes: dict[str, tuple[int, ...]], header: dict[str, Any]
+) -> list[Line]:
+    """The bytes that training will aim at, spread evenly: it alone knows where they will go.
+
+    Raises:
+        ConfigError: not even weights that are all zero would fit.
+    """
+    learned, kept = run.quant.learned(shapes), TensorRule("none", keep_dtype=run.quant.keep_dtype)
+    rest = {name: kept for name in shapes if name not in learned}
+    lines = {
+        line.component: line
+        for line in predict({n: shapes[n] for n in rest}, rest, run.artifact.codec, header)
+    }
+    aim = run.quant.qat.aim(run.budget.artifact_bytes)
+    count = sum(map(math.prod, learned.values()))
+    bits = PRICED_BITS
+    if aim is not None:
+        code = codes_of(run).counted.packed_bytes
+        left = aim - code - sum(line.predicted for line in lines.values())
+        if left <= 0:
+            raise ConfigError(
+                f"a budget of {aim:,} bytes is smaller than what a model of zeros costs: "
+                f"{code:,} of code and {aim - code - left:,.0f} of header and floats"
+            )
+        bits = min(8 * left / count, MOST_BITS)
+    for name, shape in learned.items():
+        line = lines.setdefault(component(name), Line(component(name), 0, 0.0))
+        line.params += math.prod(shape)
+        line.predicted += bits * math.prod(shape) / 8
+    return sorted(lines.values(), key=lambda line: -line.predicted)
+
+
 def check_ending(run: Run) -> None:
     """Refuse what would fail only after the training.
 
@@ -171,8 +211,11 @@ def check_ending(run: Run) -> None:
         ConfigError: a quantizer's rules that do not fit the model's parameters; a budget that the
             code alone exceeds.
     """
-    run.quant.assign(packed_shapes(shapes_of(run)))
+    shapes = packed_shapes(shapes_of(run))
+    run.quant.assign(shapes)
     check_budget(codes_of(run).counted.packed_bytes, run.budget.artifact_bytes)
+    if run.quant.learned(shapes):
+        predicted_lines(run, shapes)
 
 
 def check_budget(code_bytes: int, budget_bytes: int) -> None:

@@ -26,7 +26,7 @@ from recurgolf.eval import Eval
 from recurgolf.limits import at_least, one_of, refused
 from recurgolf.looping import Looping, LoopPlan
 from recurgolf.lora import LoRA
-from recurgolf.model.transformer import Model, Transformer
+from recurgolf.model.transformer import TRAINING_ONLY, Model, Transformer
 from recurgolf.older import modern
 from recurgolf.optim import Averaging, OptimizerConfig
 from recurgolf.quant import Quant
@@ -106,6 +106,12 @@ class Run:
         self.lora.check(self.model.projections, self.largest_plan)
         self.quant.qat.check_plan(self.largest_plan)
         self.eval.check_model(self.model, self.looping)
+        if self.quant.qat.learns_steps and self.trainer.trainable != "all":
+            raise ConfigError(
+                f"trainer.trainable={self.trainer.trainable} with quant/qat="
+                f"{kind_of(self.quant.qat)}: the bytes are those of the weights, and these are "
+                "to stay as they are; set trainer.trainable=all"
+            )
 
     @property
     def largest_plan(self) -> LoopPlan:
@@ -133,6 +139,12 @@ class Run:
         torch.manual_seed(self.seed_of("init"))
         model = self.model.build(self.largest_plan)
         model.adapters = self.lora.build(self.model.projections, self.largest_plan)
+        shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if not name.startswith(TRAINING_ONLY)
+        }
+        model.quantizers = self.quant.qat.quantizers(self.quant.learned(shapes))
         if self.trainer.trainable == "lora":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith("adapters."))

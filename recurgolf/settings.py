@@ -43,7 +43,7 @@ class TrainerConfig(Checked):
     trainable: Annotated[str, one_of("all", "lora")] = "all"
     """all | lora: only the adapters train, on the frozen weights of `base`."""
     base: str | None = None
-    """Folder of the run whose weights trainable=lora starts from and keeps."""
+    """Folder of the run whose final weights this one starts from; trainable=lora keeps them."""
     compile: bool = False
     """torch.compile each block in training; scoring runs uncompiled."""
     compile_backend: str = "inductor"
@@ -82,10 +82,10 @@ class TrainerConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.trainable == "lora") != bool(self.base):
+        if self.trainable == "lora" and not self.base:
             raise ConfigError(
-                f"trainer.trainable={self.trainable}, trainer.base={self.base}: adapters alone "
-                "train on a finished run, so trainable=lora and base=RUN_FOLDER go together"
+                "trainer.trainable=lora, trainer.base=null: adapters alone train on a finished "
+                "run; name its folder, trainer.base=RUN_FOLDER"
             )
         share = self.devices * self.grad_accum * self.seq_len
         if self.batch_tokens % share:

@@ -31,6 +31,8 @@ from recurgolf.model.rope import rope_base, rope_table
 from recurgolf.model.skips import SKIPS, NoSkips, Skips
 from recurgolf.model.visit import VisitInputs
 
+TRAINING_ONLY = ("mtp.", "quantizers.")
+"""What the names of parameters and buffers begin with that are not in the file."""
 VISIT_GAIN_LIMIT = 4.0
 """Gains per visit are held within this, or a looped band could multiply itself out of range."""
 
@@ -242,6 +244,7 @@ class Transformer(nn.Module):
             else None
         )
         self.adapters: Adapters | None = None
+        self.quantizers: nn.Module | None = None
         self.init_weights()
 
     def forward(
@@ -341,6 +344,12 @@ class Transformer(nn.Module):
         """Mean loss in nats of the main head alone: normed states [b, t, d], targets [b, t]."""
         weight, cap = self.readout, self.config.logit_softcap
         return readout_loss(self._readable(hidden), weight, targets, cap)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the network, those that only train included, steps of quantizers not."""
+        named = self.named_parameters()
+        return sum(p.numel() for name, p in named if not name.startswith("quantizers."))
 
     @property
     def readout(self) -> Tensor:

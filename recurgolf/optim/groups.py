@@ -67,8 +67,11 @@ def split(
         vectors = role in config.muon_roles and not muon
         key = f"{role}{'_looped' * looped}{'_vectors' * vectors}"
         if key not in groups:
-            lr = config.lr_of(role) * (factor if looped else 1.0)
-            groups[key] = ParameterGroup(key, role, muon, lr, config.weight_decay_of(role), {})
+            # Parameters that no field of the optimizer is about say their rate themselves.
+            own = getattr(param, "optimizer_lr", None)
+            lr = own if own is not None else config.lr_of(role) * (factor if looped else 1.0)
+            decay = 0.0 if own is not None else config.weight_decay_of(role)
+            groups[key] = ParameterGroup(key, role, muon, lr, decay, {})
         groups[key].parameters[name] = param
     if not groups:
         raise ConfigError("the model has no parameter that trains: every one is frozen")

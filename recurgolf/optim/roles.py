@@ -1,6 +1,7 @@
 """Which optimizer a parameter belongs to: its role, read off its name, its module and its shape.
 
-A parameter may say its role itself: `parameter.optimizer_role = "scalar"`.
+A parameter may say its role itself, `parameter.optimizer_role = "scalar"`, and its rate, without
+weight decay then: `parameter.optimizer_lr = 0.02`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import nn
 
 from recurgolf.config import ConfigError, suggestion
 
-ROLES = ("embed", "head", "matrix", "scalar", "lora", "mtp")
+ROLES = ("embed", "head", "matrix", "scalar", "lora", "mtp", "rate")
 
 CONTROL = frozenset(
     {"scale", "mix", "gain", "gate", "skip", "smear", "conv"}

@@ -20,9 +20,11 @@ from recurgolf.quant.clip import (
 from recurgolf.quant.entropy import code_entropy, fit_tail, predicted_bits, predicted_bytes
 from recurgolf.quant.gptq import GptqResult, gptq_quantize, gptq_quantize_many
 from recurgolf.quant.lqer import LowRankCorrection
-from recurgolf.quant.qat import Noise, NoQat, Qat, QuantAware, Snap, StraightThrough
+from recurgolf.quant.qat import FileSize, Noise, NoQat, Qat, QuantAware, Snap, StraightThrough
 from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored, dequantize, dequantize_state
 from recurgolf.quant.quantizer_grid import QuantizerGrid
+from recurgolf.quant.rate import LearnedSteps, Rate
+from recurgolf.quant.rate_models import Gaussian, Histogram, Laplace, Logistic, RateModel
 from recurgolf.quant.rtn import fake_quantize, rtn_quantize
 from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule
 from recurgolf.quant.state import MethodReport, QuantizedState, quantize_state
@@ -32,11 +34,17 @@ MODULES = import_modules(__name__)
 __all__ = [
     "Calibration",
     "Clip",
+    "FileSize",
+    "Gaussian",
     "GptqResult",
     "GramCollector",
     "HessianSigmaClip",
+    "Histogram",
     "Int6",
     "Int8",
+    "Laplace",
+    "LearnedSteps",
+    "Logistic",
     "LowRankCorrection",
     "MaxClip",
     "MeanAbsClip",
@@ -53,6 +61,8 @@ __all__ = [
     "QuantizedState",
     "QuantizedTensor",
     "QuantizerGrid",
+    "Rate",
+    "RateModel",
     "Rule",
     "SelfGenerated",
     "SigmaClip",

@@ -7,10 +7,12 @@ pulls the weights themselves onto that grid while training ends.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from recurgolf.config import Checked, ConfigError, option
 from recurgolf.limits import at_least, one_of
 from recurgolf.looping import LoopPlan
 from recurgolf.quant.clip import MaxClip
+from recurgolf.quant.quantized_tensor import QuantizedTensor
 from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import exported, step_sizes
 
@@ -40,6 +43,22 @@ class Snap(Checked):
         """a at a fraction of training."""
         grown = (fraction - self.start_fraction) / (1 - self.start_fraction)
         return self.strength * min(max(grown, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """What training may know of the file.
+
+    Attributes:
+        budget, code: bytes of model and code together, and of the code alone.
+        measure: quantized tensors -> bytes of the model file with them, really packed. Collective.
+        seed: of the noise in the rate; the same on every rank.
+    """
+
+    budget: int
+    code: int
+    measure: Callable[[Mapping[str, QuantizedTensor]], int]
+    seed: int
 
 
 class FakeQuantizer:
@@ -92,12 +111,33 @@ class Qat(Checked):
     def check_plan(self, plan: LoopPlan) -> None:
         """Refuse to wait for looped blocks where this plan, the largest, has none."""
 
+    learns_steps: ClassVar[bool] = False
+    """Whether the steps of the file are its own instead of those of quant's rules."""
+
+    def quantizers(self, shapes: Mapping[str, Sequence[int]]) -> nn.Module | None:
+        """Parameters that it brings into the model for the tensors that `Quant.learned` names;
+        they are `model.quantizers`. None: none."""
+        return None
+
+    def learns(self, shape: Sequence[int]) -> bool:
+        """Whether the steps of a tensor of this shape are its own, and not those of the rules."""
+        return False
+
+    def aim(self, budget_bytes: int) -> int | None:
+        """Bytes of model and code together that training itself ends at; None: it knows nothing."""
+        return None
+
+    def learned(self, model: nn.Module) -> dict[str, QuantizedTensor]:
+        """Tensors of a model as the file holds them, where training has decided that."""
+        return {}
+
     def build(
         self,
         model: nn.Module,
         grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
+        file: FileSize | None = None,
     ) -> QuantAware:
         """Attach to a model.
 
@@ -106,6 +146,7 @@ class Qat(Checked):
             looped: names of the weights that belong to looped blocks.
             ahead: attach at once and not only when it begins, so that a compiled graph need not
                 change in the middle of training.
+            file: where what is trained depends on the bytes of the file.
 
         Raises:
             ConfigError: there is nothing to attach to.
@@ -145,6 +186,7 @@ class _Disturbing(Qat):
         grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
+        file: FileSize | None = None,
     ) -> QuantAware:
         weights = _with_grid(model, grids)
         steps = {name: self._own(spec) for name, (_, spec) in weights.items()}
@@ -216,6 +258,33 @@ class QuantAware:
         self._attach()
         for name, (_, disturbance) in self.layers.items():
             disturbance.refresh(self._weights[name][0].detach())
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Names of parameters and buffers of the model that DDP must not know now."""
+        return frozenset()
+
+    def seen(self) -> AbstractContextManager[None]:
+        """Inside, forward and backward of a micro-step: the model has the weights that it sees.
+
+        Disturbed layers look for themselves.
+        """
+        return contextlib.nullcontext()
+
+    def price(self) -> Tensor | None:
+        """What the loss has to bear besides the text, once per optimizer step; None: nothing."""
+        return None
+
+    def settle(self) -> None:
+        """After the last step, with the weights that will be packed."""
+
+    def curves(self, component: Callable[[str], str]) -> dict[str, float]:
+        """Figures for the tracker; `component` names the part that a tensor belongs to."""
+        return {}
+
+    def status(self) -> str:
+        """What a line of training says of it; empty where there is nothing to say."""
+        return ""
 
     @torch.no_grad()
     def snap(self, fraction: float) -> None:

@@ -163,8 +163,22 @@ class Quant(Checked):
         if self.fill_budget and type(self.qat) is not NoQat:
             raise ConfigError(
                 f"quant.fill_budget=true chooses bits and clips after training, but quant.qat="
-                f"{kind_of(self.qat)} trains with those of the rules; use one of the two"
+                f"{kind_of(self.qat)} trains for its own; use one of the two"
             )
+        if self.qat.learns_steps and all(rule.method == "none" for rule in self.rules):
+            raise ConfigError(
+                f"quant/qat={kind_of(self.qat)} learns quantizer steps, but the rules of quant="
+                f"{kind_of(self)} keep every tensor as a float; choose another, as in quant=int6"
+            )
+
+    def learned(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        """The tensors whose steps its QAT learns: rules that keep floats by name hold for it."""
+        keeping = [rule.pattern for rule in self.rules if rule.method == "none"]
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if self.qat.learns(shape) and not any(fnmatchcase(name, p) for p in keeping)
+        }
 
     def assign(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, TensorRule]:
         """The rule of every tensor.

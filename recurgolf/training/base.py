@@ -1,8 +1,8 @@
-"""Training nothing but adapters: `trainer.trainable=lora` on the weights of a finished run.
+"""Training that starts from the weights of a finished run: `trainer.base`.
 
-The base comes from a run folder (`trainer.base`): from its newest checkpoint, averaged as its
-config says, or from artifact.bin where no checkpoint was kept. Its weights are frozen: no optimizer
-and no average has them, and they leave training bit for bit as they came.
+They come from a run folder: from its newest checkpoint, averaged as its config says, or from
+artifact.bin where no checkpoint was kept. With `trainer.trainable=lora` they are frozen: no
+optimizer and no average has them, and they leave training bit for bit as they came.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
 from recurgolf.training.packing import ARTIFACT
+from recurgolf.training.quantize import as_packed
+
+if TYPE_CHECKING:
+    from recurgolf.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class FinishedRun:
         state: the weights that were scored before packing, or the artifact's; by name, on the CPU.
         source: where they are from, for the log.
         tokenizer: SHA-256 of the tokenizer's file.
+        seconds: of its clock, by phase; empty where there is no checkpoint.
     """
 
     run: Run
     state: dict[str, Tensor]
     source: str
     tokenizer: str
+    seconds: dict[str, float]
 
     def model(self) -> Transformer:
         """A model with these weights and adapters, in evaluation mode."""
@@ -65,10 +71,11 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
         header = load(path).metadata if path.exists() else None
         if newest is not None:
             with torch.random.fork_rng(devices=[]):
-                model, _, _ = weights_of(run, newest)
-            source, state = f"{newest}", model.state_dict()
+                model, told, _ = weights_of(run, newest)
+            source, state = f"{newest}", as_packed(run, model).state_dict()
+            seconds = told.get("clock", {})
         elif path.exists():
-            source, state = f"{path}", rebuild(load(path)).model.state_dict()
+            source, state, seconds = f"{path}", rebuild(load(path)).model.state_dict(), {}
         else:
             raise ConfigError(
                 f"{folder} has neither checkpoints nor {ARTIFACT}: there are no weights in it"
@@ -76,7 +83,7 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{folder}: {error}") from None
     tokenizer = run.data.prepare().tokenizer.sha256 if header is None else header["tokenizer"]
-    return FinishedRun(run, dict(state), source, tokenizer)
+    return FinishedRun(run, dict(state), source, tokenizer, seconds)
 
 
 def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
@@ -105,26 +112,30 @@ def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
 
 
 def check_base(run: Run) -> None:
-    """Before any long work: refuse to train adapters where there are none, or on another base.
+    """Before any long work: refuse another base, and to train adapters where there are none.
 
     Raises:
-        ConfigError: rank 0, no base folder, a model that differs from the base's (the keys are
-            named), a plan in which no adapter takes part, snapping of weights that are frozen.
+        ConfigError: no base folder, a model that differs from the base's (the keys are named); of
+            adapters alone rank 0, a plan in which none takes part, snapping of what is frozen.
     """
-    if run.trainer.trainable != "lora":
-        return
     folder = run.trainer.base
-    assert folder is not None, "settings.py refuses that"
-    if run.lora.rank == 0:
-        raise ConfigError(
-            "trainer.trainable=lora with lora.rank=0: there is nothing to train; choose adapters, "
-            "as in lora=attention lora.rank=4"
-        )
+    if folder is None:
+        return
     base = Run.read(Path(folder))
     _refuse_differences(folder, "model", _network(base), _network(run))
     if base.lora.rank:
         lora = (to_dict(base.lora), to_dict(run.lora))
         _refuse_differences(f"{folder} has adapters of its own, and", "lora", *lora)
+    if run.trainer.trainable == "lora":
+        _check_adapters(run)
+
+
+def _check_adapters(run: Run) -> None:
+    if run.lora.rank == 0:
+        raise ConfigError(
+            "trainer.trainable=lora with lora.rank=0: there is nothing to train; choose adapters, "
+            "as in lora=attention lora.rank=4"
+        )
     with torch.device("meta"):
         adapters = run.lora.build(run.model.projections, run.largest_plan)
     assert adapters is not None
@@ -142,22 +153,20 @@ def check_base(run: Run) -> None:
         )
 
 
-def start_from_base(run: Run, model: Transformer, tokenizer: str) -> str:
-    """With `trainer.trainable=lora`: fill a fresh model, whose rest is frozen, from the base.
+def start_from_base(job: Job, model: Transformer) -> str:
+    """Fill a fresh model from `trainer.base`, where the run has one.
 
-    Args:
-        tokenizer: SHA-256 of the tokenizer of the training data.
+    Where everything trains, the base's seconds count against the caps as if the run had gone on.
 
     Returns:
-        A line for the log; empty where everything trains.
+        A line for the log; empty without a base.
 
     Raises:
-        ConfigError: the base has another tokenizer, or tensors that do not fit.
+        ConfigError: the base has another tokenizer, tensors that do not fit, or used up the cap.
     """
-    if run.trainer.trainable != "lora":
+    run, folder, tokenizer = job.run, job.run.trainer.base, job.dataset.tokenizer.sha256
+    if folder is None:
         return ""
-    folder = run.trainer.base
-    assert folder is not None, "settings.py refuses that"
     base = read_finished(folder)
     if base.tokenizer != tokenizer:
         raise ConfigError(
@@ -165,6 +174,16 @@ def start_from_base(run: Run, model: Transformer, tokenizer: str) -> str:
             f"{tokenizer[:12]}… in this run's data"
         )
     _fill(model, base.state)
+    if run.trainer.trainable == "all":
+        spent = sum(base.seconds.get(phase, 0.0) for phase in run.budget.train_phases)
+        cap = run.budget.max_train_seconds
+        if cap is not None and spent >= cap:
+            raise ConfigError(
+                f"trainer.base={folder} has trained for {spent:.0f} s of the {cap:.0f} s that "
+                "budget.train_seconds allows: nothing is left for this run; raise the cap"
+            )
+        job.clock.add({"base": spent})
+        return f"starting from {base.source}, with its {spent:.0f} s of training on the clock"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"training {trained:,} adapter parameters on {base.source}"
 
@@ -188,7 +207,8 @@ def _unless(usual: Any, part: Any) -> Any:
 def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
     """Load weights; adapters that the source does not have keep their start."""
     result = model.load_state_dict(dict(state), strict=False)
-    missing = [name for name in result.missing_keys if not name.startswith("adapters.")]
+    own = ("adapters.", "quantizers.")
+    missing = [name for name in result.missing_keys if not name.startswith(own)]
     for names, what in ((missing, "lacks"), (result.unexpected_keys, "has in addition")):
         if names:
             raise ConfigError(f"the base {what} {len(names)} tensor(s), as {names[0]!r}")

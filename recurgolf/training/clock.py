@@ -122,7 +122,7 @@ class Caps:
             used[name] = {
                 "seconds": cap.seconds,
                 "used": round(spent, 3),
-                "phases": list(cap.phases),
+                "phases": [p for p in cap.phases if p != "base" or self.clock.seconds[p]],
                 "kept": cap.seconds is None or spent <= cap.seconds + allowed,
             }
         return used

@@ -9,17 +9,25 @@ import torch
 from torch import Tensor
 
 from recurgolf.artifact import pack_bytes
+from recurgolf.data.calibration_text import CalibrationText
+from recurgolf.model.transformer import Transformer
 from recurgolf.plan import check_budget
 from recurgolf.quant import TensorRule, quantize_state
-from recurgolf.quant.fill import Filled, Rules, fill
+from recurgolf.quant.fill import Damage, Filled, Rules, fill
 from recurgolf.training.packing import metadata
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
 
 
+PROBED_TOKENS = 4096
+"""Tokens on which the damage of a group is measured; its square root is far below what groups
+differ by."""
+
+
 def fill_rules(
     job: Job,
+    model: Transformer,
     state: Mapping[str, Tensor],
     rules: Mapping[str, TensorRule],
     grams: Mapping[str, Tensor],
@@ -38,7 +46,7 @@ def fill_rules(
     if job.ranks.is_first:
         with job.clock.phase("quantization"), torch.no_grad():
             job.log.line("choosing bits and clips that fill the budget ...")
-            found = _found(job, state, rules, grams)
+            found = _found(job, model, state, rules, grams)
             for line in found.render():
                 job.log.line(line)
     filled = job.ranks.broadcast(found)
@@ -48,6 +56,7 @@ def fill_rules(
 
 def _found(
     job: Job,
+    model: Transformer,
     state: Mapping[str, Tensor],
     rules: Mapping[str, TensorRule],
     grams: Mapping[str, Tensor],
@@ -60,4 +69,46 @@ def _found(
         stored = quantize_state(state, candidate, grams)
         return len(pack_bytes(header, stored, job.run.artifact.codec)[0])
 
-    return fill(state, rules, budget - code, measure, grams=grams)
+    damage = output_damage(job, model)
+    return fill(state, rules, budget - code, measure, grams=grams, damage=damage)
+
+
+def output_damage(job: Job, model: Transformer) -> Damage:
+    """Weights in place of the model's -> KL divergence of its predictions, in nats per token.
+
+    Of the calibration's text, in the plan that is scored. The model stays as it is.
+    """
+    run, plan, device = job.run, job.run.eval_plan, model.embed.weight.device
+    calibration = run.quant.calibration
+    length = calibration.seq_len or run.trainer.seq_len
+    count = min(max(PROBED_TOKENS // length, 1), calibration.sequences)
+    seeds = run.seed_of("data"), run.seed_of("noise")
+    text = CalibrationText(job.dataset, model, plan, *seeds, run.data.vocab_size)
+    rows = calibration.rows(text, range(count), length).to(device)
+    parameters = dict(model.named_parameters())
+
+    def predictions() -> list[Tensor]:
+        was_training = model.training
+        model.eval()
+        try:
+            # Row by row: a vocabulary times all tokens need not fit into memory at once.
+            return [model(row[None], plan).float().log_softmax(-1) for row in rows]
+        finally:
+            model.train(was_training)
+
+    exact = predictions()
+
+    def damage(values: Mapping[str, Tensor]) -> float:
+        before = {name: parameters[name].detach().clone() for name in values}
+        try:
+            for name, value in values.items():
+                parameters[name].copy_(value)
+            moved = predictions()
+        finally:
+            for name, value in before.items():
+                parameters[name].copy_(value)
+        pairs = zip(exact, moved, strict=True)
+        total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
+        return total / rows.numel()
+
+    return damage

@@ -19,7 +19,7 @@ from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import by_passes, named_protocols
 from recurgolf.model.transformer import Transformer
 from recurgolf.training.packing import ARTIFACT, LEDGER, write_artifact
-from recurgolf.training.quantize import quantization_summary, quantize_model
+from recurgolf.training.quantize import as_packed, quantization_summary, quantize_model
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import Summary, Trained, environment
 
@@ -66,7 +66,7 @@ def finish(job: Job, model: Transformer, trained: Trained) -> Summary:
     summary.by_passes = by_passes(scores, protocols, packed)
     if stored is not None:
         summary.quantization = quantization_summary(stored)
-        job.report(job, summary, Outcome(model, packed.model, protocols, scores))
+        job.report(job, summary, Outcome(as_packed(run, model), packed.model, protocols, scores))
     ranks.barrier()
     return summary
 
@@ -96,7 +96,7 @@ def summarize(job: Job, model: Transformer, trained: Trained, scores: dict[str, 
         bytes_code_raw=code["raw"],
         budget_bytes=budget,
         within_budget=total <= budget,
-        params=sum(p.numel() for p in model.parameters()),
+        params=model.num_parameters,
         effective_params=job.plan.effective_params,
         steps=trained.steps,
         tokens=trained.tokens,

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from recurgolf.data import Dataset
-from recurgolf.model.transformer import Transformer
-from recurgolf.quant import QuantAware, QuantizedState, TensorRule, dequantize_state, quantize_state
+from recurgolf.artifact import pack_bytes
+from recurgolf.model.transformer import TRAINING_ONLY, Transformer
+from recurgolf.quant import (
+    FileSize,
+    MethodReport,
+    QuantAware,
+    QuantizedState,
+    QuantizedTensor,
+    TensorRule,
+    dequantize_state,
+    quantize_state,
+)
 from recurgolf.run import Run
 from recurgolf.training.calibration import (
     broadcast_weights,
@@ -18,6 +29,7 @@ from recurgolf.training.calibration import (
     collect_grams,
 )
 from recurgolf.training.filling import fill_rules
+from recurgolf.training.packing import metadata
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
@@ -25,7 +37,7 @@ if TYPE_CHECKING:
 
 def packed_state(model: Transformer) -> dict[str, Tensor]:
     """The tensors that go into the file: all but what only trains."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")}
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)}
 
 
 def rules_of(run: Run, model: Transformer) -> dict[str, TensorRule]:
@@ -33,17 +45,58 @@ def rules_of(run: Run, model: Transformer) -> dict[str, TensorRule]:
     return run.quant.assign({k: tuple(v.shape) for k, v in packed_state(model).items()})
 
 
-def prepare_quantization(run: Run, model: Transformer, dataset: Dataset) -> QuantAware:
+def prepare_quantization(job: Job, model: Transformer) -> QuantAware:
     """Before training: refuse what could not be quantized after it, and attach its QAT.
 
     Raises:
         ConfigError: see `check_calibration` and `Qat.build`.
     """
-    rules = rules_of(run, model)
-    check_calibration(run, model, dataset, weights_under("gptq", rules))
+    run, rules = job.run, rules_of(job.run, model)
+    check_calibration(run, model, job.dataset, weights_under("gptq", rules))
     grids = {name: rule.grid for name, rule in rules.items() if rule.grid is not None}
     looped = _looped(run, rules)
-    return run.quant.qat.build(model, grids, looped, ahead=run.trainer.compile)
+    measure = partial(measure_file, job, model)
+    file = FileSize(run.budget.artifact_bytes, job.plan.code_bytes, measure, run.seed_of("noise"))
+    return run.quant.qat.build(model, grids, looped, run.trainer.compile, file)
+
+
+def measure_file(job: Job, model: Transformer, learned: Mapping[str, QuantizedTensor]) -> int:
+    """Bytes of the model file with these tensors, and the rest by its rules. Collective."""
+    size = 0
+    if job.ranks.is_first:
+        with job.clock.phase("quantization"), torch.no_grad():
+            stored = with_learned(job.run, model, learned)
+            size = len(
+                pack_bytes(metadata(job.run, job.dataset), stored, job.run.artifact.codec)[0]
+            )
+    return job.ranks.broadcast(size)
+
+
+def with_learned(
+    run: Run, model: Transformer, learned: Mapping[str, QuantizedTensor]
+) -> QuantizedState:
+    """The whole file: tensors whose steps were learned, and the few others as floats."""
+    state, keep = packed_state(model), TensorRule("none", keep_dtype=run.quant.keep_dtype)
+    rest = {name: tensor for name, tensor in state.items() if name not in learned}
+    others = quantize_state(rest, dict.fromkeys(rest, keep))
+    reports = [
+        MethodReport(name, one.method, _mean_squared(state[name].cpu() - one.dequantize()))
+        for name, one in learned.items()
+    ]
+    return others.joined(QuantizedState(learned, reports))
+
+
+def as_packed(run: Run, model: Transformer) -> Transformer:
+    """A copy that is free to change, with the weights that the file will hold where training has
+    decided these, and else the model's."""
+    copied = copy.deepcopy(model)
+    copied.quantizers = None
+    copied.load_state_dict(dequantize_state(run.quant.qat.learned(model)), strict=False)
+    return copied
+
+
+def _mean_squared(error: Tensor) -> float:
+    return float(error.square().mean())
 
 
 def quantize_model(job: Job, model: Transformer) -> QuantizedState | None:
@@ -55,10 +108,13 @@ def quantize_model(job: Job, model: Transformer) -> QuantizedState | None:
         The stored tensors on rank 0, None elsewhere.
     """
     rules = rules_of(job.run, model)
+    learned = job.run.quant.qat.learned(model)
+    if learned:
+        return with_learned(job.run, model, learned) if job.ranks.is_first else None
     if not job.run.quant.fill_budget:
         return _by_rules(job, model, rules)
     grams = _calibrated(job, model, weights_under("gptq", rules))
-    filled = fill_rules(job, packed_state(model), rules, grams)
+    filled = fill_rules(job, model, packed_state(model), rules, grams)
     stored = _by_rules(job, model, filled.rules)
     if stored is not None:
         stored.filled = filled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from recurgolf.config import kind_of
 from recurgolf.data import Dataset
 from recurgolf.eval import Eval, Score, ScoredModel, score
 from recurgolf.eval.several import settings_of
+from recurgolf.training.quantize import as_packed
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
@@ -26,7 +26,7 @@ def validate(job: Job, state: TrainState) -> Score:
     """
     run, step = job.run, state.step
     with job.clock.phase("validation"):
-        result = scored(job, run.eval.alone, job.scored(copy.deepcopy(state.model)))
+        result = scored(job, run.eval.alone, job.scored(as_packed(run, state.model)))
     job.log.line(
         f"step {step:5d}/{run.trainer.steps} | val_loss {result.val_loss:.4f} | "
         f"val_bpb {result.val_bpb:.4f}"

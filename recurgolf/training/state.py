@@ -64,7 +64,7 @@ class TrainState:
         """The state in front of the first step."""
         run = job.run
         model = run.build_model().to(job.device)
-        based = start_from_base(run, model, job.dataset.tokenizer.sha256)
+        based = start_from_base(job, model)
         shape_network(model, run.trainer)
         optimizers = build_optimizers(
             run.optimizer,
@@ -73,10 +73,10 @@ class TrainState:
             looped_blocks=run.largest_plan.looped_blocks,
         )
         averager = run.averaging.build(model)
-        qat = prepare_quantization(run, model, job.dataset)
+        qat = prepare_quantization(job, model)
         seed(run.seed_of("noise") + job.ranks.rank)
         job.log.line(
-            f"{run.name}: {sum(p.numel() for p in model.parameters()):,} parameters, plan "
+            f"{run.name}: {model.num_parameters:,} parameters, plan "
             f"{run.plan(1.0).describe()}, {job.ranks.world_size} rank(s) on {job.device.type}, "
             f"{job.precision}, {torch.get_num_threads()} thread(s)"
         )

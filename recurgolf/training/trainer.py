@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from recurgolf.artifact.ledger import component
 from recurgolf.eval.several import named_protocols
 from recurgolf.log import Bar, time_left
 from recurgolf.looping import LoopPlan
@@ -207,11 +208,12 @@ class Trainer:
             x, y = state.loader.next_batch(config.batch_tokens, config.grad_accum)
             batches.append((x, y))
             last = micro == config.grad_accum - 1
-            with self.synchronized(module, last):
+            with self.synchronized(module, last), state.qat.seen():
                 with autocast(job.precision, job.device):
                     loss = module(x.to(job.device), plan, y.to(job.device)) / config.grad_accum
-                loss.backward()
-            total += loss.detach()
+                total += loss.detach()
+                price = state.qat.price() if last else None
+                (loss if price is None else loss + price).backward()
         norms = state.optimizers.clip_gradients()
         if accepts(job, state, plan, batches, total, norms):
             momentum = self.run.optimizer.momentum_at(state.step)
@@ -228,7 +230,7 @@ class Trainer:
         model, device = self.state.model, self.job.device
         if self.job.ranks.world_size == 1:
             return model
-        idle = frozenset(model.idle_parameters(plan))
+        idle = self.state.qat.idle.union(model.idle_parameters(plan))
         if idle not in self.parallel:
             # Wrappers hook into the same gradients; only one may be alive.
             self.parallel.clear()
@@ -248,7 +250,7 @@ class Trainer:
         self, bar: Bar, plan: LoopPlan, loss: Tensor, norms: dict[str, float], lr_scale: float
     ) -> None:
         """Progress, and every `log_every` steps a line and the tracker's curves."""
-        job, config, step = self.job, self.config, self.state.step
+        job, state, config, step = self.job, self.state, self.config, self.state.step
         if step % config.log_every and step not in (1, config.steps):
             bar.at(step)
             return
@@ -261,7 +263,8 @@ class Trainer:
         rate = step * config.batch_tokens / seconds
         text = (
             f"step {step:5d}/{config.steps} | loss {mean:.4f} | ~{rough_bpb:.3f} bpb | "
-            f"lr x{lr_scale:.3f} | {plan.num_visits} visits | {rate:,.0f} tok/s | {seconds:.0f} s, "
+            f"lr x{lr_scale:.3f} | {plan.num_visits} visits{state.qat.status()} | "
+            f"{rate:,.0f} tok/s | {seconds:.0f} s, "
             + time_left(step, config.steps, seconds, self.run.budget.max_train_seconds)
         )
         bar.at(step, text, line=True)
@@ -271,6 +274,7 @@ class Trainer:
                 "train/lr_scale": lr_scale,
                 **{f"train/grad_norm/{name}": norm for name, norm in norms.items()},
                 "loop/visits": plan.num_visits,
+                **state.qat.curves(component),
                 **job.telemetry(job, self.state, plan, "log"),
                 "perf/tokens_per_second": rate,
             }
@@ -286,6 +290,7 @@ class Trainer:
             if averaged is not None:
                 state.model.load_state_dict(averaged)
                 job.log.line(f"weights: {state.averager.status()}")
+            state.qat.settle()
             before = validate(job, state)
             return finish(job, state.model, state.trained(self.run, before.val_bpb))
 

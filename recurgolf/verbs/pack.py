@@ -22,6 +22,7 @@ from recurgolf.training import checkpoint
 from recurgolf.training.base import weights_of
 from recurgolf.training.calibration import check_calibration
 from recurgolf.training.job import Job
+from recurgolf.training.launch import launch
 from recurgolf.training.new_folder import check_new, new_folder, pack, pack_and_score, val_bpb_of
 from recurgolf.training.packing import LEDGER
 from recurgolf.training.quantize import rules_of, weights_under
@@ -42,10 +43,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("overrides", nargs="*", help="as in quant=gptq_int6 artifact/codec=best")
     parser.add_argument("--no-score", action="store_true", help="leave out the scoring")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="train so long first, as for quant/qat=rate"
+    )
     add_trust(parser)
     asked = parser.parse_intermixed_args(arguments)
     run = reconfigured(Run.read(asked.source, asked.trust), asked.overrides)
     check_new(asked.folder)
+    if asked.steps:
+        run = finishing(run, asked)
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        summary = launch(run, asked.folder.resolve())
+        return 0 if summary.within_budget else EXIT_OVER_BUDGET
+    if run.quant.qat.learns((2**20,)):
+        raise ConfigError(
+            f"quant/qat={kind_of(run.quant.qat)} learns the steps of the file by training: say for "
+            "how many steps, as in --steps 400"
+        )
     check_ending(run)
     path = checkpoint.newest(asked.source / CHECKPOINTS)
     if path is None:
@@ -54,6 +68,29 @@ def main(arguments: Sequence[str]) -> int:
         repack(job, path, score=not asked.no_score)
         total = json.loads((job.folder / LEDGER).read_text())["actual_bytes"]
     return 0 if total <= run.budget.artifact_bytes else EXIT_OVER_BUDGET
+
+
+def finishing(run: Run, asked: argparse.Namespace) -> Run:
+    """The Run that trains on from the source's weights and ends in the file asked for.
+
+    It trains at full depth and by steps, whatever it took to get there, and a QAT begins at once
+    unless it is told otherwise.
+    """
+    trainer = dataclasses.replace(
+        run.trainer,
+        steps=asked.steps,
+        base=str(asked.source.resolve()),
+        trainable="all",
+        progress="steps",
+        resume="never",
+    )
+    quant, looping = run.quant, run.looping
+    began = any(text.startswith("quant.qat.start_fraction=") for text in asked.overrides)
+    if not began and hasattr(quant.qat, "start_fraction"):
+        quant = dataclasses.replace(quant, qat=dataclasses.replace(quant.qat, start_fraction=0.0))
+    if hasattr(looping, "start_fraction"):
+        looping = dataclasses.replace(looping, start_fraction=0.0, ramp_fraction=0.0)
+    return dataclasses.replace(run, trainer=trainer, quant=quant, looping=looping)
 
 
 def reconfigured(run: Run, overrides: Sequence[str]) -> Run:

@@ -99,7 +99,7 @@ def test_the_search_finds_the_best_of_all_combinations():
         ]
         groups.append(Group(str(number), [str(number)], choices))
     for target in (90, 150, 220, 300):
-        _, chosen = choices_for(groups, target)
+        _, chosen, _ = choices_for(groups, target)
         spent = sum(choice.bytes for choice in chosen)
         assert spent <= target
         # What a rate picks is the best of everything that takes no more bytes than it.
@@ -146,3 +146,24 @@ def test_a_run_fills_its_budget():
 def test_it_is_refused_beside_training_that_knows_its_quantizer(tmp_path):
     asked = small("quant.fill_budget=true", "quant/qat=straight_through")
     assert "use one of the two" in recurgolf(*asked, cwd=tmp_path).refused()
+
+
+def test_groups_that_the_output_feels_more_get_the_finer_steps():
+    """Two equal layers; what the network suffers from one is a hundred times the other's."""
+    torch.manual_seed(0)
+    state = {name: torch.randn(96, 64) for name in ("quiet.weight", "loud.weight")}
+    _, rules, _ = trained()
+    both = dict.fromkeys(state, rules["embed.weight"])
+
+    def damage(values):
+        felt = {"quiet.weight": 1.0, "loud.weight": 100.0}
+        errors = {n: float((v - state[n]).double().square().sum()) for n, v in values.items()}
+        return sum(felt[name] * error for name, error in errors.items())
+
+    def size(found):
+        return len(pack_bytes({}, quantize_state(state, found))[0])
+
+    found = fill(state, both, 7_000, size, damage=damage)
+    grids = {name: one.grid for name, one in found.rules.items()}
+    steps = {n: g.clip.k / g.range[1] for n, g in grids.items()}  # type: ignore[union-attr]
+    assert steps["quiet.weight"] / steps["loud.weight"] == pytest.approx(10, rel=0.35)

@@ -1,0 +1,536 @@
+"""Training with the bytes in the loss: `quant/qat=rate`.
+
+Every tensor of the file that is not tiny has learned steps, one per row unless asked otherwise. The
+forward pass sees `step * round(w / step)`; the gradient passes straight through to w (arXiv
+1308.3432) and reaches the step as in learned step size quantization (arXiv 1902.08153). The loss is
+
+    nats per token + λ * bits per weight
+
+where the bits of a code come from a table fitted to the tensor's present codes (`rate_models.py`),
+read between its entries at `w / step + u`, u uniform in [-1/2, 1/2): noise stands in for rounding,
+so that the rate has a gradient (arXiv 1611.01704, 1906.06624). λ follows the bytes of the file
+(dual ascent), late in training one factor on all steps does the last percent, and the codes of the
+file are those that training saw: nothing is fitted afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recurgolf.config import REGISTRY, ConfigError, option, suggestion
+from recurgolf.limits import above, at_least, one_of
+from recurgolf.quant.qat import FileSize, Qat, QuantAware
+from recurgolf.quant.quantized_tensor import QuantizedTensor, per_column, scale_shape
+from recurgolf.quant.quantizer_grid import QuantizerGrid
+from recurgolf.quant.rate_models import CODES, LIMIT, RateModel
+
+PER_OCTAVE = 8
+"""Steps are 2^(k/8): a code of a few bits in the file, where a free float16 takes eleven."""
+SMALLEST, LARGEST = -13.0, 12.0
+"""log2 of the smallest and the largest step; float16 has fewer digits below, and ends above."""
+EVERY = 8
+"""Optimizer steps between two looks at the codes; tables and λ change only there."""
+AIM = 0.9975
+"""Share of the target that is aimed at: the middle of the half percent below it."""
+SETTLING = 0.8
+"""Share of the active part of training after which λ rests and a factor on all steps takes over."""
+MEASURED_AT = (0.05, 0.25, 0.5, SETTLING, 0.9, 0.97)
+"""Shares of the active part at which the file is really packed, to learn what it takes besides the
+entropy of its codes."""
+ASCENT, DAMPING = 40.0, 2.0
+"""Over the whole active part log λ moves by `ASCENT` times the logarithm of bytes / target, and by
+`DAMPING` times it at once: a file twice too large doubles λ about every fortieth of the way."""
+START_RATE = 0.05
+"""λ to begin with, in nats per token for a bit per weight: twice what 4 bits usually cost."""
+FINEST_START = 7.0
+"""Bits per weight above which nothing begins; a budget with more room than that does not bind."""
+
+
+class StepRounding(torch.autograd.Function):
+    """`step * round(w / step)` with codes from -127 to 127; steps broadcast over w.
+
+    Gradients go to w and to `log_step`, of which the steps are the rounded powers of two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor) -> Tensor:
+        seen = (weight / step).round_().clamp_(-LIMIT, LIMIT).mul_(step)
+        # What the step's gradient needs: the value seen less the weight, step * (code - w / step).
+        ctx.save_for_backward(seen - weight)
+        ctx.shape = log_step.shape
+        return seen
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (error,) = grads, ctx.saved_tensors
+        return grad, (grad * error).sum_to_size(ctx.shape) * math.log(2), None
+
+
+class TableBits(torch.autograd.Function):
+    """Bits of `w / step + noise` under a table [255] of bits per code, summed over the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor, table: Tensor, noise: Tensor
+    ) -> Tensor:
+        value = weight / step
+        place = noise.add_(value).add_(LIMIT).clamp_(0, 2 * LIMIT - 1e-3)
+        low = place.int()
+        slope = table.diff()[low]
+        bits = torch.addcmul(table[low], slope, place.sub_(low))
+        ctx.save_for_backward(slope / step, value.mul_(slope).sum_to_size(log_step.shape))
+        return bits.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        to_weight, to_step = ctx.saved_tensors
+        return grads[0] * to_weight, -grads[0] * to_step * math.log(2), None, None, None
+
+
+@option("quant/qat", "rate")
+@dataclass
+class Rate(Qat):
+    """The loss counts the bytes of the weights, whose quantizer steps are learned with them.
+
+    Replaces the rules of `quant` for every tensor that they do not keep as floats by name.
+    """
+
+    start_fraction: Annotated[float, at_least(0, below=1)] = 0.5
+    """Fraction of training from which on layers see their file's values and bytes count."""
+    artifact_bytes: Annotated[int | None, at_least(1)] = None
+    """Bytes of model and code together that λ follows; null: budget.artifact_bytes."""
+    price: Annotated[float | None, above(0)] = None
+    """A fixed λ in nats per token for a bit per weight; null: λ follows the bytes."""
+    per: Annotated[str, one_of("row", "group", "tensor")] = "row"
+    """What shares a step: a row, `group_size` columns of a row, or the whole tensor."""
+    group_size: Annotated[int | None, at_least(1)] = None
+    """Columns of a group, with per=group."""
+    step_lr: Annotated[float, at_least(0)] = 0.02
+    """Rate of log2 of the steps, under AdamW and the run's schedule, without decay."""
+    min_numel: Annotated[int, at_least(1)] = 64
+    """Tensors with fewer entries stay floats."""
+    share: Annotated[float, above(0, at_most=1)] = 1.0
+    """Of the rows of every matrix, how many are looked at for the bits of a step; the rest counts
+    like them."""
+    model: str = "histogram"
+    """How many bits a code is taken to cost: `histogram`, `laplace`, `logistic` or `gaussian`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in REGISTRY["quant/rate_model"]:
+            near = suggestion(self.model, REGISTRY["quant/rate_model"])
+            raise ConfigError(f"quant.qat.model={self.model!r}{near}")
+        if self.price is not None and self.artifact_bytes is not None:
+            raise ConfigError(
+                f"quant.qat.price={self.price} and quant.qat.artifact_bytes="
+                f"{self.artifact_bytes}: a fixed price ends at whatever bytes it buys; give one"
+            )
+        if (self.per == "group") != (self.group_size is not None):
+            raise ConfigError(
+                f"quant.qat.per={self.per}, quant.qat.group_size={self.group_size}: per=group "
+                "needs a group_size, and only that has one"
+            )
+        if self.snap.strength:
+            raise ConfigError(
+                f"quant.qat.snap.strength={self.snap.strength}: under quant/qat=rate layers see "
+                "the file's values already; set it to 0"
+            )
+
+    learns_steps: ClassVar[bool] = True
+
+    def quantizers(self, shapes: Mapping[str, Sequence[int]]) -> LearnedSteps:
+        return LearnedSteps(shapes, self)
+
+    def learns(self, shape: Sequence[int]) -> bool:
+        return math.prod(shape) >= self.min_numel
+
+    def aim(self, budget_bytes: int) -> int | None:
+        return None if self.price else self.artifact_bytes or budget_bytes
+
+    def learned(self, model: nn.Module) -> dict[str, QuantizedTensor]:
+        steps = model.quantizers
+        if not (isinstance(steps, LearnedSteps) and steps.active):
+            return {}
+        return steps.stored(dict(model.named_parameters()))
+
+    def build(
+        self,
+        model: nn.Module,
+        grids: Mapping[str, QuantizerGrid],
+        looped: Collection[str],
+        ahead: bool = False,
+        file: FileSize | None = None,
+    ) -> RateAware:
+        assert file is not None and isinstance(model.quantizers, LearnedSteps)
+        return RateAware(self, model, model.quantizers, file)
+
+
+class LearnedSteps(nn.Module):
+    """The steps of a model's tensors, and what is known of their codes; a part of the model.
+
+    Parameters lie beside the model's own, so that they are optimized, averaged, saved and resumed
+    like these; what carries over from step to step lies in buffers.
+
+    Attributes:
+        log_steps: tensor name, dots as colons -> log2 of its steps, [rows, groups] of a matrix,
+            [1, 1] where all share one, [1] * ndim of what is no matrix.
+        counts: [tensors, 255] how often every code from -127 to 127 came at the last look.
+        tables: [tensors, 255] bits of every code.
+        log_rate: natural logarithm of λ.
+        error: logarithm of bytes / target at the last look.
+        log_factor: log2 of the factor on all steps.
+        overhead: bits of the file beyond the entropy of the codes, when it was last packed.
+        progress: share of the active part of training that was done at the last look.
+        age: optimizer steps since it began; below 0: it has not.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], config: Rate):
+        super().__init__()
+        self.names, self.config = list(shapes), config
+        self.numel = sum(math.prod(shape) for shape in shapes.values())
+        self.log_steps = nn.ParameterDict()
+        for name, shape in shapes.items():
+            matrix = len(shape) == 2 and config.per != "tensor"
+            start = scale_shape(tuple(shape), config.group_size or shape[1], True) if matrix else ()
+            parameter = nn.Parameter(torch.zeros(start or [1] * len(shape)))
+            parameter.optimizer_role, parameter.optimizer_lr = "rate", config.step_lr  # type: ignore[attr-defined]
+            self.log_steps[_key(name)] = parameter
+        double = torch.float64
+        for name, value in (
+            ("counts", torch.zeros(len(self.names), CODES, dtype=double)),
+            ("tables", torch.zeros(len(self.names), CODES)),
+            ("log_rate", torch.tensor(math.log(config.price or START_RATE), dtype=double)),
+            ("error", torch.tensor(0.0, dtype=double)),
+            ("log_factor", torch.tensor(0.0, dtype=double)),
+            ("overhead", torch.tensor(0.0, dtype=double)),
+            ("progress", torch.tensor(0.0, dtype=double)),
+            ("age", torch.tensor(-1)),
+        ):
+            self.register_buffer(name, value)
+        self.counts: Tensor
+        self.tables: Tensor
+        self.log_rate: Tensor
+        self.error: Tensor
+        self.log_factor: Tensor
+        self.overhead: Tensor
+        self.progress: Tensor
+        self.age: Tensor
+
+    @property
+    def active(self) -> bool:
+        """Whether layers see the file's values."""
+        return int(self.age) >= 0
+
+    @torch.no_grad()
+    def scales(self, name: str) -> Tensor:
+        """A tensor's steps as the file will hold them: float16, shaped as its parameter."""
+        shifted = self.log_steps[_key(name)] + self.log_factor.float()
+        levels = (shifted.clamp(SMALLEST, LARGEST) * PER_OCTAVE).round()
+        return (levels / PER_OCTAVE).exp2().half()
+
+    def broadcast(self, name: str, per_step: Tensor, shape: Sequence[int]) -> Tensor:
+        """What is shaped as a tensor's steps, so that it broadcasts over the tensor."""
+        if per_step.ndim == 2 and per_step.shape[1] > 1:
+            return per_column(per_step, tuple(shape), self.config.group_size)
+        return per_step
+
+    def steps_of(self, name: str, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The parameter and the steps, as they broadcast over a tensor of this shape."""
+        free, step = self.log_steps[_key(name)], self.scales(name).float()
+        return self.broadcast(name, free, shape), self.broadcast(name, step, shape)
+
+    @torch.no_grad()
+    def start_at(self, weights: Mapping[str, Tensor], bits: float) -> None:
+        """Steps in proportion to the size of rows, so that all codes take about so many bits."""
+        low, high = -6.0, 2.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            self._start(weights, middle)
+            low, high = (middle, high) if self.look(weights) > bits else (low, middle)
+        self._start(weights, high)
+        self.look(weights)
+
+    def _start(self, weights: Mapping[str, Tensor], log_relative: float) -> None:
+        for name in self.names:
+            size = self._by_step(name, weights[name].square(), torch.mean).sqrt()
+            # What starts at zero will not stay there: as if it were small.
+            wanted = size.clamp_min(0.01) * 2.0**log_relative
+            self.log_steps[_key(name)].copy_(wanted.log2().clamp_min(SMALLEST))
+
+    def _by_step(self, name: str, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """Values of a tensor reduced to the shape of its steps."""
+        steps = self.log_steps[_key(name)]
+        if steps.ndim != 2 or steps.numel() == 1:
+            return reduce(values).reshape(steps.shape)
+        if steps.shape[1] == 1:
+            return reduce(values, dim=1).reshape(steps.shape)
+        parts = values.split(self.config.group_size or values.shape[1], dim=1)
+        return torch.stack([reduce(part, dim=1) for part in parts], dim=1)
+
+    @torch.no_grad()
+    def codes(self, name: str, weight: Tensor) -> Tensor:
+        """The codes of a weight, int8."""
+        _, step = self.steps_of(name, weight.shape)
+        return (weight / step).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+
+    @torch.no_grad()
+    def look(self, weights: Mapping[str, Tensor]) -> float:
+        """Count the present codes; bits of all by the entropy of every tensor.
+
+        Steps that are too small for their largest entry grow, so that no code is beyond 127; those
+        that make zeros of all entries stay within reach of a way back.
+        """
+        for name in self.names:
+            steps = self.log_steps[_key(name)]
+            largest = self._by_step(name, weights[name].abs(), torch.amax)
+            least = largest.clamp_min(1e-9).log2() - math.log2(LIMIT - 7)
+            most = largest.clamp_min(2.0**-6).log2() + 2
+            factor = self.log_factor.float()
+            steps.copy_((steps + factor).clamp(least, torch.maximum(least, most)) - factor)
+        return self.count(weights)
+
+    @torch.no_grad()
+    def count(self, weights: Mapping[str, Tensor]) -> float:
+        """`look`, and all steps stay as they are."""
+        for row, name in zip(self.counts, self.names, strict=True):
+            codes = self.codes(name, weights[name]).flatten().int() + LIMIT
+            row.copy_(torch.bincount(codes, minlength=CODES))
+        return float(self.bits().sum())
+
+    def bits(self) -> Tensor:
+        """Bits of every tensor's codes at the last look, by their entropy; [tensors] float64."""
+        share = self.counts / self.counts.sum(1, keepdim=True).clamp_min(1)
+        return -(share * share.clamp_min(1e-300).log2()).sum(1) * self.counts.sum(1)
+
+    def fit(self) -> None:
+        """Tables of bits for the codes as they were at the last look."""
+        model: RateModel = REGISTRY["quant/rate_model"][self.config.model]()
+        self.tables.copy_(torch.stack([model.table(row) for row in self.counts.cpu()]))
+
+    def rate(self, weights: Mapping[str, Tensor], seed: int) -> Tensor:
+        """Expected bits per weight, with a gradient to weights and steps."""
+        total = torch.zeros((), device=self.counts.device)
+        noise = torch.Generator(total.device).manual_seed(seed)
+        for name, table in zip(self.names, self.tables, strict=True):
+            weight, scale = weights[name], 1.0
+            log_step, step = self.steps_of(name, weight.shape)
+            count = math.ceil(self.config.share * len(weight)) if weight.ndim == 2 else len(weight)
+            if count < len(weight):
+                first = torch.randint(
+                    len(weight) - count + 1, (), generator=noise, device=noise.device
+                )
+                part = slice(int(first), int(first) + count)
+                scale, weight = len(weight) / count, weight[part]
+                if len(step) > 1:
+                    log_step, step = log_step[part], step[part]
+            u = torch.rand(weight.shape, generator=noise, device=weight.device) - 0.5
+            total = total + scale * TableBits.apply(weight, log_step, step, table, u)
+        return total / self.numel
+
+    def seen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor as the file will hold it, with a gradient."""
+        steps = {name: self.steps_of(name, weights[name].shape) for name in self.names}
+        return {name: StepRounding.apply(weights[name], *both) for name, both in steps.items()}
+
+    @torch.no_grad()
+    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
+        """The tensors of the file: the codes that training saw."""
+        found = {}
+        for name in self.names:
+            codes = self.codes(name, weights[name]).cpu()
+            grouped = self.config.group_size if codes.ndim == 2 else None
+            steps = self.log_steps[_key(name)]
+            scales = self.scales(name).cpu()
+            if codes.ndim == 2:
+                scales = scales.expand(len(codes), steps.shape[1])
+                width = grouped or codes.shape[1]
+                used = torch.stack([part.any(dim=1) for part in codes.split(width, dim=1)], dim=1)
+                # Where all is zero the step says nothing, and one value is shorter than many.
+                scales = torch.where(used, scales, scales.new_zeros(()))
+                scales = scales if grouped else scales[:, 0]
+            else:
+                scales = scales.reshape(())
+            bits = next(b for b in range(2, 9) if int(codes.abs().max()) < 2 ** (b - 1))
+            found[name] = QuantizedTensor(
+                codes, scales.contiguous(), bits, grouped, method="learned"
+            )
+        return found
+
+
+class RateAware(QuantAware):
+    """A model that trains at its file's values, with the price of its bytes in the loss."""
+
+    def __init__(self, config: Rate, model: nn.Module, steps: LearnedSteps, file: FileSize):
+        super().__init__(config.snap, {}, {}, config.start_fraction, ahead=False)
+        self.config, self.steps, self.file = config, steps, file
+        aim = config.aim(file.budget)
+        self.target = None if aim is None else aim - file.code
+        self.weights = {n: p for n, p in model.named_parameters() if n in set(steps.names)}
+        self._places = [
+            (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name in steps.names
+        ]
+        buffers = [f"quantizers.{name}" for name, _ in steps.named_buffers()]
+        self._buffers = frozenset(buffers)
+        self._parameters = frozenset(f"quantizers.{name}" for name, _ in steps.named_parameters())
+
+    @property
+    def active(self) -> bool:
+        return self.steps.active
+
+    @property
+    def idle(self) -> frozenset[str]:
+        return self._buffers if self.active else self._buffers | self._parameters
+
+    @torch.no_grad()
+    def update(self, fraction: float) -> None:
+        if fraction < self.start_fraction:
+            return
+        steps = self.steps
+        done = (fraction - self.start_fraction) / (1 - self.start_fraction)
+        if not self.active:
+            self._begin()
+        elif int(steps.age) % EVERY == 0:
+            bits = steps.look(self.weights)
+            if any(float(steps.progress) < at <= done for at in MEASURED_AT):
+                self._measure(bits)
+            if self.target is not None:
+                self._follow(bits, done)
+            steps.progress.fill_(done)
+            steps.fit()
+        steps.age += 1
+
+    def _begin(self) -> None:
+        steps, target = self.steps, self.target
+        finest = FINEST_START * steps.numel
+        if target is None:
+            steps.start_at(self.weights, 0.6 * finest)
+        else:
+            for _ in range(2):  # the second time with what the file takes besides the codes
+                left = 8 * AIM * target - float(steps.overhead)
+                steps.start_at(self.weights, min(max(left, 0.0), finest))
+                self._measure(float(steps.bits().sum()))
+        steps.fit()
+        steps.age.zero_()
+
+    def _measure(self, bits: float) -> None:
+        self.steps.overhead.fill_(8 * self.file.measure(self.steps.stored(self.weights)) - bits)
+
+    def _follow(self, bits: float, done: float) -> None:
+        """λ after the bytes; near the end all steps after them."""
+        steps, wanted = self.steps, 8 * AIM * (self.target or 1)
+        excess = bits + float(steps.overhead) - wanted
+        error = math.log(max(1 + excess / wanted, 1e-3))
+        steps.error.fill_(min(max(error, -1.0), 1.0))
+        settling = done >= SETTLING
+        change = (0.5 if settling else 1.0) * ASCENT * (done - float(steps.progress))
+        steps.log_rate.add_(change * float(steps.error)).clamp_(-12.0, 6.0)
+        if settling:
+            steps.log_factor.add_(min(max(_octaves(excess, steps.numel), -0.06), 0.06))
+
+    def settle(self) -> None:
+        """One factor on all steps until the packed file is within half a percent of its target.
+
+        Where training ends close to it, as it does, nothing changes; an average of the weights has
+        other codes than the weights that it averages.
+        """
+        target, steps = self.target, self.steps
+        if not self.active or target is None:
+            return
+        small, large = -math.inf, math.inf  # factors that make the file too large, and that fit
+        move = 1 / PER_OCTAVE
+        for _ in range(16):
+            size, factor = self.file.measure(steps.stored(self.weights)), float(steps.log_factor)
+            fine = steps.count(self.weights) > FINEST_START * steps.numel
+            if size <= target and (size > 0.995 * target or fine):
+                return
+            if size > target:
+                small = factor
+            else:
+                large = factor
+            middle, move = (small + large) / 2, 2 * move
+            if not math.isfinite(middle):
+                middle = factor + move if size > target else factor - move
+            steps.log_factor.fill_(middle)
+        # Half a percent is less than one code in a file this small: the largest that fits.
+        steps.log_factor.fill_(large if math.isfinite(large) else small)
+
+    def price(self) -> Tensor | None:
+        """λ * bits per weight, for the loss; None while bytes do not count."""
+        if not self.active:
+            return None
+        steps = self.steps
+        damped = DAMPING * float(steps.error) if self.config.price is None else 0.0
+        seed = self.file.seed + 1_000_003 * int(steps.age)
+        return math.exp(float(steps.log_rate) + damped) * steps.rate(self.weights, seed)
+
+    def seen(self) -> AbstractContextManager[None]:
+        return self._swapped(self.steps.seen(self.weights)) if self.active else super().seen()
+
+    @contextlib.contextmanager
+    def _swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        # Around the backward pass too: activation checkpointing runs the forward again in it.
+        before = [module._parameters[name] for module, name in self._places]
+        try:
+            for (module, name), value in zip(self._places, values.values(), strict=True):
+                module._parameters[name] = value  # type: ignore[assignment]
+            yield
+        finally:
+            for (module, name), value in zip(self._places, before, strict=True):
+                module._parameters[name] = value
+
+    def curves(self, component: Callable[[str], str]) -> dict[str, float]:
+        if not self.active:
+            return {}
+        steps = self.steps
+        bits, numel = {}, {}
+        for name, own in zip(steps.names, steps.bits().tolist(), strict=True):
+            part = component(name).replace(" ", "_")
+            bits[part] = bits.get(part, 0.0) + own
+            numel[part] = numel.get(part, 0) + self.weights[name].numel()
+        return {
+            "rate/lambda": math.exp(float(steps.log_rate)),
+            "rate/bits_per_weight": sum(bits.values()) / steps.numel,
+            **{f"rate/bits_per_weight/{part}": bits[part] / numel[part] for part in bits},
+            "rate/predicted_bytes": self._bytes(),
+        }
+
+    def _bytes(self) -> float:
+        return (float(self.steps.bits().sum()) + float(self.steps.overhead)) / 8
+
+    def status(self) -> str:
+        if not self.active:
+            return ""
+        bits = float(self.steps.bits().sum()) / self.steps.numel
+        return f" | {bits:.2f} bits/weight, {self._bytes():,.0f} bytes"
+
+    def describe(self) -> str:
+        count = len(self.steps.names)
+        aim = "a fixed price" if self.target is None else f"{self.target:,} bytes of model file"
+        return (
+            f"learned steps of {count} tensors and bytes in the loss from {self.start_fraction:g} "
+            f"of training on, for {aim}"
+        )
+
+
+def _octaves(excess_bits: float, numel: int) -> float:
+    """log2 of the factor on all steps that takes off so many bits.
+
+    A bit per weight is an octave at high rates; at 2 to 3 bits, where many codes are zero, less.
+    """
+    return excess_bits / (0.8 * numel)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", ":")
+
+
+__all__ = ["AIM", "LearnedSteps", "Rate", "RateAware"]
