@@ -123,7 +123,7 @@ def test_a_near_word_is_suggested():
         (
             "budget=track_10min_16mb budget.caps.evaluation.phases=[evaluaton]",
             "budget.caps.evaluation.phases=['evaluaton']: each one of setup, warmup, training, "
-            "checkpoint, validation, calibration, quantization, packing, evaluation "
+            "checkpoint, validation, calibration, quantization, packing, evaluation, base "
             "(did you mean 'evaluation'?)",
         ),
     ],
