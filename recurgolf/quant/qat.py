@@ -137,7 +137,7 @@ class Qat(Checked):
         grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
-        file: FileSize | None = None,
+        file: Callable[[], FileSize] | None = None,
     ) -> QuantAware:
         """Attach to a model.
 
@@ -146,7 +146,7 @@ class Qat(Checked):
             looped: names of the weights that belong to looped blocks.
             ahead: attach at once and not only when it begins, so that a compiled graph need not
                 change in the middle of training.
-            file: where what is trained depends on the bytes of the file.
+            file: for what depends on the bytes of the file.
 
         Raises:
             ConfigError: there is nothing to attach to.
@@ -186,7 +186,7 @@ class _Disturbing(Qat):
         grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
-        file: FileSize | None = None,
+        file: Callable[[], FileSize] | None = None,
     ) -> QuantAware:
         weights = _with_grid(model, grids)
         steps = {name: self._own(spec) for name, (_, spec) in weights.items()}

@@ -167,10 +167,10 @@ class Rate(Qat):
         grids: Mapping[str, QuantizerGrid],
         looped: Collection[str],
         ahead: bool = False,
-        file: FileSize | None = None,
+        file: Callable[[], FileSize] | None = None,
     ) -> RateAware:
         assert file is not None and isinstance(model.quantizers, LearnedSteps)
-        return RateAware(self, model, model.quantizers, file)
+        return RateAware(self, model, model.quantizers, file())
 
 
 class LearnedSteps(nn.Module):

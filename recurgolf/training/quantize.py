@@ -55,9 +55,14 @@ def prepare_quantization(job: Job, model: Transformer) -> QuantAware:
     check_calibration(run, model, job.dataset, weights_under("gptq", rules))
     grids = {name: rule.grid for name, rule in rules.items() if rule.grid is not None}
     looped = _looped(run, rules)
-    measure = partial(measure_file, job, model)
-    file = FileSize(run.budget.artifact_bytes, job.plan.code_bytes, measure, run.seed_of("noise"))
+    file = partial(file_size, job, model)
     return run.quant.qat.build(model, grids, looped, run.trainer.compile, file)
+
+
+def file_size(job: Job, model: Transformer) -> FileSize:
+    """What training may know of the file that the job will write."""
+    run, measure = job.run, partial(measure_file, job, model)
+    return FileSize(run.budget.artifact_bytes, job.plan.code_bytes, measure, run.seed_of("noise"))
 
 
 def measure_file(job: Job, model: Transformer, learned: Mapping[str, QuantizedTensor]) -> int:

@@ -101,8 +101,7 @@ REFUSALS = {
         "model.mixer_pattern": ["mixer", {"kind": "attention", "num_heads": 1}],
     },
     "trainable='adapters': all or lora": {"trainer.trainable": "adapters"},
-    "trainable=all, trainer.base=": {"trainer.trainable": "all"},
-    "trainable=lora, trainer.base=None": {"trainer.base": None},
+    "trainable=lora, trainer.base=null": {"trainer.base": None},
     "no_such is not a run folder": {"trainer.base": "no_such"},
     "snap.strength=0.1: snapping moves weights": {"quant.qat.snap.strength": 0.1},
 }

@@ -19,6 +19,7 @@ from recurgolf.quant import (
     StraightThrough,
     quantize_state,
 )
+from recurgolf.training.job import Job
 from recurgolf.training.quantize import packed_state, prepare_quantization, rules_of
 
 OVERRIDES = ("experiment=smoke", "quant.keep_float_max_numel=0")
@@ -200,13 +201,10 @@ def test_it_compiles_as_one_graph_and_beginning_changes_nothing_in_it(kind):
     assert not torch.allclose(seen, net.eval()(x))
 
 
-def test_what_would_change_nothing_is_refused():
-    class Data:
-        train_tokens = 10**6
-
+def test_what_would_change_nothing_is_refused(tmp_path):
     run = composed(*OVERRIDES[:1], "quant=none", "quant/qat=noise")
     with pytest.raises(ConfigError, match="code no weight"):
-        prepare_quantization(run, run.build_model(), Data())
+        prepare_quantization(Job.watched(run, tmp_path), run.build_model())
     with pytest.raises(ConfigError, match="loops no block"):
         composed(*OVERRIDES[:1], "looping=none", "lora=none", "quant/qat=noise")
 
