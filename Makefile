@@ -1,4 +1,4 @@
-# make train : environment, data, and one default run on the CPU
+# make train : environment, data, one default run on the CPU, and a sample of what it learned
 # make test  : environment and the tests, on all processors
 # make lint  : environment and what reads the code without running it
 # All may be repeated; what is already there is not done again.
@@ -13,6 +13,7 @@ READY := $(VENV)/.ready
 
 train: setup
 	@$(BIN)/recurgolf
+	@$(BIN)/recurgolf sample "$$(ls -td outputs/demo/*/ | head -n 1)" 'The history of' --label
 
 test: setup
 	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal

@@ -4,6 +4,7 @@ import recurgolf
 run = recurgolf.compose(["experiment=smoke", "lora.rank=2"])
 summary = recurgolf.train(run)
 print(summary.val_bpb, summary.artifact_bytes)
+print(recurgolf.load(summary.folder).sample("The history of"))
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from recurgolf.loaded import Loaded
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
 
@@ -53,3 +55,17 @@ def train(run: Run, folder: str | Path | None = None) -> Summary:
         folder = claimed(Path("outputs") / plain_name(run.name) / f"{stamp}_seed{run.seed}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     return launch(run, Path(folder))
+
+
+def load(folder: str | Path, trust: bool = False) -> Loaded:
+    """The model of a run, exported or imported folder, to score, to look into and to sample.
+
+    Args:
+        trust: import plugins of it that are not installed.
+
+    Raises:
+        recurgolf.config.ConfigError: nothing in it that can be read; the text says what.
+    """
+    from recurgolf.loaded import load as loaded
+
+    return loaded(folder, trust)

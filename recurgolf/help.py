@@ -11,6 +11,7 @@ VERBS = {
     "plan": "parameters, visits, FLOPs and predicted bytes, before any training",
     "import": "somebody's checkpoint as a run folder: recurgolf import SYSTEM WEIGHTS CONFIG DEST",
     "evaluate": "score a finished run's file again: recurgolf evaluate FOLDER [eval=sliding]",
+    "sample": 'let a finished run write: recurgolf sample FOLDER "How it begins"',
     "export": "a finished run as a folder that runs alone: recurgolf export RUN [RUN2 ...] DEST",
     "pack": "another quantizer on trained weights: recurgolf pack FOLDER DEST quant=gptq_int6",
     "audit": "is a finished run's score allowed and counted right? recurgolf audit FOLDER",

@@ -16,6 +16,7 @@ MODULES = {
     "import": "import_checkpoint",
     "pack": "pack",
     "resume": "resume",
+    "sample": "sample",
     "search": "search",
     "sweep": "sweep",
 }

@@ -14,6 +14,7 @@ from recurgolf import importers
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
 from recurgolf.data.shards import read_shard
+from recurgolf.loaded import load as load_folder
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
 
@@ -94,6 +95,13 @@ def test_the_file_holds_the_weights_exactly(folder, source):
     scorable = rebuild(load(folder / "artifact.bin"))
     ids = validation_tokens()[:96].view(2, 48)
     assert torch.equal(scorable.model(ids, source.run.eval_plan), source.model.eval()(ids))
+
+
+@torch.no_grad()
+def test_its_logits_for_a_text_are_the_source_s(folder, source):
+    loaded = load_folder(folder)
+    ids = torch.tensor([loaded.ids("A short text.")])
+    assert torch.equal(loaded.logits("A short text."), source.model.eval()(ids)[0])
 
 
 def test_the_folder_is_a_finished_runs_without_its_training(folder, source):
