@@ -21,40 +21,50 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
+def compose(overrides: str | Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
     """The Run that `recurgolf *overrides` would train.
 
     Args:
-        overrides: as on the command line: `["experiment=smoke", "lora.rank=1"]`.
+        overrides: as on the command line, `["experiment=smoke", "lora.rank=1"]` or
+            `"experiment=smoke lora.rank=1"`; in one string, quotes work as in a shell.
         config_dir: a folder with YAML of your own, as `--config-dir`.
 
     Raises:
         recurgolf.config.ConfigError: what cannot be composed, with the nearest right name.
     """
     from recurgolf.composing import compose as composed
+    from recurgolf.overrides import as_list
 
-    return composed(overrides, config_dir)
+    return composed(as_list(overrides), config_dir)
 
 
-def train(run: Run, folder: str | Path | None = None) -> Summary:
+def train(run: Run, folder: str | Path | None = None, quiet: bool = False) -> Summary:
     """Train, pack and score a Run, as the command does.
 
     Args:
         folder: where everything goes; default `outputs/<name>/<time>_seed<seed>`.
+        quiet: print nothing; the folder's train.log has it all the same.
 
     Returns:
         The figures of summary.json; `summary.folder` is where the rest lies.
+
+    Raises:
+        recurgolf.config.ConfigError: what cannot be trained, such as a field of the Run that was
+            assigned a value of another type.
     """
     from datetime import datetime
 
+    from recurgolf.config import check_types
     from recurgolf.folders import claimed, plain_name
     from recurgolf.training.launch import launch
 
+    check_types(run)
+    type(run).from_dict(run.to_dict())  # limits and relations, which assigning has not met
     if folder is None:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder = claimed(Path("outputs") / plain_name(run.name) / f"{stamp}_seed{run.seed}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return launch(run, Path(folder))
+    return launch(run, Path(folder), quiet)
 
 
 def load(folder: str | Path, trust: bool = False) -> Loaded:

@@ -218,3 +218,48 @@ def _decode(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(hint, value)  # type: ignore[arg-type]
     return float(value) if hint is float and isinstance(value, int) else value
+
+
+def check_types(node: Any, path: str = "") -> None:
+    """Refuse a field of an option tree that was assigned a value of another type.
+
+    Composing does so itself; Python assigns anything.
+
+    Args:
+        path: dotted path of the node.
+
+    Raises:
+        ConfigError: the field, its value and what belongs there.
+    """
+    for name, hint in typing.get_type_hints(type(node)).items():
+        if not hasattr(node, name) or typing.get_origin(hint) is typing.ClassVar:
+            continue
+        key, value = f"{path}.{name}" if path else name, getattr(node, name)
+        if not _fits(hint, value):
+            raise ConfigError(f"{key}={value!r}: expected {_in_words(hint)}")
+        if dataclasses.is_dataclass(value):
+            check_types(value, key)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(one, value) for one in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(args[1], item) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a user knows it: `an option of OptimizerConfig`, `int or null`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(one) for one in typing.get_args(hint))
+    if hint is type(None):
+        return "null (None)"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"an object of the class {hint.__name__}"
+    return str(hint) if typing.get_origin(hint) else hint.__name__

@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from recurgolf.notebook import NotebookBar, in_notebook
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -25,7 +27,10 @@ class Log:
     def __init__(self, path: Path | None, console: bool = True, stderr: bool = False):
         self.path, self.alone = path, False
         self.file = path.open("a", buffering=1) if path is not None else None
-        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr) if console else None
+        # The kernel of a notebook sets FORCE_COLOR, which its ranks inherit.
+        terminal = None if (sys.stderr if stderr else sys.stdout).isatty() else False
+        options = {"highlight": False, "soft_wrap": True, "force_terminal": terminal}
+        self.console = Console(**options, stderr=stderr) if console else None
 
     def line(self, text: str) -> None:
         self.note(text)
@@ -82,11 +87,13 @@ class Bar:
 
     def __init__(self, log: Log, what: str, total: int):
         self.log, self.what, self.total = log, what, total
-        self.live: Progress | None = None
+        self.live: Progress | NotebookBar | None = None
         self.task = TaskID(0)
         self.text = ""
         self.last_line = time.monotonic()
-        if log.console is not None and log.console.is_interactive:
+        if log.console is not None and in_notebook():
+            self.live = NotebookBar(what, total)
+        elif log.console is not None and log.console.is_interactive:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -94,9 +101,9 @@ class Bar:
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
             )
-            self.live = Progress(*columns, console=log.console, transient=True)
-            self.task = self.live.add_task(what, total=total, text="")
-            self.live.start()
+            self.live = live = Progress(*columns, console=log.console, transient=True)
+            self.task = live.add_task(what, total=total, text="")
+            live.start()
 
     def at(self, done: int, text: str = "", line: bool = False) -> None:
         """Move to `done`; with `line` the text is also written as a line of the log.

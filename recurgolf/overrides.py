@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
     import optuna
 
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
+
+def as_list(overrides: str | Sequence[str]) -> list[str]:
+    """Overrides from Python: a list of them, or one string as it would be typed.
+
+    Raises:
+        ConfigError: a quote that is not closed; what is no text with a sign =.
+    """
+    if isinstance(overrides, str):
+        try:
+            overrides = shlex.split(overrides)
+        except ValueError as error:
+            raise ConfigError(f"{overrides}: {error}".replace("No closing", "no closing")) from None
+    for override in overrides:
+        if not isinstance(override, str) or ("=" not in override and override[:1] != "~"):
+            raise ConfigError(
+                f"{override!r} is no override: compose takes texts key=value, as in "
+                'compose(["experiment=smoke", "lora.rank=2"])'
+            )
+    return list(overrides)
 
 
 def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from recurgolf.config import ConfigError
+from recurgolf.log import Log
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training import resume
@@ -40,8 +41,11 @@ SHARED_SECONDS = 5.0
 """A network file system may show a new file so late on other nodes."""
 
 
-def launch(run: Run, folder: Path) -> Summary:
+def launch(run: Run, folder: Path, quiet: bool = False) -> Summary:
     """Train, pack and score a Run; everything it leaves is in `folder`.
+
+    Args:
+        quiet: print nothing.
 
     Raises:
         ConfigError: what can be known to fail, before any training.
@@ -53,13 +57,13 @@ def launch(run: Run, folder: Path) -> Summary:
     check_ending(run)
     run.tracker.check_account()
     try:
-        return _launched(run, folder)
+        return _launched(run, folder, quiet)
     except Interruption as end:
         print(f"recurgolf: {end}: stopped; continue with trainer.resume=auto", file=sys.stderr)
         raise end.for_caller() from None
 
 
-def _launched(run: Run, folder: Path) -> Summary:
+def _launched(run: Run, folder: Path, quiet: bool) -> Summary:
     if started_by_torchrun():
         with torchrun_ranks(run.trainer) as ranks:
             # Ranks composed at different moments; the first one's folder is everybody's.
@@ -67,15 +71,15 @@ def _launched(run: Run, folder: Path) -> Summary:
             folder.mkdir(parents=True, exist_ok=True)
             check_shared(folder, ranks)
             summary = ranks.broadcast(_finished(run, folder))
-            return summary or work(run, folder, ranks)
+            return summary or work(run, folder, ranks, quiet)
     summary = _finished(run, folder)
     if summary is not None:
         return summary
     if run.trainer.devices == 1:
-        return work(run, folder, Ranks())
+        return work(run, folder, Ranks(), quiet)
     # The ranks end by themselves; this process is there until they have.
     with Signals().listening(STOP_SECONDS + 0.7) as signals:
-        run_ranks(_rank, run.trainer.devices, (run.to_dict(), str(folder)), signals)
+        run_ranks(_rank, run.trainer.devices, (run.to_dict(), str(folder), quiet), signals)
     return Summary.read(folder)
 
 
@@ -115,18 +119,18 @@ def _finished(run: Run, folder: Path) -> Summary | None:
     return summary
 
 
-def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str]) -> None:
+def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str, bool]) -> None:
     """A spawned rank: the Run comes as plain data."""
-    data, folder = argument
+    data, folder, quiet = argument
     run = Run.from_dict(data)
     world_size, timeout = run.trainer.devices, run.trainer.rank_timeout_seconds
     with file_ranks(
         backend_of(run.trainer), f"{meeting}/rendezvous", rank, world_size, timeout
     ) as ranks:
-        work(run, Path(folder), ranks)
+        work(run, Path(folder), ranks, quiet)
 
 
-def work(run: Run, folder: Path, ranks: Ranks) -> Summary:
+def work(run: Run, folder: Path, ranks: Ranks, quiet: bool = False) -> Summary:
     """The life of one rank."""
     # A data file that is cut while it is read ends the process with SIGBUS: say where.
     if not faulthandler.is_enabled():
@@ -135,7 +139,8 @@ def work(run: Run, folder: Path, ranks: Ranks) -> Summary:
     torch.set_num_threads(threads_of(run, ranks))
     try:
         with torch.random.fork_rng(), Signals().listening() as signals:
-            return train(Job.watched(run, folder, ranks, signals))
+            log = Log(folder / "train.log", console=False) if quiet and ranks.is_first else None
+            return train(Job.watched(run, folder, ranks, signals, log))
     finally:
         torch.set_num_threads(before)
         set_rng_state(rng, torch.device("cpu"))
