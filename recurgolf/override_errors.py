@@ -135,8 +135,25 @@ def _unknown_key(key: str, composed: Callable[[], Any]) -> str:
     top = key_names(config, "")
     if "/" in key or not parent or (parent not in top and "." not in parent):
         wrong = key if "/" in key or not parent else parent
-        return f"there is no key or group {wrong!r}{suggestion(wrong, [*top, *groups])}"
+        hint = _elsewhere(wrong, config, groups) or suggestion(wrong, [*top, *groups])
+        return f"there is no key or group {wrong!r}{hint}"
     known = key_names(config, parent)
     if not known:
         return f"{parent} has no key {name!r}: the chosen option of {parent} has none"
     return f"{parent} has no key {name!r}{suggestion(name, known)}"
+
+
+def _elsewhere(word: str, config: Any, groups: Sequence[str]) -> str:
+    """Where a word that stands alone belongs: `codec` to artifact/codec, `lr` to three keys."""
+    if "." in word or "/" in word:
+        return ""
+    paths = [
+        f"{part}.{name}"
+        for part in key_names(config, "")
+        for name in key_names(config, part)
+        if f"{part}/{name}" not in groups
+    ]
+    named = [path for path in (*groups, *paths) if re.split(r"[./]", path)[-1] == word]
+    near = [path for path in paths if path.endswith(f"_{word}")]
+    found = [path for path in named or near if not path.startswith("hydra")][:4]
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""

@@ -178,3 +178,17 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
         ["bash", "-c", command], cwd=tmp_path, env=os.environ, capture_output=True, check=False
     )
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("codec=zstd", "'artifact/codec'"),
+        ("launcher=joblib", "'hydra/launcher'"),
+        ("qat=rate", "'quant/qat'"),
+        ("lr=0.1", "'optimizer.matrix_lr'"),
+        ("steps=3", "'trainer.steps'"),
+    ],
+)
+def test_a_word_alone_is_answered_with_where_it_belongs(typed, meant, tmp_path):
+    assert f"did you mean {meant}" in recurgolf(typed, cwd=tmp_path).refused()
