@@ -18,6 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
+from recurgolf import __version__
 from recurgolf.composing import (
     Command,
     built,
@@ -94,6 +95,9 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(
             f"unknown verb {verb!r}{suggestion(verb, VERBS)}; an override is written key=value"
         )
+    if arguments == ["--version"]:
+        print(f"recurgolf {__version__}")
+        return 0
     if {"-h", "--help"} & set(arguments) and verb in ("train", "plan"):
         folder = config_dir(arguments)
         asked = [group_help(a, folder) for a in rest if a in options(folder)]

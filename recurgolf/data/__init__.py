@@ -7,11 +7,12 @@ again.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os.path import expanduser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from recurgolf.config import Checked, ConfigError, import_modules, option
 from recurgolf.data.byte_count import ByteCount
@@ -117,16 +118,19 @@ class Text(FromText):
     """The user's own files.
 
     `.jsonl` and `.ndjson` hold one document a line, `.json` is that or a list of documents, any
-    other file is plain UTF-8 text; `.gz`, `.xz`, `.bz2` and `.zst` are unpacked. All documents are
+    other file is plain text; `.gz`, `.xz`, `.bz2` and `.zst` are unpacked. All documents are
     held in memory at once. Which are for validation depends on their text alone.
     """
 
-    files: str = ""
-    """Glob pattern, `**` for folders at any depth."""
+    files: Any = ""
+    """A file, a folder (all files in it, at any depth), a glob pattern (`**` for folders at any
+    depth), or a list of such; `~` is the home folder."""
     text_field: str = "text"
     """Key of a JSONL object that holds the text."""
     separator: Annotated[str | None, not_empty] = None
     r"""What stands between documents of a plain text, \n for a line end; null: a file is one."""
+    encoding: str = "utf-8"
+    """Of plain text files, as Python names it: utf-8, latin-1, cp1252, utf-16, …"""
     val_documents: Annotated[int | None, at_least(1)] = None
     """Validation documents; null: by `val_fraction`."""
     val_fraction: Annotated[float, above(0, below=1)] = 0.05
@@ -135,15 +139,28 @@ class Text(FromText):
     def check(self) -> None:
         if not self.files:
             raise ConfigError("data=text needs data.files='PATTERN', such as 'corpus/**/*.txt'")
+        listed = self.files if isinstance(self.files, list) else [self.files]
+        if not all(isinstance(name, str) and name for name in listed):
+            raise ConfigError(f"data.files={self.files!r}: a file, folder or pattern, or a list")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ConfigError(
+                f"data.encoding={self.encoding!r}: Python has no such encoding; utf-8, latin-1, "
+                "cp1252 and utf-16 are usual ones"
+            ) from None
 
     def corpus(self) -> Corpus:
         return text_corpus(
-            expanduser(self.files),
+            [expanduser(name) for name in self.files]
+            if isinstance(self.files, list)
+            else expanduser(self.files),
             text_field=self.text_field,
             # A command line has no line ends in its values, only a backslash and an n.
             separator=self.separator and self.separator.replace("\\n", "\n"),
             val_documents=self.val_documents,
             val_fraction=self.val_fraction,
+            encoding=self.encoding,
         )
 
 

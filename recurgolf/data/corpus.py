@@ -14,7 +14,7 @@ import importlib.util
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -115,12 +115,13 @@ def _read_wiki_vital(path: Path) -> Documents:
 
 
 def text_corpus(
-    pattern: str,
+    pattern: str | Sequence[str],
     *,
     text_field: str = "text",
     separator: str | None = None,
     val_documents: int | None = None,
     val_fraction: float = 0.05,
+    encoding: str = "utf-8",
 ) -> Corpus:
     """The user's own files; `Text` in this package documents the arguments.
 
@@ -128,21 +129,26 @@ def text_corpus(
         DataError: no file matches; a file cannot be read as what its ending says; too few
             documents to split.
     """
-    paths = _matching(pattern)
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    paths = list(dict.fromkeys(path for one in patterns for path in _matching(one)))
     try:
         hashes = sorted([_sha256(path), "".join(path.suffixes[-2:])] for path in paths)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read it ({error.strerror})") from None
 
     def read() -> Documents:
-        texts = {text for path in paths for text in _documents_of(path, text_field, separator)}
+        texts = {t for path in paths for t in _documents_of(path, text_field, separator, encoding)}
         texts.discard("")
         wanted = val_documents or max(1, round(val_fraction * len(texts)))
         if wanted >= len(texts):
+            blank = separator is None and any("\n\n" in text for text in texts)
+            where = (
+                r"'\n\n' cuts plain text at blank lines" if blank else r"'\n' cuts it at line ends"
+            )
             raise DataError(
                 f"data.files={pattern!r} gives {len(texts)} different documents; {wanted} for "
                 "validation leave none for training (data.val_documents, data.val_fraction; "
-                r"data.separator='\n\n' cuts plain text at blank lines)"
+                f"data.separator={where})"
             )
         return Documents.split(list(texts), wanted)
 
@@ -156,13 +162,17 @@ def text_corpus(
             "separator": separator,
             "val_documents": val_documents,
             "val_fraction": val_fraction,
+            **({} if encoding == "utf-8" else {"encoding": encoding}),
         },
         read=read,
     )
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The files of a glob pattern, which may also be the very name of one."""
+    """The files of a glob pattern, which may also be the very name of a file, or of a folder, of
+    which it means all files at any depth."""
+    if Path(pattern).is_dir():
+        pattern = f"{glob.escape(pattern)}/**/*"
     names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
     paths = [path for path in map(Path, names) if not path.is_dir()]
     for path in paths:
@@ -209,7 +219,9 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
-def _documents_of(path: Path, text_field: str, separator: str | None) -> Iterator[str]:
+def _documents_of(
+    path: Path, text_field: str, separator: str | None, encoding: str = "utf-8"
+) -> Iterator[str]:
     """Texts in JSON as they are; plain text with \\n line ends, stripped.
 
     Raises:
@@ -226,9 +238,12 @@ def _documents_of(path: Path, text_field: str, separator: str | None) -> Iterato
             elif kind == ".json":
                 yield from _read_json(file.read(), path, text_field)
             else:
-                yield from _read_plain(file.read(), path, separator)
+                yield from _read_plain(file.read(), path, separator, encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from None
+        named = "UTF-8" if error.encoding in ("utf-8", "utf-8-sig") else error.encoding
+        raise DataError(
+            f"{path}: not {named} text ({error}); data.encoding=NAME says another"
+        ) from None
     except DataError:
         raise
     except Exception as error:
@@ -242,9 +257,9 @@ def _plain(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _read_plain(data: bytes, path: Path, separator: str | None) -> Iterator[str]:
+def _read_plain(data: bytes, path: Path, separator: str | None, encoding: str) -> Iterator[str]:
     """Parts of a plain text; refuses JSON lines, whose syntax nobody wants to train on."""
-    text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding).replace("\r\n", "\n")
     lines = (line for line in io.StringIO(text) if line.strip())
     if all(map(_is_json_object, islice(lines, 2))) and text.strip():
         raise DataError(

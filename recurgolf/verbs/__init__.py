@@ -10,6 +10,7 @@ MODULES = {
     "audit": "audit",
     "board": "board",
     "compare": "compare",
+    "completion": "completion",
     "control": "control",
     "evaluate": "evaluate",
     "export": "export",

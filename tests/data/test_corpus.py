@@ -10,6 +10,7 @@ import random
 
 import pytest
 
+from recurgolf.config import ConfigError
 from recurgolf.data import Embedded, Text
 from recurgolf.data.corpus import Documents, embedded_corpus, text_corpus
 from recurgolf.data.export import docs_sha256
@@ -177,10 +178,61 @@ def test_links_and_names_with_brackets_are_read_and_what_is_no_file_is_named(tmp
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Text(files="~/l*.txt", separator="\\n\\n").corpus().read().train
     with pytest.raises(DataError, match=r"matches folders only; .*data\.files='.*/\*\*/\*'"):
-        text_corpus(str(tmp_path))
+        (tmp_path / "folder").mkdir()
+        text_corpus(str(tmp_path / "fold*"))
     (tmp_path / "broken.txt").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError, match=r"broken\.txt: a link to .*gone, which is not there"):
         text_corpus(str(tmp_path / "*.txt"))
     os.mkfifo(tmp_path / "pipe.rows")
     with pytest.raises(DataError, match=r"pipe\.rows: neither a file nor a folder"):
         text_corpus(str(tmp_path / "*.rows"))
+
+
+def test_a_folder_or_a_list_of_places_is_all_the_files_in_them(tmp_path):
+    home = tmp_path / "my texts [ü]"
+    (home / "deeper").mkdir(parents=True)
+    (home / "deeper" / ".hidden").write_text("never")
+    for number, place in enumerate(("a.txt", "deeper/b.txt")):
+        (home / place).write_text(f"text {number}")
+    (tmp_path / "c.txt").write_text("text 2")
+    more = str(tmp_path / "c.txt")
+    for files in ([str(home), more], [str(home / "a.txt"), str(home), f"{tmp_path}/c*"]):
+        documents = Text(files=files, val_documents=1).corpus().read()
+        assert {*documents.train, *documents.validation} == {"text 0", "text 1", "text 2"}
+    alone = Text(files=str(home), val_documents=1).corpus().read()
+    assert {*alone.train, *alone.validation} == {"text 0", "text 1"}
+    with pytest.raises(ConfigError, match="a file, folder or pattern, or a list"):
+        Text(files=[3]).check()
+
+
+def test_a_text_in_another_encoding_is_read_and_a_wrong_one_named(tmp_path):
+    path, text = tmp_path / "a.txt", ["Größe", "Façade", "mañana"]
+    for encoding in ("latin-1", "utf-16"):
+        path.write_bytes("\n".join(text).encode(encoding))
+        found = Text(files=str(path), separator="\\n", encoding=encoding, val_documents=1)
+        documents = found.corpus().read()
+        assert sorted([*documents.train, *documents.validation]) == sorted(text)
+    with pytest.raises(DataError, match=r"not UTF-8 text .*data\.encoding=NAME"):
+        Text(files=str(path), separator="\\n").corpus().read()
+    with pytest.raises(ConfigError, match=r"data\.encoding='utf-99'"):
+        Text(files=str(path), encoding="utf-99").check()
+
+
+def test_what_was_prepared_before_there_were_encodings_is_found_again(tmp_path):
+    """The identity of a corpus names its folder in the cache."""
+    (tmp_path / "a.txt").write_text("one")
+    identity = Text(files=str(tmp_path / "a.txt")).corpus().identity
+    keys = {"files", "text_field", "separator", "val_documents", "val_fraction"}
+    assert set(identity) == keys
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"), [("a\n\nb\n\nc", "blank lines"), ("a\nb\nc", "line ends")]
+)
+def test_a_single_file_is_refused_with_what_cuts_it(tmp_path, text, cut):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match=cut) as refused:
+        Text(files=str(tmp_path / "a.txt")).corpus().read()
+    separator = str(refused.value).partition("data.separator='")[2].partition("'")[0]
+    documents = Text(files=str(tmp_path / "a.txt"), separator=separator).corpus().read()
+    assert len(documents.train) + len(documents.validation) == 3
