@@ -30,6 +30,7 @@ from recurgolf.composing import (
     of_sweep,
     prepared,
     varied_keys,
+    with_vocabulary,
 )
 from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
@@ -177,6 +178,7 @@ def _train_command(arguments: list[str]) -> int:
         return summary.val_bpb
 
     folder = prepared(arguments, config_dir(arguments))
+    arguments = with_vocabulary(arguments)
     asked = command(arguments, folder)
     multirun, varied = asked is not None and asked.run is None, list[str]()
     if multirun:

@@ -48,6 +48,8 @@ from recurgolf.config import (
     to_dict,
     to_object,
 )
+from recurgolf.data import DataError
+from recurgolf.data.dataset import tokenizer_of
 from recurgolf.folders import plain_name
 from recurgolf.override_errors import COMPOSE_ERRORS, check_readable, explain, is_bug
 from recurgolf.overrides import (
@@ -77,6 +79,21 @@ def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
     Plugins.instance()  # which registers Hydra's own sources, and would refuse to replace ours
     SourcesRegistry.instance().types["file"] = _Yaml
     return folder
+
+
+def with_vocabulary(overrides: Sequence[str]) -> list[str]:
+    """The overrides, and with data=shards the number of pieces that their tokenizer has, unless
+    one is asked for: any other number would be refused when the data are read."""
+    given = {key: value for key, _, value in (o.partition("=") for o in overrides)}
+    if given.get("data") != "shards" or "data.vocab_size" in given or "data.path" not in given:
+        return list(overrides)
+    texts = [f"{key}={given[key]}" for key in ("data.path", "data.tokenizer") if key in given]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(texts)]
+    folder, *tokenizer = [Path(str(value)).expanduser() for value in values if value]
+    with contextlib.suppress(DataError):  # which is told in full when the data are read
+        pieces = tokenizer_of(folder, tokenizer[0] if tokenizer else None).vocab_size
+        return [*overrides, f"data.vocab_size={pieces}"]
+    return list(overrides)
 
 
 def named_plugins(overrides: Sequence[str]) -> list[str]:
@@ -124,6 +141,10 @@ class _Yaml(FileConfigSource):
         return result
 
 
+# By its name Hydra knows that `file` has its source, in a process that a launcher starts.
+_Yaml.__name__ = FileConfigSource.__name__
+
+
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
     """The Run that the command line would make of these overrides.
 
@@ -143,6 +164,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any], Any]) -> Any:
     """What `made` makes of the composed config, errors in the words of overrides."""
     prepared(overrides, folder)
+    overrides = with_vocabulary(overrides)
     try:
         with hydra_initialized(folder):
             return made(hydra.compose("config", overrides=list(overrides)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,18 @@ def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
         groups: names of the config groups, `model/mixer` where nested.
 
     Raises:
-        ConfigError: a group set to null, added with +, or written with dots.
+        ConfigError: a group set to null, added with +, or written with dots; a sweep by Slurm on a
+            machine without it.
     """
+    if (
+        "hydra/launcher=slurm" in overrides
+        and {"-m", "--multirun"} & set(overrides)
+        and shutil.which("srun") is None
+    ):
+        raise ConfigError(
+            "hydra/launcher=slurm, but this machine has no srun: start it on a node of the "
+            "cluster, or take hydra/launcher=slurm_here or joblib"
+        )
     for override in overrides:
         group, _, value = override.partition("=")
         if "." in group and "=" in override and group.replace(".", "/") in groups:

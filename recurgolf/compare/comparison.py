@@ -352,7 +352,7 @@ def _explain(
         reasons = {
             "better": f"by more than the margin of {margin:.4f} bpb",
             "worse": f"by more than the margin of {margin:.4f} bpb",
-            "level": f"the difference is smaller than the margin of {margin:.4f} bpb",
+            "level": f"equal within the margin of {margin:.4f} bpb",
         }
         verdict.why = f"{reasons[verdict.word]}, at {rules.alpha:g}{among}"
         return

@@ -164,6 +164,16 @@ def open_validation(folder: Path, tokenizer_path: Path | None, vocab_size: int) 
     )
 
 
+def tokenizer_of(folder: Path, tokenizer_path: Path | None) -> Tokenizer:
+    """The tokenizer of a folder of shards: the one given, or that of its manifest.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    manifest = _read_manifest(_root(folder) / MANIFEST)
+    return read_tokenizer(tokenizer_path or _listed_tokenizer(folder, manifest))
+
+
 def open_dataset(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> Dataset:
     """Read and check a folder of shards as the challenge ships them.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import recurgolf_process
+from command_line import recurgolf, recurgolf_process
 from processes import on_ranks
 from safetensors.torch import load_file
 from smoke_runs import RunFolder, small, train
@@ -96,7 +96,15 @@ def test_a_sweep_by_submitit_ends_in_the_same_table(tmp_path):
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [job["status"] for job in found["jobs"]] == ["finished", "finished"]
     assert found["groups"][0]["seeds"] == [1, 2]
-    assert (tmp_path / "sweep" / ".submitit").is_dir()
+    submitit = tmp_path / "sweep" / ".submitit"
+    assert submitit.is_dir() and not [p for p in submitit.rglob("*") if "%" in p.name]
+
+
+def test_slurm_on_a_machine_without_it_is_refused_in_a_line(tmp_path):
+    asked = ["-m", "hydra/launcher=slurm", *small("seed=1,2")]
+    message = recurgolf(*asked, cwd=tmp_path, env={"PATH": str(tmp_path)}).refused()
+    assert "has no srun" in message and "slurm_here" in message
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_the_gpu_check_runs_its_path_on_a_cpu(tmp_path):
