@@ -6,7 +6,6 @@ This module, `composing.py` and `override_errors.py` are the only importers of H
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -161,11 +160,6 @@ def _train_command(arguments: list[str]) -> int:
                     run, told.overrides.task, [*varied, *(told.sweeper.get("params") or {})]
                 )
             summary = launch(run, folder)
-            if not math.isfinite(summary.val_bpb):
-                raise RunFailed(
-                    f"val_bpb is {summary.val_bpb}: the run diverged, and its file scores nothing; "
-                    "lower rates may prevent it"
-                )
         except Exception as error:
             # Kept for later: Hydra would print its own account of it, and end a sweep here.
             if multirun:

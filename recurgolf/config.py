@@ -42,6 +42,10 @@ class RunFailed(RuntimeError):
     """The run cannot go on. Its text is the whole message shown; what was saved stays."""
 
 
+class Diverged(RunFailed):
+    """A loss, weight or score is not finite: the run has a status, `diverged`, and no figures."""
+
+
 class Checked:
     """Base of the option dataclasses: what is built keeps the limits of its fields (limits.py).
 

@@ -191,7 +191,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     again.
 
     Raises:
-        ValueError: a complete line that is no JSON object, named by file and number.
+        ValueError: a complete line that is no event, named by file and number.
     """
     events = []
     with path.open("rb") as file:
@@ -199,13 +199,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                event = json.loads(line)
-            except ValueError as error:
+                event = _restored(json.loads(line))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(event, dict):
-                raise ValueError(f"{path}, line {number}: an object was expected, not {event!r}")
-            events.append(_restored(event))
+            if not _is_event(event):
+                shown = line.decode(errors="replace").strip()
+                raise ValueError(f"{path}, line {number}: an event was expected, not {shown:.80}")
+            events.append(event)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Whether a line has what `history` and those who look at the end of a run ask for."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] == "metrics":
+        return isinstance(event.get("step"), int)
+    needed = {"start": "resumed", "finish": "exit_code"}.get(event["event"])
+    values = event.get("values")
+    return isinstance(values, dict) and (needed is None or needed in values)
 
 
 def history(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

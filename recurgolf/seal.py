@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recurgolf.disk import write_file
+from recurgolf.disk import read_json, write_json
 
 FILE = "seal.json"
 AUDIT = "audit.json"
@@ -41,8 +41,7 @@ SCORES = "scores"
 def seal(folder: Path) -> None:
     """Seal the folder of a run that has just ended: its files as they are now."""
     content = _content(Path(folder))
-    text = json.dumps({"signature": _signature(content), **content}, indent=1) + "\n"
-    write_file(Path(folder) / FILE, text)
+    write_json(Path(folder) / FILE, {"signature": _signature(content), **content})
 
 
 @contextlib.contextmanager
@@ -60,9 +59,10 @@ def resealing(folder: Path) -> Iterator[None]:
 def broken(folder: Path) -> list[str]:
     """What differs from the seal, a phrase for each file; empty where all is as the run left it."""
     try:
-        told = json.loads((Path(folder) / FILE).read_text())
+        told = read_json(Path(folder) / FILE)
         files, checkpoint, signature = told["files"], told["checkpoint"], told["signature"]
-        files = dict(files)
+        files, known = dict(files), dict(checkpoint or {})
+        name, state_digest = str(known.get("name", "")), known.get("state")
     except FileNotFoundError:
         return [f"there is no {FILE}, which a run writes at its end"]
     except (ValueError, KeyError, TypeError):
@@ -75,9 +75,9 @@ def broken(folder: Path) -> list[str]:
     ]
     found += [f"{name} was added since the run ended" for name in now["files"] if name not in files]
     # Checkpoints are large and may be deleted; one that is there must be the run's own.
-    state = Path(folder) / "checkpoints" / (checkpoint or {}).get("name", "") / "state.json"
-    if checkpoint and state.is_file() and _sha256(state) != checkpoint["state"]:
-        found.append(f"checkpoint {checkpoint['name']} is not the one that the run ended on")
+    state = Path(folder) / "checkpoints" / name / "state.json"
+    if checkpoint and state.is_file() and _sha256(state) != state_digest:
+        found.append(f"checkpoint {name} is not the one that the run ended on")
     if not found and signature != _signature({"files": files, "checkpoint": checkpoint}):
         found.append(f"the signature in {FILE} is not that of its list")
     return found
@@ -87,7 +87,7 @@ def signature_of(folder: Path) -> str | None:
     """The signature of a folder whose seal is whole, else None."""
     if broken(folder):
         return None
-    return json.loads((Path(folder) / FILE).read_text())["signature"]
+    return read_json(Path(folder) / FILE)["signature"]
 
 
 def strangers(folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def audit_state(folder: Path) -> str:
     again.
     """
     try:
-        told = json.loads((Path(folder) / AUDIT).read_text())
+        told = read_json(Path(folder) / AUDIT)
         failed = [name for name, check in told["checks"].items() if check["verdict"] == "fail"]
         passed, signature = told["passed"] is True, told.get("signature")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -93,7 +93,7 @@ def test_a_line_cut_by_a_crash_is_passed_over_and_then_cut_off(tmp_path, keep):
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "start"}\n{"event": \n{}\n')
+    path.write_text('{"event": "summary", "values": {}}\n{"event": \n{}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
         read_jsonl(path)
 

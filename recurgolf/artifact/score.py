@@ -78,7 +78,8 @@ def _check_sizes(data: Mapping[str, Any], num_tensors: int) -> None:
     blocks, passes = data["model"]["num_blocks"], data["eval"].get("passes")
     counts = [*data["looping"].values(), *(passes if isinstance(passes, list) else [passes])]
     visits = blocks * max([1, *(count for count in counts if isinstance(count, (int, float)))])
-    if blocks > num_tensors or visits > MAX_VISITS or data["seq_len"] > MAX_SEQ_LEN:
+    heads = data["model"].get("mtp_heads")  # of training; a file has none
+    if blocks > num_tensors or visits > MAX_VISITS or data["seq_len"] > MAX_SEQ_LEN or heads:
         raise ValueError(f"{blocks} blocks, {visits} visits, seq_len {data['seq_len']}: too many")
 
 

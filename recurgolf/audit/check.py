@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recurgolf.disk import write_file
+from recurgolf.disk import write_json
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -69,4 +68,4 @@ class Audit:
 
     def write(self, path: Path) -> None:
         """Write audit.json, whole or not at all."""
-        write_file(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())

@@ -10,15 +10,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from recurgolf.compare.runs import ABSENT, FoundRun, differing_settings, find_runs, grouped
+from recurgolf.compare.runs import (
+    ABSENT,
+    FoundRun,
+    differing_settings,
+    find_runs,
+    grouped,
+    is_figure,
+)
 from recurgolf.config import ConfigError
+from recurgolf.disk import DamagedFile, read_json, write_file
 from recurgolf.record import history, read_jsonl
 
 FIGURES = (
@@ -37,8 +45,13 @@ _SAMPLED_PASSES = re.compile(r"loop/bpb/passes(\d+)$")
 _PASSES = re.compile(r"(?:^|/)passes=(\d+)$")
 
 
-def write_board(folders: Sequence[Path], out: Path) -> list[Path]:
+def write_board(
+    folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
+) -> list[Path]:
     """Write the board of all runs below folders.
+
+    Args:
+        say: told of runs and files that are damaged, and so left out.
 
     Returns:
         The HTML file, then its pictures.
@@ -49,9 +62,13 @@ def write_board(folders: Sequence[Path], out: Path) -> list[Path]:
     drawing = plotting_library()
     from recurgolf.compare.pictures import write_pictures
 
-    data = board_data(find_runs(folders), out.resolve().parent, " ".join(map(str, folders)))
+    left_out: list[str] = []
+    runs = find_runs(folders, left_out)
+    data = board_data(runs, out.resolve().parent, " ".join(map(str, folders)), left_out)
+    for line in left_out:
+        say(line)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(data, drawing), encoding="utf-8")
+    write_file(out, page(data, drawing))
     return [out, *write_pictures(data, out)]
 
 
@@ -87,12 +104,16 @@ def page(data: Mapping[str, Any], drawing: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
-def board_data(runs: Sequence[FoundRun], home: Path, title: str) -> dict[str, Any]:
+def board_data(
+    runs: Sequence[FoundRun], home: Path, title: str, left_out: list[str] | None = None
+) -> dict[str, Any]:
     """Everything that the page shows, as JSON's types.
 
     Args:
         home: folder of the page; links are relative to it.
+        left_out: takes a line for every file that is damaged; the rest of its run is shown.
     """
+    left_out = [] if left_out is None else left_out
     settings = [run.settings for run in runs]
     differing = set(differing_settings(settings))
     labels: dict[Path, str] = {}
@@ -113,18 +134,18 @@ def board_data(runs: Sequence[FoundRun], home: Path, title: str) -> dict[str, An
         "common": {k: v for one in settings for k, v in one.items() if k not in differing},
         "runs": [
             {
-                **_facts(run, home),
+                **_facts(run, home, left_out),
                 "group": groups.index(labels.get(run.folder, groups[0])),
                 "repeated": run.folder in repeated,
                 "settings": {k: run.settings.get(k, ABSENT) for k in sorted(differing)},
-                **_measured(run, points if few else min(points, 60), few),
+                **_measured(run, points if few else min(points, 60), few, left_out),
             }
             for run in runs
         ],
     }
 
 
-def _facts(run: FoundRun, home: Path) -> dict[str, Any]:
+def _facts(run: FoundRun, home: Path, left_out: list[str]) -> dict[str, Any]:
     summary = run.summary or {}
     relative = os.path.relpath(run.folder, home)
     links = [name for name in LINKS if (run.folder / name).exists()]
@@ -134,17 +155,18 @@ def _facts(run: FoundRun, home: Path) -> dict[str, Any]:
         "seed": run.seed,
         "folder": relative,
         "links": {name: quote(f"{relative}/{name}".replace(os.sep, "/")) for name in links},
-        "status": summary.get("status", "unfinished"),
+        "status": run.status,
         "audit": run.audit if run.summary else ABSENT,
         "hardware": run.hardware if run.summary else ABSENT,
         "protocol": run.protocol,
-        "text": (summary.get("text") or {}).get("fingerprint", "")[:12],
+        "text": run.scored_text[:12],
         "evals": {
-            name: entry.get("val_bpb") for name, entry in (summary.get("evals") or {}).items()
+            name: _figure(entry.get("val_bpb"))
+            for name, entry in (summary.get("evals") or {}).items()
         },
         "by_passes": by_passes(summary),
-        "bytes": _components(run.folder / "ledger.json"),
-        **{name: summary.get(name) for name in FIGURES},
+        "bytes": _components(run.folder / "ledger.json", left_out),
+        **{name: _figure(summary.get(name)) for name in FIGURES},
     }
 
 
@@ -154,29 +176,49 @@ def by_passes(summary: Mapping[str, Any]) -> dict[str, float]:
     for name, entry in (summary.get("evals") or {}).items():
         match = _PASSES.search(name)
         if match:
-            told.setdefault(match[1], entry["val_bpb"])
-    return {number: told[number] for number in sorted(told, key=int)}
+            told.setdefault(match[1], entry.get("val_bpb"))
+    known = [number for number in told if number.isdecimal() and is_figure(told[number])]
+    return {number: told[number] for number in sorted(known, key=int)}
 
 
-def _components(path: Path) -> list[dict[str, Any]]:
+def _figure(value: Any) -> Any:
+    """What the page may count with; anything else is a gap."""
+    return value if is_figure(value) else None
+
+
+def _components(path: Path, left_out: list[str]) -> list[dict[str, Any]]:
     """Component, predicted and actual bytes of a ledger; the code is one of them."""
-    if not path.exists():
+    try:
+        ledger = read_json(path)
+        code = ledger.get("code") or {}
+        found = [
+            {
+                "component": str(c["component"]),
+                "planned": _figure(c["predicted"]),
+                "actual": _figure(c["actual"]),
+            }
+            for c in ledger["components"]
+        ]
+        if "packed" in code:
+            found.append({"component": "code", "planned": None, "actual": _figure(code["packed"])})
+    except FileNotFoundError:
         return []
-    ledger = json.loads(path.read_text())
-    code = ledger.get("code") or {}
-    found = [
-        {"component": c["component"], "planned": c["predicted"], "actual": c["actual"]}
-        for c in ledger["components"]
-    ]
-    if "packed" in code:
-        found.append({"component": "code", "planned": None, "actual": code["packed"]})
+    except (DamagedFile, KeyError, TypeError) as error:
+        known = isinstance(error, DamagedFile)
+        left_out.append(f"left out: {error if known else f'{path} is damaged: {error!r}'}")
+        return []
     return found
 
 
-def _measured(run: FoundRun, points: int, everything: bool) -> dict[str, Any]:
+def _measured(run: FoundRun, points: int, everything: bool, left_out: list[str]) -> dict[str, Any]:
     """Curves, the figures of every visit at some moments, and the sampled scores by passes."""
-    path = run.folder / "metrics.jsonl"
-    rows = history(read_jsonl(path)) if path.exists() else []
+    try:
+        rows = history(read_jsonl(run.folder / "metrics.jsonl"))
+    except FileNotFoundError:
+        rows = []
+    except (OSError, ValueError) as error:
+        left_out.append(f"left out: {error}")
+        rows = []
     keys = dict.fromkeys(key for row in rows for key in row)
     wanted = [
         key

@@ -23,6 +23,7 @@ from recurgolf.compare.runs import (
 )
 from recurgolf.compare.statistics import Test
 from recurgolf.config import ConfigError
+from recurgolf.eval.several import DAMAGES
 
 METRICS = ("val_bpb", "pre_quant_val_bpb")
 TESTS = {"welch": statistics.welch, "paired": statistics.paired}
@@ -111,9 +112,10 @@ def compare(
         ConfigError: nothing to compare, figures that do not compare, a baseline that is none.
     """
     rules = rules or Rules()
-    runs = find_runs(folders)
+    left_out: list[str] = []
+    runs = find_runs(folders, left_out)
     apart = Path(baseline).is_dir() if baseline else False
-    own = find_runs([Path(baseline)]) if baseline and apart else []
+    own = find_runs([Path(baseline)], left_out) if baseline and apart else []
     paths = {run.folder for run in own}
     others = [run for run in runs if run.folder not in paths]
     check_comparable([run for run in (*own, *others) if run.summary is not None])
@@ -132,7 +134,7 @@ def compare(
         margin_bpb=statistics.margin_bpb(*sizes, rules.margin_nats),
         nats_per_bpb=1 / statistics.margin_bpb(*sizes, 1.0),
         protocol=some.protocol,
-        notes=notes(groups),
+        notes=[*dict.fromkeys(left_out), *notes(groups)],
     )
     if base is not None:
         if not base.runs:
@@ -208,17 +210,25 @@ def tests_of(group: Group, baseline: Group, margin: float, rules: Rules) -> dict
 def document_nats(group: Group) -> tuple[str, np.ndarray, np.ndarray] | None:
     """Fingerprint of the text, nats per document as means over runs, bytes per document.
 
-    None where no run has kept them (scores/<protocol>.npz), or not all on one text.
+    None where no run has kept them (scores/<protocol>.npz), not all on one text, or a file is
+    damaged: the test over documents is then left out.
     """
     texts, nats, sizes = set(), [], []
     for run in group.runs:
         path = run.folder / "scores" / f"{(run.config.get('eval') or {}).get('kind')}.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                texts.add(str(kept["text"]))
-                nats.append(kept["nats"])
-                sizes.append(kept["bytes"])
-    if len(texts) != 1:
+        if not path.exists():
+            continue
+        try:
+            with path.open("rb") as file, np.load(file) as kept:
+                text, own, size = str(kept["text"]), kept["nats"], kept["bytes"]
+            if own.ndim != 1 or own.shape != size.shape or not np.isfinite(own).all():
+                return None
+        except DAMAGES:
+            return None
+        texts.add(text)
+        nats.append(own)
+        sizes.append(size)
+    if len(texts) != 1 or len({len(one) for one in nats}) != 1:
         return None
     return texts.pop(), np.mean(nats, axis=0), sizes[0]
 
@@ -231,7 +241,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
             if seeds:
                 found.append(f"{group.label}: seeds {what}: {', '.join(seeds)}")
         for run in group.unfinished:
-            found.append(f"{group.label}: seed {run.seed} did not finish ({run.folder})")
+            how = "diverged" if run.status == "diverged" else "did not finish"
+            found.append(f"{group.label}: seed {run.seed} {how} ({run.folder})")
         if group.left_out:
             left_out = ", ".join(run.seed for run in group.left_out)
             found.append(f"{group.label}: not among the declared seeds, left out: {left_out}")
@@ -286,6 +297,7 @@ def _group_json(group: Group, metric: str) -> dict[str, Any]:
         "setting": group.label,
         "differs": group.differs,
         "n": len(group.runs),
+        "diverged": group.diverged,
         "seeds": group.seeds,
         "declared_seeds": group.declared,
         "missing_seeds": group.missing_seeds,

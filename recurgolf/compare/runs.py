@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.disk import DamagedFile, read_json
 from recurgolf.older import modern
 from recurgolf.run import fingerprint_of
 from recurgolf.seal import audit_state
@@ -28,6 +29,9 @@ from recurgolf.settings import NOT_FINGERPRINTED
 ABSENT = "-"
 """Stands for a setting that a group does not have, because another kind is chosen there."""
 SKIPPED_FOLDERS = {"checkpoints", "wandb", "scores", ".hydra", "moved_aside", "__pycache__"}
+_NEEDED = ("artifact_bytes", "val_tokens", "val_bytes", "steps", "train_seconds")
+"""Figures of a summary that every comparison reads, besides val_bpb."""
+_MAPPINGS = ("evals", "by_passes", "text", "environment")
 _NO_SETTINGS = ("name", "seed", "seeds", "tracker", "plugins")
 _NO_PROTOCOL = {"batch_tokens", "passes", "also", "rope_scale"}
 """Fields of an evaluation that say how the model is run, not what is scored."""
@@ -39,14 +43,16 @@ class FoundRun:
 
     Attributes:
         config: content of run.json.
-        summary: content of summary.json; None where the run did not finish.
+        summary: content of summary.json; None where the run has no figures.
         ended: when summary.json was written, Unix seconds.
+        status: finished | over_budget | diverged | unfinished.
     """
 
     folder: Path
     config: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     ended: float = 0.0
+    status: str = "unfinished"
 
     @property
     def name(self) -> str:
@@ -120,7 +126,7 @@ class Group:
         differs: setting -> value, for what differs between the groups.
         telling: as few of those settings as tell every group from every other.
         runs: finished, one per seed, by seed.
-        unfinished: those without a summary.
+        unfinished: those without figures, also what diverged.
         repeated: finished runs of a seed that a newer run of the same settings replaced.
         left_out: finished runs of seeds that were not declared.
         declared: seeds that were said beforehand, where they are known.
@@ -161,6 +167,11 @@ class Group:
         return [run.seed for run in self.runs]
 
     @property
+    def diverged(self) -> int:
+        """How many of its runs diverged; they are among the unfinished."""
+        return sum(run.status == "diverged" for run in self.unfinished)
+
+    @property
     def missing_seeds(self) -> list[str]:
         return [seed for seed in self.declared if seed not in self.seeds]
 
@@ -192,35 +203,60 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def find_runs(folders: Iterable[Path]) -> list[FoundRun]:
+def find_runs(folders: Iterable[Path], left_out: list[str] | None = None) -> list[FoundRun]:
     """Every run in or below the folders, in order of their paths.
 
+    Args:
+        left_out: takes a line for every run with a damaged file; without it that is an error.
+
     Raises:
-        ConfigError: a folder that is not there or has no run in it, or a damaged file.
+        ConfigError: a folder that is not there or has no run in it; nothing but damaged runs.
     """
     found: dict[Path, FoundRun] = {}
+    damaged: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; give folders of runs or sweeps")
-        here = [read_run(path) for path in _run_folders(folder.resolve())]
-        if not here:
+        paths = _run_folders(folder.resolve())
+        if not paths:
             raise ConfigError(f"{folder}: no run in or below it (a run's folder has a run.json)")
-        found |= {run.folder: run for run in here}
+        for path in paths:
+            try:
+                found[path] = read_run(path)
+            except DamagedFile as error:
+                damaged.append(str(error))
+    if damaged and (left_out is None or not found):
+        raise ConfigError("; ".join(damaged))
+    if left_out is not None:
+        left_out += [f"left out: {line}" for line in dict.fromkeys(damaged)]
     return list(found.values())
 
 
 def read_run(folder: Path) -> FoundRun:
-    """A run's folder, finished or not."""
-    summary = folder / "summary.json"
-    # failure.txt lies where a later attempt failed: the summary is of an earlier one.
-    finished = summary.exists() and not (folder / "failure.txt").exists()
-    if finished and (stale := foreign_summary(folder)):
+    """A run's folder, finished or not.
+
+    Raises:
+        DamagedFile: run.json or summary.json is not what a run writes.
+    """
+    config = read_json(folder / "run.json")
+    for name in ("seeds", "trainer", "eval"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise DamagedFile(f"{folder / 'run.json'} is damaged: {name} is no object")
+    path = folder / "summary.json"
+    try:
+        summary = read_json(path)
+    except FileNotFoundError:
+        return FoundRun(folder, config, None)
+    if stale := foreign_summary(folder):
         print(f"{folder}: {stale}: left out", file=sys.stderr)
-        finished = False
-    config, told = _json(folder / "run.json"), _json(summary) if finished else None
-    if told is None or not all(_finite(told.get(name)) for name in ("val_bpb", "artifact_bytes")):
-        return FoundRun(folder, config, None)  # one that diverged has no figures to compare either
-    return FoundRun(folder, config, told, summary.stat().st_mtime)
+        return FoundRun(folder, config, None)
+    if _diverged(summary):
+        return FoundRun(folder, config, None, status="diverged")
+    if (folder / "failure.txt").exists():  # of a later attempt; the summary is of an earlier one
+        return FoundRun(folder, config, None)
+    _check_summary(path, summary)
+    status = str(summary.get("status", "finished"))
+    return FoundRun(folder, config, summary, path.stat().st_mtime, status)
 
 
 def foreign_summary(folder: Path) -> str:
@@ -233,8 +269,29 @@ def foreign_summary(folder: Path) -> str:
     return "" if told == own else f"its summary.json is of another run ({told}, run.json: {own})"
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _diverged(summary: Mapping[str, Any]) -> bool:
+    """Earlier versions wrote NaN as the score of such a run and called it finished."""
+    told = summary.get("status")
+    return told == "diverged" or (told is not None and summary.get("val_bpb", 0) is None)
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Refuse a summary that figures cannot be taken from."""
+    for name in ("val_bpb", *_NEEDED):
+        if not is_figure(summary.get(name)):
+            raise DamagedFile(f"{path} is damaged: {name} is {summary.get(name)!r:.40}")
+    for name in _MAPPINGS:
+        if not isinstance(summary.get(name) or {}, Mapping):
+            raise DamagedFile(f"{path} is damaged: {name} is no object")
+    if not all(isinstance(entry, Mapping) for entry in (summary.get("evals") or {}).values()):
+        raise DamagedFile(f"{path} is damaged: an entry of evals is no object")
+    if not isinstance(summary.get("within_budget"), bool):
+        raise DamagedFile(f"{path} is damaged: within_budget is neither true nor false")
+
+
+def is_figure(value: Any) -> bool:
+    """Whether something read from a file is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def grouped(runs: Sequence[FoundRun], by_text: bool = False) -> list[Group]:
@@ -291,7 +348,7 @@ def declared_seeds(runs: Sequence[FoundRun]) -> list[str]:
     """Seeds that the sweeps of these runs set out to do, by their sweep.json; [] where unknown."""
     seeds: list[str] = []
     for path in sorted({run.folder.parent / "sweep.json" for run in runs}):
-        jobs = _json(path)["jobs"] if path.exists() else []
+        jobs = _jobs(path)
         own = [job for job in jobs if any(Path(job["folder"]).name == r.folder.name for r in runs)]
         kinds = {_without_seed(job["overrides"]) for job in own}
         seeds += [
@@ -362,8 +419,17 @@ def numeric(text: str) -> tuple[tuple[int, str], ...]:
     )
 
 
-def _json(path: Path) -> Any:
+def _jobs(path: Path) -> list[dict[str, Any]]:
+    """The jobs in a sweep.json; none where it is damaged, for nothing but a remark hangs on it."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
+        jobs = read_json(path).get("jobs")
+    except (FileNotFoundError, DamagedFile):
+        return []
+    return [
+        job
+        for job in (jobs if isinstance(jobs, list) else [])
+        if isinstance(job, dict)
+        and isinstance(job.get("folder"), str)
+        and isinstance(job.get("overrides"), list)
+        and all(isinstance(override, str) for override in job["overrides"])
+    ]

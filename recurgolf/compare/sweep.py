@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -25,10 +24,9 @@ from recurgolf.compare.runs import (
     numeric,
     read_run,
 )
-from recurgolf.config import ConfigError
-from recurgolf.disk import write_file
+from recurgolf.config import ConfigError, Diverged
+from recurgolf.disk import DamagedFile, write_file, write_json
 from recurgolf.overrides import is_seed
-from recurgolf.training.summary import FILE as SUMMARY
 
 OVERRIDES = ".hydra/overrides.yaml"
 """In the folder of every job: its overrides."""
@@ -92,7 +90,7 @@ def job_folders(folder: Path) -> list[Path]:
 
 def note_failure(folder: Path, error: Exception) -> None:
     """Leave the cause in the job's folder, where the table at the end finds it."""
-    refused = isinstance(error, ConfigError)
+    refused = isinstance(error, (ConfigError, Diverged))
     cause = str(error) if refused else f"{type(error).__name__}: {error}"
     first = cause.splitlines()[0] if cause else type(error).__name__
     write_file(folder / FAILURE, f"{first}\n\n{traceback.format_exc()}")
@@ -106,21 +104,29 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """
     jobs = []
     for path in job_folders(folder):
-        note = path / FAILURE
-        stale = foreign_summary(path)
-        finished = (path / SUMMARY).exists() and not note.exists() and not stale
-        error = stale or "it did not finish"
-        if note.exists():
-            error = (note.read_text().splitlines() or ["no cause was noted"])[0]
+        try:
+            run, error = read_run(path), foreign_summary(path) or _cause(path / FAILURE)
+        except FileNotFoundError:  # it did not compose
+            run, error = FoundRun(path, {}, None), _cause(path / FAILURE)
+        except DamagedFile as damage:
+            run, error = FoundRun(path, {}, None), str(damage)
+        finished = run.summary is not None
+        failed = run.status if run.status == "diverged" else "failed"
         jobs.append(
             {
                 "overrides": read_overrides(path),
                 "folder": str(path),
-                "status": "finished" if finished else "failed",
+                "status": "finished" if finished else failed,
                 "error": None if finished else error,
             }
         )
     return jobs
+
+
+def _cause(note: Path) -> str:
+    """The first line of a failure.txt."""
+    lines = note.read_text(errors="replace").splitlines() if note.exists() else []
+    return next(iter(lines), "it did not finish")
 
 
 def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -139,13 +145,13 @@ def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
         if job["status"] == "finished":
             group.runs.append(read_run(folder))
         else:
-            group.unfinished.append(FoundRun(folder, {}, None))
+            group.unfinished.append(FoundRun(folder, {}, None, status=job["status"]))
     return list(groups.values())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many jobs of a sweep failed, and how many made a file over the budget."""
+    """How many jobs of a sweep failed or diverged, and how many made a file over the budget."""
 
     failed: int
     over_budget: int
@@ -161,15 +167,15 @@ def finish_sweep(folder: Path) -> Outcome:
     if not jobs:
         raise ConfigError(f"{folder}: no job of a sweep in or below it")
     groups = grouped(jobs)
-    text = json.dumps({"jobs": jobs, "groups": [as_json(g) for g in groups]}, indent=1)
-    write_file(folder / "sweep.json", text + "\n")
+    write_json(folder / "sweep.json", {"jobs": jobs, "groups": [as_json(g) for g in groups]})
     # Where no terminal sets a width, a label stays in one line.
     wide = None if sys.stdout.isatty() else 200
     console = Console(highlight=False, soft_wrap=True, width=wide)
     console.print(table(groups))
-    failed = [job for job in jobs if job["status"] == "failed"]
+    failed = [job for job in jobs if job["status"] != "finished"]
     for job in failed:
-        console.print(f"failed: {' '.join(job['overrides'])}: {job['error']}", markup=False)
+        told = f"{job['status']}: {' '.join(job['overrides'])}: {job['error']}"
+        console.print(told, markup=False)
     console.print(f"sweep: {folder}/sweep.json", markup=False)
     return Outcome(len(failed), sum(group.over_budget for group in groups))
 
@@ -183,11 +189,14 @@ def table(
     """Mean ± deviation over seeds, one row per group.
 
     Args:
-        failed: whether to say how many runs did not finish.
+        failed: whether to say how many runs did not finish. Where some diverged, a column of its
+            own says how many of these.
     """
     grid = Table(box=box.SIMPLE_HEAD)
     grid.add_column("setting", overflow="fold", min_width=24)
-    for name in ("n", metric, "artifact bytes", *["failed"] * failed, "over budget"):
+    diverged = any(group.diverged for group in groups)
+    shown = [*["failed"] * failed, *["diverged"] * diverged, "over budget"]
+    for name in ("n", metric, "artifact bytes", *shown):
         grid.add_column(name, justify="right", no_wrap=True)
     for group in groups:
         grid.add_row(
@@ -197,6 +206,7 @@ def table(
             plus_minus(group, metric, ".4f"),
             plus_minus(group, "artifact_bytes", ",.0f"),
             *[str(len(group.unfinished))] * failed,
+            *[str(group.diverged)] * diverged,
             str(group.over_budget),
         )
     return grid
@@ -222,7 +232,8 @@ def as_json(group: Group) -> dict[str, Any]:
         "setting": group.label,
         "n": len(group.runs),
         "failed": len(group.unfinished),
+        "diverged": group.diverged,
         "over_budget": group.over_budget,
-        "seeds": [run.summary["seed"] for run in group.runs if run.summary],
+        "seeds": [run.summary.get("seed") for run in group.runs if run.summary],
         **figures,
     }

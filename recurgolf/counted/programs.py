@@ -26,6 +26,7 @@ def replaced(run: Run) -> dict[Target, Target]:
         "data.shard_fingerprints:checksums",
         "data.shard_fingerprints:fingerprints",
         "record:JsonlTracker",
+        "training.summary:Summary.read",
         "trust:check_trusted",
     }
     if run.trainer.base is None:

@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from recurgolf.config import kind_of, to_dict
-from recurgolf.disk import write_file
+from recurgolf.disk import DamagedFile, write_file
 from recurgolf.eval.protocol import Eval, ScoredModel
 from recurgolf.eval.text import Score
 from recurgolf.eval.windows import Overlapping
 
 FOLDER = "scores"
-
+DAMAGES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RecursionError,
+    BadZipFile,
+    zlib.error,
+)
+"""What numpy raises on a file that is cut or something else."""
 
 _NOT_SETTINGS = ("batch_tokens", "also", "audit")
 """Fields that no score depends on."""
@@ -145,10 +157,18 @@ def free_names(
 
 
 def kept_settings(path: Path) -> tuple[dict[str, Any], str]:
-    """Settings of the evaluation in a file of scores/, with its `kind`; fingerprint of its text."""
-    with np.load(path) as kept:
-        settings = json.loads(str(kept["protocol"]))
-        return {k: v for k, v in settings.items() if k != "name"}, str(kept["text"])
+    """Settings of the evaluation in a file of scores/, with its `kind`; fingerprint of its text.
+
+    Raises:
+        DamagedFile: it is cut, or no such file.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as kept:
+            settings = dict(json.loads(str(kept["protocol"])))
+            text = str(kept["text"])
+    except DAMAGES as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    return {k: v for k, v in settings.items() if k != "name"}, text
 
 
 def _asked_as(name: str, protocols: Mapping[str, Eval]) -> str:

@@ -52,6 +52,7 @@ def finish(job: Job, model: Transformer, trained: Trained) -> Summary:
         trained: what came before, and how the weights scored.
     """
     run, folder, ranks = job.run, job.folder, job.ranks
+    job.guard.check_end(job, model, trained.val_bpb)
     stored = quantize_model(job, model)
     if stored is not None:
         write_artifact(job, stored)
@@ -61,8 +62,8 @@ def finish(job: Job, model: Transformer, trained: Trained) -> Summary:
         packed = job.scored(rebuild(load(folder / ARTIFACT)).model)
         protocols = named_protocols([run.eval], run.trainer.seq_len)
         scores = score_all(job, protocols, packed)
-    job.guard.check_data(job.dataset)
     summary = summarize(job, model, trained, scores)
+    job.guard.check_end(job, packed.model, summary.val_bpb)
     summary.by_passes = by_passes(scores, protocols, packed)
     if stored is not None:
         summary.quantization = quantization_summary(stored)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from recurgolf.config import Diverged
 from recurgolf.data.shard_fingerprints import check_unchanged
+from recurgolf.disk import read_json, write_json
 from recurgolf.looping import LoopPlan
 from recurgolf.training import checkpoint, faults, resume
-from recurgolf.training.non_finite import Batches, diagnosis
+from recurgolf.training.non_finite import Batches, check_score, check_weights, diagnosis
+from recurgolf.training.summary import FILE as SUMMARY
+from recurgolf.training.summary import Summary, environment
 
 if TYPE_CHECKING:
     from recurgolf.data import Dataset
+    from recurgolf.model.transformer import Transformer
     from recurgolf.training.job import Job
     from recurgolf.training.state import TrainState
 
@@ -63,9 +70,13 @@ class Guard:
 
         Args:
             phase: what the time counts as; the last one is no part of training.
+
+        Raises:
+            Diverged: a weight is not finite. The checkpoints before stay the newest.
         """
         if self.saved_at == state.step:
             return
+        check_weights(state.model)
         config, ranks = job.run.trainer, job.ranks
         with job.clock.phase(phase):
             self.check_data(job.dataset)
@@ -87,8 +98,27 @@ class Guard:
         """Where numbers stopped being finite, kept beside the batch that did it. Collective."""
         return diagnosis(job, state, plan, batches, loss)
 
+    def check_end(self, job: Job, model: Transformer, val_bpb: float) -> None:
+        """Refuse a result of data that changed since they were opened, and one that is no number.
+
+        Raises:
+            Diverged: the score, or a weight in the type that the file keeps, is infinite or NaN.
+        """
+        self.check_data(job.dataset)
+        check_weights(model, job.run.quant.keep_dtype)
+        check_score(val_bpb)
+
     def explained(self, job: Job, step: int, error: Exception) -> Exception | None:
-        """An error of the machine in words that help; None: it speaks for itself."""
+        """An error of the machine in words that help; None: it speaks for itself.
+
+        Of a run that diverged, the summary says so from here on.
+        """
+        if isinstance(error, Diverged):
+            if job.ranks.is_first:
+                summary = summary_of_diverged(job, step, str(error))
+                write_json(job.folder / SUMMARY, summary)
+                job.tracker.summary({"status": summary["status"], "diverged": summary["diverged"]})
+            return None
         if faults.is_out_of_memory(error):
             return faults.out_of_memory(error, f"in step {step + 1}", job.run.trainer)
         if faults.lacks_compiler(error):
@@ -101,4 +131,43 @@ class Guard:
         return None
 
 
-__all__ = ["Guard"]
+def summary_of_diverged(job: Job, step: int, why: str) -> dict[str, Any]:
+    """What summary.json holds of a run that diverged: no figure but those of its training.
+
+    Args:
+        step: the last that went well.
+    """
+    missing = dataclasses.MISSING
+    unknown = [
+        field.name
+        for field in dataclasses.fields(Summary)
+        if field.default is missing and field.default_factory is missing
+    ]
+    seconds = job.clock.seconds
+    return {
+        **dict.fromkeys(unknown),
+        "evals": {},
+        "within_budget": False,
+        "budget_bytes": job.run.budget.artifact_bytes,
+        "steps": step,
+        "tokens": step * job.run.trainer.batch_tokens,
+        "train_seconds": round(seconds["training"], 3),
+        "seed": job.run.seed,
+        "fingerprint": job.run.fingerprint,
+        "status": "diverged",
+        "diverged": why,
+        "folder": str(job.known_as),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "environment": environment(job),
+    }
+
+
+def drop_diverged(folder: Path) -> None:
+    """Remove the summary of an earlier attempt that diverged: another one begins."""
+    path = folder / SUMMARY
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(path).get("status") == "diverged":
+            path.unlink()
+
+
+__all__ = ["Guard", "drop_diverged"]

@@ -30,6 +30,7 @@ from recurgolf.training.distributed import (
     started_by_torchrun,
     torchrun_ranks,
 )
+from recurgolf.training.guard import drop_diverged
 from recurgolf.training.job import Job
 from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
 from recurgolf.training.state import rng_state, set_rng_state
@@ -49,7 +50,8 @@ def launch(run: Run, folder: Path, quiet: bool = False) -> Summary:
 
     Raises:
         ConfigError: what can be known to fail, before any training.
-        RunFailed: what made it impossible to go on; checkpoints stay.
+        RunFailed: what made it impossible to go on; checkpoints stay. Diverged where a number was
+            not finite.
         KeyboardInterrupt, SystemExit: SIGINT, SIGTERM, after a checkpoint.
     """
     check_device(run)
@@ -116,6 +118,7 @@ def _finished(run: Run, folder: Path) -> Summary | None:
     resume.check_unused(run, folder)
     if environment_rank() == 0:
         (folder / "failure.txt").unlink(missing_ok=True)
+        drop_diverged(folder)
     return summary
 
 

@@ -18,6 +18,7 @@ from recurgolf.seal import seal
 from recurgolf.training import checkpoint
 from recurgolf.training.finish import finish
 from recurgolf.training.job import Job
+from recurgolf.training.non_finite import check_weights
 from recurgolf.training.packing import write_artifact
 from recurgolf.training.quantize import quantize_model
 from recurgolf.training.resume import CHECKPOINTS
@@ -68,6 +69,7 @@ def keep_weights(job: Job, model: Transformer, origin: Mapping[str, Any]) -> Non
 
 def pack(job: Job, model: Transformer) -> None:
     """The model's file, the code that counts and the ledger, without a score."""
+    check_weights(model, job.run.quant.keep_dtype)
     stored = quantize_model(job, model)
     assert stored is not None, "one process alone is rank 0"
     write_artifact(job, stored)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from recurgolf.config import Diverged
+from recurgolf.disk import write_file, write_json
 from recurgolf.looping import LoopPlan
 from recurgolf.model.transformer import Transformer
-from recurgolf.training.faults import RunFailed
 from recurgolf.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def accepts(
     """Whether this step may change the weights; the same answer on every rank. Collective.
 
     Raises:
-        RunFailed: it may not, and `trainer.non_finite` does not let it pass.
+        Diverged: it may not, and `trainer.non_finite` does not let it pass.
     """
     finite = math.isfinite(loss.item()) and all(map(math.isfinite, norms.values()))
     if job.ranks.all_reduce([float(not finite)])[0] == 0:
@@ -53,7 +53,7 @@ def accepts(
     if config.non_finite == "skip" and state.skipped <= config.max_skipped:
         job.log.line(f"{words}: skipped ({state.skipped} of at most {config.max_skipped})")
         return False
-    raise RunFailed(job.guard.diagnosis(job, state, plan, batches, loss) or words)
+    raise Diverged(job.guard.diagnosis(job, state, plan, batches, loss) or words)
 
 
 def diagnosis(job: Job, state: TrainState, plan: LoopPlan, batches: Batches, loss: Tensor) -> str:
@@ -117,6 +117,39 @@ def examine(job: Job, model: Transformer, plan: LoopPlan, batches: Batches) -> d
     }
 
 
+def check_weights(model: torch.nn.Module, dtype: str = "float32") -> None:
+    """Refuse weights that no score can come from.
+
+    Args:
+        dtype: of weights and scales in the file, which may hold less than the model.
+
+    Raises:
+        Diverged: naming the first of them.
+    """
+    most = torch.finfo(getattr(torch, dtype)).max
+    for name, tensor in model.state_dict().items():
+        # Written so that NaN, which is not below anything, counts as well.
+        bad = int((~(tensor.abs() <= most)).sum()) if tensor.is_floating_point() else 0
+        if bad:
+            raise Diverged(
+                f"the run diverged: {bad:,} of {tensor.numel():,} weights in {name} are not finite "
+                f"in {dtype}; lower rates may prevent it"
+            )
+
+
+def check_score(val_bpb: float) -> None:
+    """Refuse a score that is none.
+
+    Raises:
+        Diverged: it is infinite or NaN.
+    """
+    if not math.isfinite(val_bpb):
+        raise Diverged(
+            f"the run diverged: val_bpb is {val_bpb} although all weights are finite; lower rates "
+            "may prevent it"
+        )
+
+
 def _count(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
@@ -134,9 +167,8 @@ def _keep(folder: Path, rank: int, batches: Batches, report: dict[str, Any]) -> 
         for micro, (x, y) in enumerate(batches)
         for name, tensor in (("x", x), ("y", y))
     }
-    save_file(tensors, folder / f"batch_rank{rank}.safetensors")
-    text = json.dumps(report, indent=1, default=str)
-    (folder / f"report_rank{rank}.json").write_text(text + "\n")
+    write_file(folder / f"batch_rank{rank}.safetensors", save(tensors))
+    write_json(folder / f"report_rank{rank}.json", report)
 
 
 def _message(config: TrainerConfig, skipped: int, report: dict[str, Any], folder: Path) -> str:
@@ -170,4 +202,4 @@ def _message(config: TrainerConfig, skipped: int, report: dict[str, Any], folder
     )
 
 
-__all__ = ["Batches", "accepts", "diagnosis", "examine"]
+__all__ = ["Batches", "accepts", "check_score", "check_weights", "diagnosis", "examine"]

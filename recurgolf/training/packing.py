@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from recurgolf import __version__
@@ -10,7 +9,7 @@ from recurgolf.artifact import pack
 from recurgolf.artifact.ledger import add_actual, to_json
 from recurgolf.config import to_dict
 from recurgolf.data import Dataset
-from recurgolf.disk import write_file
+from recurgolf.disk import write_json
 from recurgolf.quant import QuantizedState
 from recurgolf.run import Run
 
@@ -39,7 +38,7 @@ def write_artifact(job: Job, stored: QuantizedState) -> None:
     ledger = to_json(plan.lines, plan.code.to_json(), run.budget.artifact_bytes, table)
     if stored.filled is not None:
         ledger["filled"] = stored.filled.to_json()
-    write_file(folder / LEDGER, json.dumps(ledger, indent=1) + "\n")
+    write_json(folder / LEDGER, ledger)
 
 
 def metadata(run: Run, dataset: Dataset) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def finished(run: Run, folder: Path) -> Summary | None:
         return None
     last = events[-1] if events else {}
     ended_well = last.get("event") == "finish" and last["values"]["exit_code"] == 0
+    ended_well = ended_well and summary.status != "diverged"
     return summary if ended_well and summary.fingerprint in run.known_as(folder) else None
 
 

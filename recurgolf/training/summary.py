@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurgolf.disk import write_file
+from recurgolf.disk import DamagedFile, read_json, write_json
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
@@ -70,7 +69,7 @@ class Summary:
     seed: int
     fingerprint: str
     status: str
-    """finished | over_budget."""
+    """finished | over_budget | diverged: the figures of one that diverged are null."""
     val_raw_bytes: float | None = None
     """Bytes of raw text that go with them; None where the raw text is not known."""
     by_passes: dict[str, float] = field(default_factory=dict)
@@ -90,6 +89,8 @@ class Summary:
     figure to compare. Empty where it is the challenge's."""
     quantization: dict[str, Any] = field(default_factory=dict)
     """What quantizing took: errors, retries of the factorisation, corrections."""
+    diverged: str = ""
+    """Why there are no figures; empty where there are."""
     trajectory: dict[str, Any] = field(default_factory=dict)
     """Error of the state behind every visit, of the packed network against the trained one."""
 
@@ -97,11 +98,21 @@ class Summary:
         return dataclasses.asdict(self)
 
     def write(self, folder: Path) -> None:
-        write_file(folder / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(folder / FILE, self.to_dict())
 
     @classmethod
     def read(cls, folder: Path) -> Summary:
-        return cls(**json.loads((Path(folder) / FILE).read_text()))
+        """The summary in a run's folder.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        path = Path(folder) / FILE
+        told = read_json(path)
+        try:
+            return cls(**told)
+        except TypeError as error:
+            raise DamagedFile(f"{path} is damaged: {str(error).partition('() ')[2]}") from None
 
 
 def environment(job: Job) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, Diverged
 from recurgolf.streams import steady_output
 from recurgolf.training.faults import RunFailed
 from recurgolf.training.signals import STOP_SECONDS, WATCHED, Interruption, Signals
@@ -49,7 +49,7 @@ def run_ranks(
 
     Raises:
         ConfigError: a rank refused the request.
-        RunFailed: a rank failed, died or hung.
+        RunFailed: a rank failed, died or hung; Diverged where that is why.
         Interruption: a signal ended the ranks.
     """
     with tempfile.TemporaryDirectory() as folder, _spawning() as context, signals.deferred():
@@ -86,7 +86,8 @@ def _rank(target: Callable[[int, str, Any], None], rank: int, folder: str, argum
         except ConfigError as error:
             _note(folder, rank, "refused", str(error))
         except RunFailed as error:
-            _note(folder, rank, "failed", str(error))
+            kind = "diverged" if isinstance(error, Diverged) else "failed"
+            _note(folder, rank, kind, str(error))
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             _note(folder, rank, "lost" if is_consequence(error) else "broken", text)
@@ -138,7 +139,8 @@ def _cause(ranks: list[BaseProcess], hung: list[int], meeting: Path) -> Exceptio
     """Why the ranks ended: the earliest failure that no other explains."""
     notes = [json.loads(path.read_text()) for path in meeting.glob("end_*.json")]
     notes.sort(key=lambda note: note["time"])
-    for kind, error in (("refused", ConfigError), ("failed", RunFailed)):
+    told = {"refused": ConfigError, "diverged": Diverged, "failed": RunFailed}
+    for kind, error in told.items():
         for note in notes:
             if note["kind"] == kind:
                 return error(note["text"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.audit import audit_and_show
 from recurgolf.audit.prediction import POSITIONS
 from recurgolf.config import ConfigError
+from recurgolf.disk import json_text
 from recurgolf.log import Log
 
 
@@ -51,5 +51,5 @@ def main(arguments: Sequence[str]) -> int:
         trust=asked.trust,
     )
     if asked.json:
-        print(json.dumps(found.to_dict()))
+        print(json_text(found.to_dict()))
     return 0 if found.passed else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from recurgolf.compare.comparison import METRICS, TESTS, Comparison, Rules, as_j
 from recurgolf.compare.runs import ABSENT, Group, seed_list
 from recurgolf.compare.statistics import MARGIN_NATS, Test
 from recurgolf.compare.sweep import table
+from recurgolf.disk import json_text
 
 EPILOG = """\
   recurgolf compare outputs/sweeps/2026-11-23_20-57-15 --baseline lora.rank=0
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     seeds = None if asked.seeds is None else seed_list(asked.seeds)
     found = compare(asked.folders, asked.baseline, seeds, rules)
     if asked.json:
-        print(json.dumps(as_json(found)))
+        print(json_text(as_json(found)))
     else:
         show(found, Console(highlight=False, soft_wrap=True))
     return 0

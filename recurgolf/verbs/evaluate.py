@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild
 from recurgolf.config import ConfigError
 from recurgolf.data import Dataset
 from recurgolf.data.shard_fingerprints import check_unchanged
-from recurgolf.disk import write_file
+from recurgolf.disk import DamagedFile, json_text, read_json, write_json
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
@@ -26,6 +26,7 @@ from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.trust import add_trust
 from recurgolf.verbs.own_data import check_own_data
 
+EXIT_FAILED = 1
 OTHER_EVALS = "evals.json"
 """Where entries go in a folder without a summary (an imported checkpoint)."""
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Every `eval=` is one more protocol; `eval.key=value` behind it belongs to it, one in front of
     the first `eval=` to all. Each adds an entry to summary.json's `evals` and a file in scores/;
-    the headline stays as the run made it.
+    the headline stays as the run made it. Exit code 1 if a score is not finite.
     """
     parser = argparse.ArgumentParser(
         prog="recurgolf evaluate",
@@ -80,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     _keep(asked.folder, dataset, protocols, found, log)
     if asked.json:
-        print(json.dumps(entries))
-    return 0
+        print(json_text(entries))
+    return 0 if all(math.isfinite(score.val_bpb) for score in found.values()) else EXIT_FAILED
 
 
 def _scored(job: Job, scorable: Scorable, protocols: dict[str, Eval]) -> dict[str, Score]:
@@ -106,18 +107,20 @@ def _keep(
 ) -> None:
     """Add the evaluations to the run's folder, beside what is there."""
     text = dataset.fingerprint
-    names = free_names(folder, found, protocols, text)
     path = folder / (SUMMARY if (folder / SUMMARY).exists() else OTHER_EVALS)
     try:
+        names = free_names(folder, found, protocols, text)
         with resealing(folder):
-            content = json.loads(path.read_text()) if path.exists() else {"evals": {}}
+            content = read_json(path) if path.exists() else {"evals": {}}
+            if not isinstance(content.get("evals"), dict):
+                raise DamagedFile(f"{path} is damaged: it has no evals")
             for name, score in found.items():
                 content["evals"][names[name]] = entry_of(score, dataset)
             write_scores(folder, found, protocols, text, names)
-            write_file(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
+            write_json(path, content)
+    except (OSError, DamagedFile) as error:
         # A score of somebody else's folder is worth printing although it cannot be kept.
-        log.line(f"not kept in {folder}: {error.strerror}")
+        log.line(f"not kept in {folder}: {getattr(error, 'strerror', None) or error}")
         return
     log.line(f"kept in {path} as {', '.join(names.values())}")
 

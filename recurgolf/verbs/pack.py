@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError, kind_of, to_dict
-from recurgolf.disk import write_file
+from recurgolf.disk import write_json
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
@@ -147,7 +147,7 @@ def repack(job: Job, path: Path, score: bool) -> None:
     check_calibration(run, model, job.dataset, weights_under("gptq", rules_of(run, model)))
     log.line(f"{path}: {averaged}")
     origin = {"checkpoint": str(path.resolve()), "step": state["step"]}
-    write_file(job.folder / "packed_from.json", json.dumps(origin, indent=1) + "\n")
+    write_json(job.folder / "packed_from.json", origin)
     # The clocks go on from where training stopped them, so that its caps are told as well.
     job.clock.add(state.get("clock", {}))
     job.precision = state.get("precision", job.precision)

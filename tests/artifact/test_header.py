@@ -119,6 +119,7 @@ def test_10000_edited_headers_are_refused_or_sound(honest, tmp_path):
         (("model",), None, "TypeError"),
         (("looping",), [], "AttributeError"),
         (("model", "dim"), 2**60, "holds no model"),
+        (("model", "mtp_heads"), 10**6, "too many"),
     ],
 )
 def test_what_would_take_minutes_or_gigabytes_is_refused(honest, tmp_path, path, value, words):
