@@ -21,7 +21,7 @@ from recurgolf.artifact.codecs import Codec
 from recurgolf.budget import Budget
 from recurgolf.config import Checked, ConfigError, from_dict, kind_of, load_plugins, to_dict
 from recurgolf.data import Data
-from recurgolf.disk import write_file
+from recurgolf.disk import DamagedFile, read_json, write_file
 from recurgolf.eval import Eval
 from recurgolf.limits import at_least, one_of, refused
 from recurgolf.looping import Looping, LoopPlan
@@ -172,13 +172,11 @@ class Run:
         """
         path = Path(folder) / "run.json"
         try:
-            data = json.loads(path.read_text())
+            data = read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is damaged: {error}") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path} is damaged: not an object")
+        if not isinstance(data.get("plugins") or [], list):
+            raise DamagedFile(f"{path} is damaged: plugins is no list")
         check_trusted(data.get("plugins") or [], trust)
         run = cls.from_dict(data)
         # No field: it describes the file, and a Run with a changed part (`replace`) has none.

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from recurgolf.adapters.adapter import Adapter, Base, Factors, Place
 from recurgolf.config import ConfigError
+from recurgolf.disk import json_text, write_file, write_json
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLAIN, ITERATED = "LORA", "LORA_PER_ITERATION"
@@ -68,9 +69,9 @@ def write(folder: str | Path, adapter: Adapter, modules: Iterable[str] = ()) -> 
         for half, tensor in (("A", factors.a), ("B", factors.b)):
             tensors[_key(place, half)] = tensor.detach().float().cpu().contiguous().clone()
     about = {name: value for name, value in vars(adapter.base).items() if value is not None}
-    save_file(tensors, folder / TENSORS, {"format": "pt", "recurgolf": json.dumps(about)})
-    text = json.dumps(_config(adapter, list(modules)), indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n")
+    about = {"format": "pt", "recurgolf": json_text(about)}
+    write_file(folder / TENSORS, save(tensors, about))
+    write_json(folder / CONFIG, dict(sorted(_config(adapter, list(modules)).items())))
 
 
 def read(folder: str | Path) -> Adapter:

@@ -29,7 +29,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from recurgolf.config import ConfigError, suggestion
-from recurgolf.disk import write_file
+from recurgolf.disk import write_json
 from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
@@ -390,8 +390,7 @@ def _write(study: optuna.Study, asked: Search) -> None:
         for trial in study.trials
         if TWIN not in trial.user_attrs
     ]
-    text = json.dumps({"fixed": list(asked.fixed), "trials": trials}, indent=1)
-    write_file(asked.folder / RESULT, text + "\n")
+    write_json(asked.folder / RESULT, {"fixed": list(asked.fixed), "trials": trials})
 
 
 __all__ = ["Choice", "Interval", "Search", "all_failed", "front", "hopeless", "search", "table"]

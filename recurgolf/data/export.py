@@ -35,6 +35,7 @@ from recurgolf.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
+from recurgolf.disk import write_json
 
 CACHE_VERSION = 2
 """To be raised when the same text and settings give another folder than before."""
@@ -123,8 +124,7 @@ def export(corpus: Corpus, settings: ExportSettings, root: Path, step: Step) -> 
     }
     manifest = _manifest(corpus, documents, settings, tokenizer, name, stats)
     # Last, because its presence says that everything else is there.
-    text = json.dumps({**manifest, **checksums(manifest, root)}, indent=2) + "\n"
-    (root / MANIFEST).write_text(text, encoding="utf-8")
+    write_json(root / MANIFEST, {**manifest, **checksums(manifest, root)})
     return folder
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recurgolf.disk import flush
+from recurgolf.disk import flush, json_text
 from recurgolf.training.faults import full_disk, is_full_disk
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -59,7 +59,7 @@ def save(
         draft.mkdir(parents=True)
         save_file(tensors, draft / TENSORS)
         digest = _sha256(draft / TENSORS)
-        whole = {**state, "step": step, "tensors_sha256": digest}
+        whole = json.loads(json_text({**state, "step": step, "tensors_sha256": digest}))
         whole["state_sha256"] = _digest_of(whole)
         (draft / STATE).write_text(json.dumps(whole, indent=1) + "\n")
         for path in (draft / TENSORS, draft / STATE, draft):

@@ -7,7 +7,6 @@ The folder holds one program that trains and scores (`train_gpt.py`: packed, cou
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 from recurgolf.counted.code import Codes, codes_of, write_readable
+from recurgolf.disk import write_file, write_json
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.seal import FILE as SEAL
@@ -159,8 +159,8 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     first = runs[0]
     codes = codes_of(first.run)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_gpt.py").write_text(codes.train.source)
-    (folder / "score.py").write_text(codes.score.source)
+    write_file(folder / "train_gpt.py", codes.train.source)
+    write_file(folder / "score.py", codes.score.source)
     for name in (ARTIFACT, SUMMARY, "run.json"):
         shutil.copyfile(first.folder / name, folder / name)
     for one in runs:
@@ -171,7 +171,7 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     summaries = [one.summary for one in runs]
     entry = submission(first.run, summaries, codes, credits)
     entry["audit"] = {str(one.run.seed): one.audit for one in runs}
-    (folder / "submission.json").write_text(json.dumps(entry, indent=1) + "\n")
-    (folder / "README.md").write_text(readme(first.run, summaries, codes, entry))
-    (folder / "requirements.txt").write_text(requirements(first.run, codes.train))
+    write_json(folder / "submission.json", entry)
+    write_file(folder / "README.md", readme(first.run, summaries, codes, entry))
+    write_file(folder / "requirements.txt", requirements(first.run, codes.train))
     return codes
