@@ -30,7 +30,7 @@ def replaced(run: Run) -> dict[Target, Target]:
         "trust:check_trusted",
     }
     if run.trainer.base is None:
-        gone.add("training.base:start_from_base")
+        gone |= {"run:Run.read", "training.base:start_from_base"}
     if all(rule.method != "gptq" for rule in run.quant.rules):
         gone |= {
             f"training.calibration:{name}"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recurgolf.config import ConfigError
 from recurgolf.disk import flush, json_text
 from recurgolf.training.faults import full_disk, is_full_disk
 
@@ -95,23 +96,37 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a file is missing or its checksum differs.
+        ConfigError: it is under the name of another step.
     """
     try:
         state = json.loads((path / STATE).read_text())
         digest = _sha256(path / TENSORS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest_of(state):
         raise CheckpointError(f"checkpoint {path} is damaged: {STATE} has another checksum")
     if digest != state["tensors_sha256"]:
         raise CheckpointError(f"checkpoint {path} is damaged: {TENSORS} has another checksum")
+    named = _step_of(path)
+    if named is not None and named != state["step"]:
+        # Not passed over: a run that began anew would prune what it saves, and keep this one.
+        own = f"step_{state['step']:06d}"
+        raise ConfigError(
+            f"checkpoint {path} was renamed: it is of step {state['step']}; {own} is its name"
+        )
     return state
 
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, whole or damaged, the newest first."""
-    named = (path for path in folder.glob("step_*") if path.name[5:].isdecimal())
-    return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
+    named = {path: step for path in folder.glob("step_*") if (step := _step_of(path)) is not None}
+    return sorted((path for path in named if path.is_dir()), key=named.__getitem__, reverse=True)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None under a name that none has."""
+    prefix, _, digits = path.name.partition("_")
+    return int(digits) if prefix == "step" and digits.isdecimal() else None
 
 
 def newest(folder: Path) -> Path | None:
