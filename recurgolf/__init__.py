@@ -64,7 +64,7 @@ def train(run: Run, folder: str | Path | None = None, quiet: bool = False) -> Su
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder = claimed(Path("outputs") / plain_name(run.name) / f"{stamp}_seed{run.seed}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return launch(run, Path(folder), quiet)
+    return launch(run, Path(folder), "nothing" if quiet else "lines")
 
 
 def load(folder: str | Path, trust: bool = False) -> Loaded:

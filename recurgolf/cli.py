@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +27,7 @@ from recurgolf.composing import (
     command,
     compose,
     compose_parts,
+    composed_jobs,
     explained,
     of_sweep,
     prepared,
@@ -42,6 +45,7 @@ from recurgolf.training.faults import RunFailed, is_full_disk
 from recurgolf.trust import look_in_working_folder
 
 if TYPE_CHECKING:
+    from recurgolf.compare.preview import SweepAhead
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
 
@@ -64,8 +68,10 @@ def _code(arguments: list[str]) -> int:
     """Do what is asked; the exit code."""
     try:
         code = _dispatch(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # Whoever could say how to go on has said it; that is to be the last line.
+        if not error.args:
+            print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except ConfigError as error:
         code = _refused(str(error))
@@ -107,13 +113,50 @@ def _dispatch(arguments: list[str]) -> int:
         look_in_working_folder()
         return _train_command(rest)
     if verb == "plan":
-        from recurgolf.plan import plan_table
-
-        print(plan_table(_planned(rest)))
-        return 0
+        return _plan_command(rest)
     from recurgolf import verbs
 
     return verbs.run(verb, rest)
+
+
+def _plan_command(arguments: list[str]) -> int:
+    """Say what a run will be; with -m, what a sweep will be."""
+    if {"-m", "--multirun"} & set(arguments):
+        folder = prepared([a for a in arguments if not a.startswith("-")], config_dir(arguments))
+        arguments = with_vocabulary(arguments)
+        asked = command(arguments, folder)
+        assert asked is not None
+        print("\n".join(_ahead(asked, arguments, folder).lines()))
+        return 0
+    from recurgolf.plan import plan_table
+
+    print(plan_table(_planned(arguments)))
+    return 0
+
+
+def _ahead(asked: Command, arguments: Sequence[str], folder: Path | None) -> SweepAhead:
+    """What is known of a sweep before it starts; all of its jobs are composed.
+
+    Raises:
+        ConfigError: a job that would be refused, by its overrides.
+    """
+    from recurgolf.compare.preview import SweepAhead, look_ahead
+
+    elsewhere = "" if asked.launcher == "basic" else asked.launcher
+    if not asked.jobs:
+        # A sweeper that searches draws values later; what can be composed now is.
+        check_sweep(_given(arguments), folder)
+        return SweepAhead([], asked.at_once, elsewhere)
+    seen = {item for job in asked.jobs for item in job}
+    fixed = {item for item in seen if all(item in job for job in asked.jobs)}
+    varied = [[item for item in job if item not in fixed] for job in asked.jobs]
+    runs = composed_jobs(asked.jobs, folder, asked.config)
+    return look_ahead(list(zip(varied, runs, strict=True)), asked.at_once, elsewhere)
+
+
+def _given(arguments: Sequence[str]) -> list[str]:
+    """The overrides of a command line."""
+    return [a for a in arguments if "=" in a and not a.startswith("-")]
 
 
 def _planned(arguments: list[str]) -> Run:
@@ -142,56 +185,93 @@ def _train_command(arguments: list[str]) -> int:
                 "set trainer.devices=N, which makes the ranks of every job"
             )
         return _train_under_torchrun(*split_arguments(arguments, "train under torchrun"))
-    outcomes: list[Summary | Exception] = []
-
-    def job(config: Any) -> float | None:
-        from recurgolf.training.launch import launch
-
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if multirun:
-            from recurgolf.compare.sweep import note_overrides
-
-            note_overrides(folder, list(HydraConfig.get().overrides.task))
-        try:
-            run = built(config)
-            if multirun:
-                told = HydraConfig.get()
-                run = of_sweep(
-                    run, told.overrides.task, [*varied, *(told.sweeper.get("params") or {})]
-                )
-            summary = launch(run, folder)
-        except Exception as error:
-            # Kept for later: Hydra would print its own account of it, and end a sweep here.
-            if multirun:
-                from recurgolf.compare.sweep import note_failure
-
-                note_failure(folder, error)
-            outcomes.append(error)
-            return None
-        outcomes.append(summary)
-        return summary.val_bpb
-
     folder = prepared(arguments, config_dir(arguments))
     arguments = with_vocabulary(arguments)
     asked = command(arguments, folder)
-    multirun, varied = asked is not None and asked.run is None, list[str]()
-    if multirun:
-        given = [a for a in arguments if "=" in a and not a.startswith("-")]
-        check_sweep(given, folder)
-        varied = varied_keys(given)
-    if asked is not None:
-        arguments = [*arguments, *_own_folder(asked)]
-    SweepTable.exit_code = EXIT_FAILED
-    with _hydra_environment(arguments):
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
-    if multirun:
-        return SweepTable.exit_code
+    if asked is None or asked.run is None:
+        return _train_sweep(asked, arguments, folder)
+    outcomes: list[Summary | Exception] = []
+    new = asked.new or not asked.folder.exists()
+
+    def job(config: Any) -> None:
+        from recurgolf.training.launch import launch, remove_shell
+
+        output = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            outcomes.append(launch(built(config), output))
+        except Exception as error:
+            # Kept for later: Hydra would print its own account of it.
+            if new and isinstance(error, ConfigError):
+                remove_shell(output)
+            outcomes.append(error)
+
+    _by_hydra(job, [*arguments, *_own_folder(asked)])
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
         if not outcome.within_budget:
             return EXIT_OVER_BUDGET
     return 0
+
+
+def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | None) -> int:
+    """Run the jobs of a sweep.
+
+    Args:
+        asked: None where Hydra only prints something.
+    """
+    if asked is None:
+        _by_hydra(lambda config: None, arguments)
+        return 0
+    ahead, varied = _ahead(asked, arguments, folder), varied_keys(_given(arguments))
+    own = _own_folder(asked)
+    place = Path(own[0].partition("=")[2].strip("'")) if own else asked.folder
+    if ahead.jobs:
+        print("\n".join([*ahead.lines(), f"  in {place}"]), flush=True)
+
+    def job(config: Any) -> float | None:
+        return _sweep_job(config, ahead, varied)
+
+    SweepTable.exit_code = EXIT_FAILED
+    try:
+        _by_hydra(job, [*arguments, *own])
+    except (KeyboardInterrupt, SystemExit):
+        again = f"recurgolf sweep resume {shlex.quote(str(place))}"
+        print(f"recurgolf: the sweep was stopped; continue with\n{again}", file=sys.stderr)
+        raise
+    return SweepTable.exit_code
+
+
+def _sweep_job(config: Any, ahead: SweepAhead, varied: Sequence[str]) -> float | None:
+    """One job of a sweep, in whatever process: a head line, a bar, a line with its result."""
+    from recurgolf.compare.sweep import note_failure, note_overrides
+    from recurgolf.training.launch import launch
+
+    told = HydraConfig.get()
+    output = Path(told.runtime.output_dir)
+    overrides = list(told.overrides.task)
+    note_overrides(output, overrides)
+    number, began = int(told.job.num), time.monotonic()
+    known = ahead.jobs[number].varied if number < len(ahead.jobs) else None
+    label = known if known is not None else [o for o in overrides if o.partition("=")[0] in varied]
+    print(ahead.head(number, label), flush=True)
+    try:
+        of_yaml = told.sweeper.get("params") or {}
+        run = of_sweep(built(config), overrides, [*varied, *of_yaml])
+        # Bars of several jobs at a time would overwrite each other.
+        summary = launch(run, output, "nothing" if ahead.elsewhere else "bar")
+    except Exception as error:
+        # Hydra would print its own account of it, and end the sweep here.
+        note_failure(output, error, ahead.named(number, label))
+        return None
+    print(ahead.result(number, label, summary, time.monotonic() - began), flush=True)
+    return summary.val_bpb
+
+
+def _by_hydra(job: Callable[[Any], Any], arguments: Sequence[str]) -> None:
+    """Have Hydra make the folders, compose and run the job or jobs."""
+    with _hydra_environment(list(arguments)):
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
 
 
 def _own_folder(asked: Command) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -124,10 +125,11 @@ def of_sweep(run: Run, overrides: Sequence[str], varied: Sequence[str]) -> Run:
     Args:
         overrides: the job's own.
     """
-    own = [o for o in overrides if o.partition("=")[0] in varied and not is_seed(o)]
+    jobs = [o for o in overrides if o.partition("=")[0] in varied]
+    own = [o for o in jobs if not is_seed(o)]
     own = [o for o in own if o.partition("=")[0] != "name" and o != f"experiment={run.name}"]
     group = " ".join([run.name, *own])
-    return dataclasses.replace(run, tracker=run.tracker.in_group(group))
+    return dataclasses.replace(run, tracker=run.tracker.in_sweep(group, " ".join(jobs)))
 
 
 class _Yaml(FileConfigSource):
@@ -217,6 +219,39 @@ def check_sweep(overrides: Sequence[str], folder: Path | None) -> None:
                 hydra.compose("config", [*first[:position], choice, *first[position + 1 :]])
 
 
+def composed_jobs(
+    jobs: Sequence[Sequence[str]], folder: Path | None, name: str = "config"
+) -> list[Run]:
+    """The Run of every job of a sweep, so that none trains before all are known to be right.
+
+    Jobs that differ in `seed` alone are composed once.
+
+    Args:
+        jobs: overrides of every one.
+        folder: a user's own, as --config-dir.
+
+    Raises:
+        ConfigError: the first job that does not compose, by its overrides.
+    """
+    known: dict[tuple[str, ...], Run] = {}
+    runs = []
+    with hydra_initialized(folder):
+        for job in jobs:
+            own = [item for item in job if not item.startswith("seed=")]
+            seeds = [item for item in job if item.startswith("seed=")]
+            key = (*own, str(len(seeds)))
+            number = seeds[-1].partition("=")[2] if seeds else ""
+            try:
+                if key in known and number.isdecimal():
+                    runs.append(dataclasses.replace(known[key], seed=int(number)))
+                else:
+                    runs.append(built(hydra.compose(name, list(job))))
+                known.setdefault(key, runs[-1])
+            except ConfigError as error:
+                raise ConfigError(f"{error} (no job was started, because of {job})") from None
+    return runs
+
+
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job of a sweep, in the order in which Hydra's own sweeper runs them.
 
@@ -243,6 +278,9 @@ class Command:
         new: whether the folder is to be made under a name that nobody has; else it was named.
         run: the Run; None where there are several.
         jobs: a sweep's: the overrides of every one; empty where a searching sweeper makes them.
+        config: name of the config that is composed.
+        launcher: what runs the jobs: `basic`, `joblib`, `submitit`, or the name of another.
+        at_once: how many jobs run at a time, as far as that is known.
     """
 
     key: str
@@ -250,6 +288,9 @@ class Command:
     new: bool
     run: Run | None
     jobs: list[list[str]]
+    config: str = "config"
+    launcher: str = "basic"
+    at_once: int = 1
 
 
 def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
@@ -270,6 +311,7 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
             return Command("hydra.run.dir", *_place(told, "run"), run, [])
         params = told.hydra.sweeper.get("params") or {}
         place = _place(told, "sweep")
+        launcher, at_once = _launcher(told.hydra.launcher)
     task = [*(f"{key}={value}" for key, value in params.items()), *told.hydra.overrides.task]
     try:
         jobs = sweep_jobs(task)
@@ -278,7 +320,19 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
     if len(jobs) > 1 and "${hydra.job.num}" not in as_written(told.hydra.sweep)["subdir"]:
         of_hydra = [str(item) for item in told.hydra.overrides.hydra]
         _check_apart([[*of_hydra, *job] for job in jobs], name, folder)
-    return Command("hydra.sweep.dir", *place, None, jobs)
+    return Command("hydra.sweep.dir", *place, None, jobs, name, launcher, at_once)
+
+
+def _launcher(node: Any) -> tuple[str, int]:
+    """What runs the jobs of a sweep, and how many at a time."""
+    target = str(node.get("_target_", ""))
+    known = [name for name in ("basic", "joblib", "submitit") if name in target]
+    name = known[0] if known else target.rpartition(".")[2]
+    if name == "joblib":
+        asked = int(node.get("n_jobs") or -1)
+        cores = os.cpu_count() or 1
+        return name, asked if asked > 0 else max(1, cores + 1 + asked)
+    return name, 1
 
 
 def _of_hydra(name: str, overrides: list[str], mode: RunMode) -> Any:

@@ -34,6 +34,7 @@ VERBS = {
     "board": "an HTML page of runs and sweeps: recurgolf board FOLDER... [--out board.html]",
     "resume": "go on with a run that was stopped: recurgolf resume FOLDER",
     "sweep": "run what is missing or failed: recurgolf sweep resume FOLDER; sweep show FOLDER",
+    "sync": "upload the W&B runs below folders: recurgolf sync FOLDER... [--dry-run]",
     "search": "look for the best settings, by bits per byte and bytes (recurgolf search --help)",
     "completion": 'tab completion: eval "$(recurgolf completion bash)" (or zsh, fish)',
     "control": "a looped run without its loop at equal cost: recurgolf control compare.match=flops",

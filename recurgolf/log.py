@@ -1,18 +1,15 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log."""
+"""What a person sees while a run goes on: plain lines here; terminal.py has the bar."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-from recurgolf.notebook import NotebookBar, in_notebook
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -21,16 +18,21 @@ class Log:
     """Lines to the console and to a file. Ranks other than the first get `Log(None, False)`.
 
     Args:
+        console: whether lines are shown; the bar is, wherever there is one.
         stderr: the console is standard error, where standard output is for a program to read.
+        bar: what shows progress; None: lines now and then.
     """
 
-    def __init__(self, path: Path | None, console: bool = True, stderr: bool = False):
-        self.path, self.alone = path, False
+    def __init__(
+        self,
+        path: Path | None,
+        console: bool = True,
+        stderr: bool = False,
+        bar: Callable[[Log, str, int], Bar] | None = None,
+    ):
+        self.path, self.alone, self.make_bar = path, False, bar
         self.file = path.open("a", buffering=1) if path is not None else None
-        # The kernel of a notebook sets FORCE_COLOR, which its ranks inherit.
-        terminal = None if (sys.stderr if stderr else sys.stdout).isatty() else False
-        options = {"highlight": False, "soft_wrap": True, "force_terminal": terminal}
-        self.console = Console(**options, stderr=stderr) if console else None
+        self.console = plain_console(stderr) if console else None
 
     def line(self, text: str) -> None:
         self.note(text)
@@ -55,7 +57,7 @@ class Log:
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
         """Progress over `total` units; close it before printing a table."""
-        bar = Bar(self, what, total)
+        bar = (self.make_bar or Bar)(self, what, total)
         try:
             yield bar
         finally:
@@ -82,45 +84,27 @@ def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:
     return f"{minutes}:{rest:02d} left{whose}"
 
 
+def plain_console(stderr: bool = False) -> Console:
+    """A console without colours that takes no pipe for a terminal."""
+    # The kernel of a notebook sets FORCE_COLOR, which its ranks inherit.
+    terminal = None if (sys.stderr if stderr else sys.stdout).isatty() else False
+    return Console(highlight=False, soft_wrap=True, stderr=stderr, force_terminal=terminal)
+
+
 class Bar:
-    """A bar where the console is a terminal; elsewhere a line now and then."""
+    """Progress as a line now and then."""
 
     def __init__(self, log: Log, what: str, total: int):
         self.log, self.what, self.total = log, what, total
-        self.live: Progress | NotebookBar | None = None
-        self.task = TaskID(0)
-        self.text = ""
         self.last_line = time.monotonic()
-        if log.console is not None and in_notebook():
-            self.live = NotebookBar(what, total)
-        elif log.console is not None and log.console.is_interactive:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-            )
-            self.live = live = Progress(*columns, console=log.console, transient=True)
-            self.task = live.add_task(what, total=total, text="")
-            live.start()
 
     def at(self, done: int, text: str = "", line: bool = False) -> None:
-        """Move to `done`; with `line` the text is also written as a line of the log.
-
-        Without a text the one before stays on the bar.
-        """
-        if self.live is not None:
-            self.text = text or self.text
-            self.live.update(self.task, completed=done, text=self.text)
-            if line:
-                self.log.note(text)
-        elif line:
+        """Move to `done`; with `line` the text is also written as a line of the log."""
+        if line:
             self.log.line(text)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.log.line(f"{self.what} {done:,}/{self.total:,} {text}".rstrip())
             self.last_line = time.monotonic()
 
     def close(self) -> None:
-        if self.live is not None:
-            self.live.stop()
+        """Nothing is left behind."""

@@ -18,12 +18,13 @@ import queue
 import re
 import secrets
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,9 +174,17 @@ class WandbTracker(Tracker):
 class Tracking(Checked):
     """Which trackers a run has, besides metrics.jsonl."""
 
-    def in_group(self, group: str) -> Tracking:
-        """The same for a job of a sweep, whose seeds share a group."""
+    def in_sweep(self, group: str, varied: str) -> Tracking:
+        """The same for a job of a sweep, whose seeds share a group.
+
+        Args:
+            varied: the job's own values of what the sweep varies: `lora.rank=2 seed=1`.
+        """
         return self
+
+    def told(self) -> list[str]:
+        """Lines that say which variables of the environment are used, and which are not."""
+        return []
 
     def group_of(self, name: str) -> str:
         """The group of a run by its name."""
@@ -208,11 +217,24 @@ class NoTracking(Tracking):
 class _WandbTracking(Tracking):
     """What a W&B run needs, with or without a network; subclasses say which."""
 
-    project: str = "recurgolf"
+    project: str | None = None
+    """null: WANDB_PROJECT, else recurgolf."""
     entity: str | None = None
     """User or team; null: the default of the account."""
+    name: str | None = None
+    """null: WANDB_NAME, else the group and the seed. In a sweep what a job varies follows."""
     group: str | None = None
-    """What seeds share; null: the run's name, and what a sweep varies."""
+    """What seeds share; null: WANDB_RUN_GROUP, else the run's name and what a sweep varies."""
+    tags: list[str] = field(default_factory=list)
+    """Besides the kinds of the parts, such as looping:cycle; []: those of WANDB_TAGS (a,b)."""
+    notes: str | None = None
+    """null: WANDB_NOTES."""
+    job_type: str | None = None
+    """null: WANDB_JOB_TYPE, else train."""
+    sweep: str | None = None
+    """What a sweep varies, as the key `sweep` of W&B's config; a sweep sets it itself."""
+    system: bool = False
+    """Let W&B measure processor, memory and GPU while the run goes on."""
     log_artifact: bool = False
     """Hand the packed file and run.json to W&B as an artifact."""
     init_timeout_seconds: Annotated[float, at_least(1)] = 60.0
@@ -222,33 +244,61 @@ class _WandbTracking(Tracking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = sorted(set(self.project) & set('/\\#?%:"'))
-        if wrong or not self.project:
-            raise ConfigError(
-                f"tracker.project={self.project!r}: a name without any of / \\ # ? % : and quotes"
-            )
+        if self.project is not None:
+            _check_project("tracker.project", self.project)
 
-    def in_group(self, group: str) -> Tracking:
-        return dataclasses.replace(self, group=group) if self.group is None else self
+    def check_account(self) -> None:
+        # Not when it is built: a finished run can be read in any environment.
+        if self.project is None and (project := os.environ.get("WANDB_PROJECT")):
+            _check_project("WANDB_PROJECT", project)
+
+    def in_sweep(self, group: str, varied: str) -> Tracking:
+        name = self._chosen("name")
+        return dataclasses.replace(
+            self,
+            group=self._chosen("group") or group,
+            name=f"{name} {varied}" if name else None,
+            sweep=self.sweep or varied,
+        )
 
     def group_of(self, name: str) -> str:
-        return name if self.group is None else self.group
+        return self._chosen("group") or name
+
+    def _chosen(self, key: str) -> Any:
+        """A setting: its own value, else that of the environment, else None."""
+        return getattr(self, key) or _from_environment(key) or None
+
+    def told(self) -> list[str]:
+        lines = []
+        for key, variable in ENVIRONMENT.items():
+            value, own = os.environ.get(variable), getattr(self, key)
+            if value and own and own != _from_environment(key):
+                lines.append(f"W&B: {variable}={value} is not used: tracker.{key}={own}")
+            elif value:
+                lines.append(f"W&B: {variable}={value} is used")
+        return lines
 
     def _mode(self) -> str:
         raise NotImplementedError
 
     def _listeners(self, identity: RunIdentity, folder: Path, run_id: str) -> list[Tracker]:
+        mode = self._mode()
+        if mode == "disabled":
+            return []
+        config = {**identity.config, **({"sweep": self.sweep} if self.sweep else {})}
+        git = git_state()
         init = {
-            "project": self.project,
+            "project": self._chosen("project") or "recurgolf",
             "entity": self.entity,
             "id": run_id,
-            "name": _short(identity.name),
+            "name": _short(self._chosen("name") or identity.name),
             "group": _short(identity.group),
-            "job_type": identity.job_type,
-            "tags": list(identity.tags),
-            "config": plain(identity.config),
+            "job_type": self._chosen("job_type") or identity.job_type,
+            "notes": self._chosen("notes"),
+            "tags": list(dict.fromkeys([*identity.tags, *(self._chosen("tags") or [])])),
+            "config": plain({**config, **({"git": git} if git else {})}),
             "dir": str(folder.resolve()),
-            "mode": self._mode(),
+            "mode": mode,
             "resume": "allow" if identity.run_id else None,
         }
         settings = {
@@ -256,7 +306,7 @@ class _WandbTracking(Tracking):
             "console": "off",
             "disable_git": True,
             "save_code": False,
-            "x_disable_stats": True,
+            "x_disable_stats": not self.system,
             "program": sys.argv[0],
             "init_timeout": self.init_timeout_seconds,
             # W&B gives up by itself, in good order, before it is made to.
@@ -289,23 +339,175 @@ class OnlineTracking(_WandbTracking):
     """A W&B run that is uploaded while it trains."""
 
     def check_account(self) -> None:
-        import wandb
-        from wandb.errors import AuthenticationError
-        from wandb.sdk.lib.wbauth import authenticate_session
-
-        remedy = "run `wandb login` (or set WANDB_API_KEY), or use tracker=offline"
-        try:
-            host = wandb.setup().settings.base_url
-            found = authenticate_session(
-                host=host, source="recurgolf", prompt=False, update_session=False
-            )
-        except AuthenticationError as error:
-            raise ConfigError(f"tracker=online: {error}; {remedy}") from None
-        if found is None:
-            raise ConfigError(f"tracker=online: there is no API key for {host}; {remedy}")
+        super().check_account()
+        _check_key("tracker=online")
 
     def _mode(self) -> str:
         return "online"
+
+
+@option("tracker", "wandb")
+@dataclass
+class WandbTracking(_WandbTracking):
+    """A W&B run as WANDB_MODE has it: offline (also where it is not set), online or disabled."""
+
+    def check_account(self) -> None:
+        super().check_account()
+        if self._mode() == "online":
+            _check_key("WANDB_MODE=online")
+
+    def told(self) -> list[str]:
+        mode = os.environ.get("WANDB_MODE")
+        return [*([f"W&B: WANDB_MODE={mode} is used"] if mode else []), *super().told()]
+
+    def _mode(self) -> str:
+        asked = os.environ.get("WANDB_MODE") or "offline"
+        mode = {"dryrun": "offline", "run": "online"}.get(asked, asked)
+        if mode not in ("offline", "online", "disabled"):
+            raise ConfigError(f"WANDB_MODE={asked}: offline, online or disabled")
+        return mode
+
+
+ENVIRONMENT = {
+    "project": "WANDB_PROJECT",
+    "name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
+    "tags": "WANDB_TAGS",
+    "notes": "WANDB_NOTES",
+    "job_type": "WANDB_JOB_TYPE",
+}
+"""Field of the tracker -> the variable that counts where the field is not set."""
+
+
+def _check_project(whose: str, project: str) -> None:
+    """Refuse a name of a project that W&B would refuse later. Raises ConfigError."""
+    if not project or set(project) & set('/\\#?%:"'):
+        raise ConfigError(f"{whose}={project!r}: a name without any of / \\ # ? % : and quotes")
+
+
+def _from_environment(key: str) -> Any:
+    text = os.environ.get(ENVIRONMENT[key], "").strip()
+    if key == "tags":
+        return [tag.strip() for tag in text.split(",") if tag.strip()]
+    return text
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the working folder's repository, and whether files differ from it; {}: none."""
+
+    def asked(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        dirty = bool(asked("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": asked("rev-parse", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """A W&B run that waits in a run's folder.
+
+    Attributes:
+        file: the .wandb file in `folder`.
+        synced: whether it was uploaded before.
+    """
+
+    folder: Path
+    file: Path
+    project: str
+    entity: str
+    run_id: str
+    name: str
+
+    @property
+    def synced(self) -> bool:
+        return self.file.with_name(f"{self.file.name}.synced").exists()
+
+    @property
+    def url(self) -> str:
+        """Where it will be seen."""
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        host = host.replace("//api.wandb.ai", "//wandb.ai").rstrip("/")
+        return f"{host}/{self.entity or 'YOUR-ACCOUNT'}/{self.project}/runs/{self.run_id}"
+
+    def upload(self) -> tuple[bool, str]:
+        """Whether it went well; the address, or what W&B said."""
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "wandb", "sync", str(self.folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+        address = re.search(r"https?://\S+/runs/\w+", text)
+        if done.returncode == 0:
+            return True, address[0] if address else self.url
+        return False, (text.strip().splitlines() or ["wandb sync said nothing"])[-1]
+
+
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """The W&B runs that wait in or below a folder, in order of their paths."""
+    found = []
+    for file in sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb")):
+        run = _run_record(file)
+        if run is not None:
+            told = (run.project, run.entity, run.run_id, run.display_name)
+            found.append(OfflineRun(file.parent, file, *told))
+    return found
+
+
+def _run_record(path: Path) -> Any:
+    """What a .wandb file says of its run, which stands in one of its first records.
+
+    The file is LevelDB's log: pieces in blocks of 32 KiB, each behind seven bytes of checksum,
+    length and type (1 whole, 2 first, 3 middle, 4 last); the file's own header takes seven more.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    block, header = 32768, struct.Struct("<IHB")
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + header.size <= len(data):
+        if block - at % block < header.size:
+            at += block - at % block
+            continue
+        _, length, kind = header.unpack_from(data, at)
+        whole += data[at + header.size : at + header.size + length]
+        at += header.size + length
+        if kind in (1, 4):
+            record = Record.FromString(whole)
+            if record.WhichOneof("record_type") == "run":
+                return record.run
+            whole = b""
+    return None
+
+
+def check_key() -> None:
+    """Refuse to upload without an account. Raises ConfigError."""
+    _check_key("recurgolf sync")
+
+
+def _check_key(asked: str) -> None:
+    import wandb
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib.wbauth import authenticate_session
+
+    remedy = "run `wandb login` (or set WANDB_API_KEY)"
+    if asked != "recurgolf sync":
+        remedy += ", or use tracker=offline"
+    try:
+        host = wandb.setup().settings.base_url
+        found = authenticate_session(
+            host=host, source="recurgolf", prompt=False, update_session=False
+        )
+    except AuthenticationError as error:
+        raise ConfigError(f"{asked}: {error}; {remedy}") from None
+    if found is None:
+        raise ConfigError(f"{asked}: there is no API key for {host}; {remedy}")
 
 
 def _id_from_environment() -> str | None:

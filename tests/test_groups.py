@@ -82,6 +82,6 @@ def test_the_line_of_the_score_says_that_a_normalizer_rewrites_the_text(normaliz
     run = compose(small())
     values = {field.name: 1 for field in dataclasses.fields(Summary)}
     summary = Summary(**{**values, "normalizer": normalizer, "folder": "x"})
-    first = result_lines(run, summary, {})[0]
+    first = result_lines(run, summary)[0]
     assert first.startswith("val_bpb") and ("normalizer" in first) == bool(normalizer)
     assert normalizer in first

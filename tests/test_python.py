@@ -13,6 +13,7 @@ import recurgolf
 from recurgolf.conf import options
 from recurgolf.config import ConfigError, check_types
 from recurgolf.log import Log
+from recurgolf.terminal import terminal_bar
 
 
 def test_one_string_is_the_command_line():
@@ -106,7 +107,7 @@ def test_a_notebook_has_one_bar_that_is_updated(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setattr("recurgolf.notebook.SECONDS_BETWEEN_UPDATES", 0.0)
-    with Log(None).bar("training", 4) as bar:
+    with Log(None, bar=terminal_bar).bar("training", 4) as bar:
         for step in range(1, 5):
             bar.at(step, f"loss {1 / step:.2f}", line=step == 2)
     assert len(shown.places) == 1, "one place, however many steps"

@@ -1,14 +1,20 @@
 """A multirun: a folder and a W&B run per job, a table over seeds, and failures that stop nobody."""
 
+import io
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 from command_line import Ended, recurgolf
-from smoke_runs import small
+from rich.console import Console
+from smoke_runs import composed, small
 from wandb_file import read_wandb
+
+from recurgolf.compare.sweep import grouped, read_jobs, table
+from recurgolf.training.launch import crowded
 
 
 def sweep(folder: Path, *overrides: str) -> Ended:
@@ -71,12 +77,76 @@ def test_the_groups_have_mean_and_deviation_over_seeds(swept):
 
 def test_the_table_is_printed_at_the_end(swept):
     folder, ended = swept
-    end = ended.out[ended.out.rindex("setting") :]
-    for group in json.loads((folder / "sweep.json").read_text())["groups"]:
+    end = ended.out[ended.out.rindex("lora.rank   n") :]
+    for group, rank in zip(
+        json.loads((folder / "sweep.json").read_text())["groups"], "12", strict=True
+    ):
         bpb = group["val_bpb"]
-        assert f"{bpb['mean']:.4f} ± {bpb['deviation']:.4f}" in end
-        assert group["setting"] in end
+        (row,) = (line for line in end.splitlines() if line.split()[:1] == [rank])
+        assert f"{bpb['mean']:.4f} ± {bpb['deviation']:.4f}" in row
     assert "sweep/sweep.json" in end
+
+
+def test_every_job_has_a_head_and_a_result_and_the_rest_is_in_its_log(swept):
+    folder, ended = swept
+    assert "4 jobs: 2 settings x 2 seeds (1, 2)" in ended.out
+    told = [line.split("  ") for line in ended.out.splitlines() if line.startswith("job ")]
+    heads, results = told[::2], told[1::2]
+    combinations = [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for number, (rank, seed) in enumerate(combinations):
+        named = [f"job {number + 1} of 4", f"lora.rank={rank} seed={seed}"]
+        assert heads[number][:2] == results[number][:2] == named
+        assert re.fullmatch(r"~\d+:\d\d left", heads[number][2])
+        summary = summaries(folder)[number]
+        assert results[number][2] == f"val_bpb {summary['val_bpb']:.4f}"
+        assert results[number][3] == f"{summary['artifact_bytes']:,} bytes"
+        assert "before packing" in (folder / str(number) / "train.log").read_text()
+    assert "before packing" not in ended.out
+
+
+def test_a_list_of_jobs_is_printed_without_running_any_of_them(tmp_path):
+    asked = small("lora.rank=1,2", "seed=1,2,3")
+    ended = recurgolf("plan", "-m", *asked, cwd=tmp_path).finished()
+    assert "6 jobs: 2 settings x 3 seeds (1, 2, 3)" in ended.out
+    for rank in (1, 2):
+        planned = recurgolf("plan", *small(f"lora.rank={rank}"), cwd=tmp_path).finished().out
+        (total,) = re.findall(r"^  total +([\d,]+)", planned, re.MULTILINE)
+        (line,) = (li for li in ended.out.splitlines() if li.startswith(f"  lora.rank={rank} "))
+        sizes = [int(size.replace(",", "")) for size in (total, line.split()[-2])]
+        # The fingerprint of the file's header packs a byte or two larger or smaller.
+        assert abs(sizes[0] - sizes[1]) < 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_in_which_one_job_does_not_compose_trains_nothing(tmp_path):
+    ended = sweep(tmp_path, "lora.rank=1,2,100000", "seed=1,2")
+    assert ended.code == 2
+    assert "lora.rank=100000 exceeds the smaller side" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [200, 80, 44])
+def test_no_cell_of_the_table_is_broken_at_any_width(swept, width):
+    seen = io.StringIO()
+    groups = grouped(read_jobs(swept[0]))
+    for group in groups:
+        group.differs["model/mixer"] = "gated_deltanet"
+    Console(file=seen, width=width).print(table(groups, width=width))
+    lines = seen.getvalue().splitlines()
+    assert max(map(len, lines)) <= width or width == 44
+    for group in groups:
+        mean, deviation = group.spread("val_bpb")
+        assert sum(f"{mean:.4f} ± {deviation:.4f}" in line for line in lines) == 1
+    assert "…" not in seen.getvalue()
+
+
+def test_more_threads_than_cores_are_told_once(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    run = composed(*small("trainer.threads=2"))
+    assert crowded(run) == "" == crowded(run, at_once=2)
+    assert "2 thread(s) x 3 jobs at a time want 6 cores, and there are 4" in crowded(run, 3)
+    many = composed(*small("trainer.threads=1", "trainer.devices=5", "trainer.batch_tokens=640"))
+    assert "trainer.devices=5 want 5 cores, and there are 4" in crowded(many)
 
 
 def test_resume_runs_what_is_missing_or_failed_and_nothing_else(swept, tmp_path):
@@ -108,18 +178,25 @@ def test_two_jobs_at_once_by_joblib_end_in_the_same_figures(swept, tmp_path):
 
 
 def test_a_failing_job_stops_nobody_and_is_listed_with_its_cause(tmp_path):
-    ended = sweep(tmp_path, "lora.rank=1,99,2", "trainer.steps=2")
+    # Composing cannot see that a rate is too large.
+    own = ["optimizer.matrix_lr=0.02,1e30,0.03", "quant=none", "trainer.steps=4"]
+    ended = sweep(tmp_path, *own)
     assert ended.code == 1
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert [job["status"] for job in found["jobs"]] == ["finished", "failed", "finished"]
-    cause = "lora.rank=99 exceeds the smaller side"
-    assert cause in found["jobs"][1]["error"]
-    assert "Traceback" not in found["jobs"][1]["error"]
-    (line,) = (line for line in ended.out.splitlines() if line.startswith("failed: "))
-    assert "lora.rank=99" in line
+    assert [job["status"] for job in found["jobs"]] == ["finished", "diverged", "finished"]
+    cause = found["jobs"][1]["error"]
+    assert "diverged" in cause or "finite" in cause
+    assert "Traceback" not in cause
+    (line,) = (line for line in ended.out.splitlines() if line.startswith("diverged: "))
+    assert "optimizer.matrix_lr=1e30" in line or "optimizer.matrix_lr=1e+30" in line
     assert cause in line
+    assert "job 2 of 3" in ended.err
     assert "Traceback" in (tmp_path / "sweep" / "1" / "failure.txt").read_text()
-    assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
+    assert len(list((tmp_path / "sweep").glob("[02]/summary.json"))) == 2
+    shutil.rmtree(tmp_path / "sweep" / "2")
+    again = recurgolf("sweep", "resume", "sweep", cwd=tmp_path)
+    assert again.code == 1 and "1 of 3 jobs are finished" in again.out
+    assert (tmp_path / "sweep" / "2" / "summary.json").exists()
 
 
 def test_a_job_over_its_budget_is_counted_and_told_by_the_exit_code(tmp_path):

@@ -1,5 +1,6 @@
 """W&B as a listener: its files hold what was logged, and no trouble with it stops a run."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from command_line import recurgolf
 from wandb_file import read_wandb
 
+from recurgolf import compose
 from recurgolf.config import REGISTRY, ConfigError, from_dict, to_dict
 from recurgolf.record import history, read_jsonl
 from recurgolf.tracker import (
@@ -22,6 +25,7 @@ from recurgolf.tracker import (
     RunIdentity,
     Tracking,
     WandbTracker,
+    WandbTracking,
 )
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "tracker"
@@ -127,6 +131,119 @@ def test_wandbs_own_inspector_sees_what_our_reader_sees(two_runs):
     summary = json.loads(short.stdout)
     assert summary["summary"]["val_bpb"] == found.summary["val_bpb"]
     assert summary["exit_code"] == found.exit_code
+
+
+VARIABLES = {
+    "WANDB_PROJECT": "golf",
+    "WANDB_NAME": "from outside",
+    "WANDB_RUN_GROUP": "wide",
+    "WANDB_TAGS": "a, b",
+}
+
+
+def test_explicit_settings_win_over_the_environment_and_that_over_the_default(
+    tmp_path, monkeypatch
+):
+    for variable, value in VARIABLES.items():
+        monkeypatch.setenv(variable, value)
+    explicit = {"project": "mine", "name": "one", "group": "narrow", "tags": ["c"]}
+    for case, fields in (("environment", {}), ("explicit", explicit)):
+        folder = tmp_path / case
+        folder.mkdir()
+        options = OfflineTracking(notes="why", job_type="probe", **fields)
+        who = dataclasses.replace(identity(), group=options.group_of("demo"))
+        options.build(who, folder).finish()
+        run = read_wandb(wandb_file(folder)).run
+        told = (run.project, run.display_name, run.run_group, list(run.tags)[2:])
+        assert (run.notes, run.job_type) == ("why", "probe")
+        assert list(run.tags)[:2] == ["looping:cycle", "quant:int6"]
+        if fields:
+            assert told == ("mine", "one", "narrow", ["c"])
+            assert all(" is not used: tracker." in line for line in options.told())
+        else:
+            assert told == ("golf", "from outside", "wide", ["a", "b"])
+            assert options.told() == [f"W&B: {k}={v} is used" for k, v in VARIABLES.items()]
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable)
+    assert OfflineTracking().group_of("demo") == "demo" and OfflineTracking().told() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "made"), [(None, True), ("offline", True), ("disabled", False), ("dryrun", True)]
+)
+def test_the_mode_is_the_environments_where_no_tracker_is_chosen(tmp_path, monkeypatch, mode, made):
+    if mode is None:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    tracker = compose(["experiment=smoke"]).tracker
+    tracker.build(identity(), tmp_path).finish()
+    assert bool(list(tmp_path.glob("wandb/offline-run-*"))) is made
+    explicit = OfflineTracking()._listeners(identity(), tmp_path, "abcd1234")
+    assert len(explicit) == 1, "tracker=offline holds whatever the environment says"
+    explicit[0].finish()
+
+
+def test_an_unknown_mode_and_an_online_one_without_a_key_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    for mode, said in (("sometimes", "WANDB_MODE=sometimes"), ("online", "WANDB_MODE=online")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with pytest.raises(ConfigError, match=said):
+            WandbTracking().check_account()
+
+
+def test_config_holds_sweep_and_commit_and_system_metrics_are_asked_for(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    monkeypatch.chdir(tmp_path)
+    for dirty in (False, True):
+        (tmp_path / "file").write_text("2" if dirty else "1")
+        folder = tmp_path / f"run{dirty}"
+        folder.mkdir()
+        job = OfflineTracking(system=dirty).in_sweep("demo lora.rank=2", "lora.rank=2 seed=1")
+        (tracker,) = job._listeners(identity(), folder, "abcd1234")
+        for step in range(1, 4):
+            tracker.log({"loss": 1.0}, step=step)
+        if dirty:
+            time.sleep(3)
+        tracker.finish()
+        found = read_wandb(wandb_file(folder))
+        assert found.config["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+        assert found.config["sweep"] == "lora.rank=2 seed=1"
+        assert (found.stats > 0) is dirty
+
+
+def test_no_field_of_the_tracker_is_in_the_fingerprint():
+    run = compose(["experiment=smoke"])
+    own = ["project=p", "entity=e", "name=n", "group=g", "tags=[t]", "notes=x", "job_type=j"]
+    own += ["sweep=s", "system=true", "log_artifact=true"]
+    others = compose(["experiment=smoke", *(f"tracker.{item}" for item in own)])
+    assert others.tracker != run.tracker and others.fingerprint == run.fingerprint
+    names = {field.name for field in dataclasses.fields(WandbTracking)}
+    assert {item.partition("=")[0] for item in own} >= {n for n in names if "seconds" not in n}
+
+
+def test_sync_says_what_would_go_where_and_sends_nothing(two_runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    ended = recurgolf("sync", str(two_runs), "--dry-run", cwd=tmp_path).finished()
+    ids = [wandb_file(two_runs / f"seed{n}").stem.removeprefix("run-") for n in (1, 2)]
+    lines = ended.out.splitlines()
+    for line, run_id, seed in zip(lines, ids, (1, 2), strict=False):
+        assert f"/recurgolf/runs/{run_id}" in line and f"demo/seed{seed}" in line
+    assert lines[2] == "2 of 2 would be uploaded, 0 before"
+    (tmp_path / "empty").mkdir()
+    assert "no offline W&B run" in recurgolf("sync", "empty", cwd=tmp_path).refused()
+    env = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    assert "no API key" in recurgolf("sync", str(two_runs), cwd=tmp_path, env=env).refused()
 
 
 def test_a_resumed_run_keeps_its_id_and_a_failed_one_its_exit_code(tmp_path):

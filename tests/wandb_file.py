@@ -17,7 +17,8 @@ BLOCK, HEADER = 32768, struct.Struct("<IHB")
 
 @dataclass
 class WandbRun:
-    """`run` is the protobuf (project, run_group, tags); `exit_code` is None if unfinished."""
+    """`run` is the protobuf (project, run_group, tags); `exit_code` is None if unfinished;
+    `stats` counts the measurements of the system."""
 
     run: Any = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +27,7 @@ class WandbRun:
     metrics: set[str] = field(default_factory=set)
     artifacts: list[Any] = field(default_factory=list)
     exit_code: int | None = None
+    stats: int = 0
 
 
 def read_wandb(path: Path) -> WandbRun:
@@ -43,6 +45,8 @@ def read_wandb(path: Path) -> WandbRun:
                 found.metrics.add(record.metric.name)
             case "artifact":
                 found.artifacts.append(record.artifact)
+            case "stats":
+                found.stats += 1
             case "exit":
                 found.exit_code = record.exit.exit_code
     return found

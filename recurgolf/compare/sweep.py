@@ -15,8 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from recurgolf.compare.runs import (
+    ABSENT,
     SKIPPED_FOLDERS,
     FoundRun,
     Group,
@@ -88,13 +90,17 @@ def job_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
 
 
-def note_failure(folder: Path, error: Exception) -> None:
-    """Leave the cause in the job's folder, where the table at the end finds it."""
+def note_failure(folder: Path, error: Exception, job: str = "this job") -> None:
+    """Leave the cause in the job's folder, where the table at the end finds it.
+
+    Args:
+        job: what to call it on the console.
+    """
     refused = isinstance(error, (ConfigError, Diverged))
     cause = str(error) if refused else f"{type(error).__name__}: {error}"
     first = cause.splitlines()[0] if cause else type(error).__name__
     write_file(folder / FAILURE, f"{first}\n\n{traceback.format_exc()}")
-    print(f"recurgolf: this job failed: {first}", file=sys.stderr)
+    print(f"recurgolf: {job} failed: {first}", file=sys.stderr)
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -140,7 +146,8 @@ def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
     for job in jobs:
         own = [o for o in job["overrides"] if not is_seed(o) and o not in shared]
         label = " ".join(own) or "all jobs"
-        group = groups.setdefault(label, Group({}, title=label))
+        differs = {key: value for key, _, value in (o.partition("=") for o in own)}
+        group = groups.setdefault(label, Group(differs, title=label))
         folder = Path(job["folder"])
         if job["status"] == "finished":
             group.runs.append(read_run(folder))
@@ -171,7 +178,7 @@ def finish_sweep(folder: Path) -> Outcome:
     # Where no terminal sets a width, a label stays in one line.
     wide = None if sys.stdout.isatty() else 200
     console = Console(highlight=False, soft_wrap=True, width=wide)
-    console.print(table(groups))
+    console.print(table(groups, width=console.width))
     failed = [job for job in jobs if job["status"] != "finished"]
     for job in failed:
         told = f"{job['status']}: {' '.join(job['overrides'])}: {job['error']}"
@@ -185,30 +192,63 @@ def table(
     metric: str = "val_bpb",
     baseline: Group | None = None,
     failed: bool = True,
-) -> Table:
-    """Mean ± deviation over seeds, one row per group.
+    width: int = 200,
+) -> Table | Text:
+    """Mean ± deviation over seeds: one row per group, one column per setting that differs.
+
+    A width that does not hold them shortens `lora.rank` to `rank`; where that is not enough, every
+    setting has a line of its own above its figures. No cell is broken.
 
     Args:
         failed: whether to say how many runs did not finish. Where some diverged, a column of its
             own says how many of these.
+        width: characters of a line.
     """
+    by_key = len(groups) > 1 and not any(group.shortened for group in groups)
+    keys = list(dict.fromkeys(key for group in groups for key in group.differs)) if by_key else []
+    short = [key.rpartition(".")[2] for key in keys]
+    short = short if len(set(short)) == len(short) else keys
+    last = {
+        "failed": [len(group.unfinished) if failed else 0 for group in groups],
+        "diverged": [group.diverged for group in groups],
+        "over budget": [group.over_budget for group in groups],
+    }
+    figures = {
+        "n": [str(len(group.runs)) for group in groups],
+        metric: [plus_minus(group, metric, ".4f") for group in groups],
+        "artifact bytes": [plus_minus(group, "artifact_bytes", ",.0f") for group in groups],
+        **{name: [str(n) for n in counts] for name, counts in last.items() if any(counts)},
+    }
+    for names in (keys, short) if keys else ([],):
+        columns = {
+            name: [group.differs.get(key, ABSENT) for group in groups]
+            for name, key in zip(names, keys, strict=True)
+        } or {"setting": [group.label for group in groups]}
+        first = next(iter(columns.values()))
+        first[:] = [
+            text + (" (baseline)" if group is baseline else "")
+            for text, group in zip(first, groups, strict=True)
+        ]
+        grid = _grid(columns, figures)
+        if Console(width=10_000).measure(grid).maximum <= width:
+            return grid
+    lines = []
+    for number, group in enumerate(groups):
+        lines.append(group.label + (" (baseline)" if group is baseline else ""))
+        lines.append("  " + "  ".join(f"{name} {own[number]}" for name, own in figures.items()))
+    return Text("\n".join(lines))
+
+
+def _grid(left: Mapping[str, Sequence[str]], right: Mapping[str, Sequence[str]]) -> Table:
+    """A table of columns by their headings, the second ones aligned to the right."""
     grid = Table(box=box.SIMPLE_HEAD)
-    grid.add_column("setting", overflow="fold", min_width=24)
-    diverged = any(group.diverged for group in groups)
-    shown = [*["failed"] * failed, *["diverged"] * diverged, "over budget"]
-    for name in ("n", metric, "artifact bytes", *shown):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for group in groups:
-        grid.add_row(
-            # A label may hold brackets, which the library would read as markup.
-            escape(group.label + (" (baseline)" if group is baseline else "")),
-            str(len(group.runs)),
-            plus_minus(group, metric, ".4f"),
-            plus_minus(group, "artifact_bytes", ",.0f"),
-            *[str(len(group.unfinished))] * failed,
-            *[str(group.diverged)] * diverged,
-            str(group.over_budget),
-        )
+    for name in left:
+        grid.add_column(escape(name), no_wrap=True)
+    for name in right:
+        grid.add_column(escape(name), justify="right", no_wrap=True)
+    for cells in zip(*left.values(), *right.values(), strict=True):
+        # A setting may hold brackets, which the library would read as markup.
+        grid.add_row(*map(escape, cells))
     return grid
 
 

@@ -275,8 +275,9 @@ class QuantAware:
         """What the loss has to bear besides the text, once per optimizer step; None: nothing."""
         return None
 
-    def settle(self) -> None:
-        """After the last step, with the weights that will be packed."""
+    def settle(self) -> bool:
+        """After the last step, with the weights that will be packed; whether it changes them."""
+        return False
 
     def curves(self, component: Callable[[str], str]) -> dict[str, float]:
         """Figures for the tracker; `component` names the part that a tensor belongs to."""

@@ -436,7 +436,7 @@ class RateAware(QuantAware):
         if settling:
             steps.log_factor.add_(min(max(_octaves(excess, steps.numel), -0.06), 0.06))
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """One factor on all steps until the packed file is within half a percent of its target.
 
         Where training ends close to it, as it does, nothing changes; an average of the weights has
@@ -444,14 +444,14 @@ class RateAware(QuantAware):
         """
         target, steps = self.target, self.steps
         if not self.active or target is None:
-            return
+            return False
         small, large = -math.inf, math.inf  # factors that make the file too large, and that fit
         move = 1 / PER_OCTAVE
         for _ in range(16):
             size, factor = self.file.measure(steps.stored(self.weights)), float(steps.log_factor)
             fine = steps.count(self.weights) > FINEST_START * steps.numel
             if size <= target and (size > 0.995 * target or fine):
-                return
+                return True
             if size > target:
                 small = factor
             else:
@@ -462,6 +462,7 @@ class RateAware(QuantAware):
             steps.log_factor.fill_(middle)
         # Half a percent is less than one code in a file this small: the largest that fits.
         steps.log_factor.fill_(large if math.isfinite(large) else small)
+        return True
 
     def price(self) -> Tensor | None:
         """λ * bits per weight, for the loss; None while bytes do not count."""

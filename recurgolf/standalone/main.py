@@ -32,7 +32,7 @@ from recurgolf.training.clock import Clock
 from recurgolf.training.distributed import Ranks, started_by_torchrun, torchrun_ranks
 from recurgolf.training.job import Job
 from recurgolf.training.launch import check_device, threads_of
-from recurgolf.training.report import result_lines
+from recurgolf.training.report import detail_lines, result_lines
 from recurgolf.training.trainer import train
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def trained(run: Run, folder: Path) -> Summary:
 def tell(job: Job, summary: Summary, outcome: Outcome) -> None:
     """The summary in its file, and its lines without the table."""
     summary.write(job.folder)
-    for text in result_lines(job.run, summary, job.dataset.anchors):
+    for text in result_lines(job.run, summary) + detail_lines(summary, job.dataset.anchors):
         job.log.line(text)
 
 

@@ -72,6 +72,7 @@ class Caps:
     def __init__(self, budget: Budget, clock: Clock, say: Callable[[str], None]):
         self.budget, self.clock, self.say = budget, clock, say
         self._warned: set[str] = set()
+        self._foretold = False
 
     def warn(self, phase: str, more_seconds: float, remedy: str) -> None:
         """Say once for each cap that counts a phase if what is still to come will break it."""
@@ -87,7 +88,7 @@ class Caps:
                 )
 
     def warn_of_training(self, run: Run, step: int, visits: int) -> None:
-        """Say once when the clock will end training before its last step.
+        """Say once how long training will take, and when the clock will end it early.
 
         The time of a step is taken to grow with its visits, so that a loop which starts late does
         not come as a surprise.
@@ -96,14 +97,21 @@ class Caps:
             visits: in all steps so far.
         """
         config, cap = run.trainer, run.budget.max_train_seconds
-        if cap is None or config.progress == "wallclock" or step < min(10, config.steps):
+        if config.progress == "wallclock" or step < min(10, config.steps):
             return
         left = range(step, config.steps, max(1, (config.steps - step) // 50))
         sampled = [run.plan(one / config.steps).num_visits for one in left]
         per_visit = self.clock.elapsed(TRAINING) / visits
+        more = per_visit * sum(sampled) * (config.steps - step) / max(len(sampled), 1)
+        minutes, seconds = divmod(round(self.clock.elapsed(TRAINING) + more), 60)
+        if minutes and not self._foretold:
+            self.say(f"training will take about {minutes}:{seconds:02d} in all at this speed")
+        self._foretold = True
+        if cap is None:
+            return
         self.warn(
             TRAINING,
-            per_visit * sum(sampled) * (config.steps - step) / max(len(sampled), 1),
+            more,
             f"it will end before step {config.steps}; lower trainer.steps, or "
             "let schedules follow the clock (trainer.progress=wallclock)",
         )

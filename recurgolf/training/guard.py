@@ -46,6 +46,8 @@ class Guard:
     def begin(self, job: Job) -> None:
         """Find what to continue from, and leave only that in the folder. Collective."""
         if job.ranks.is_first:
+            for line in job.run.tracker.told():
+                job.log.line(line)
             self.found = resume.find(job.run, job.folder, job.log.line)
             resume.make_room(job.run, job.folder, self.found, job.log.line)
         self.found = job.ranks.broadcast(self.found)

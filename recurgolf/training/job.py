@@ -22,6 +22,7 @@ from recurgolf.log import Log
 from recurgolf.plan import Plan, make_plan
 from recurgolf.record import NoTracker, Tracker
 from recurgolf.run import Run
+from recurgolf.terminal import terminal_bar
 from recurgolf.training.clock import Caps, Clock
 from recurgolf.training.distributed import Ranks
 from recurgolf.training.guard import Guard
@@ -82,7 +83,7 @@ class Job:
     ) -> Job:
         """A job with everything that looks after a run; without ranks, one process alone."""
         ranks, clock = ranks or Ranks(), Clock()
-        log = log or Log(folder / "train.log" if ranks.is_first else None, ranks.is_first)
+        log = log or run_log(folder, ranks.is_first)
         return cls(
             run,
             folder,
@@ -141,6 +142,19 @@ class Job:
         """A model of this run, on its device, as protocols see it."""
         run = self.run
         return ScoredModel(model.to(self.device), run.looping, run.trainer.seq_len, self.device)
+
+
+def run_log(folder: Path, first: bool, shown: str = "lines") -> Log:
+    """The log of a rank.
+
+    Args:
+        shown: on the first one's console: `lines`, a `bar` alone (lines only in train.log),
+            or `nothing`.
+    """
+    if not first:
+        return Log(None, console=False)
+    bar = terminal_bar if shown != "nothing" else None
+    return Log(folder / "train.log", console=shown == "lines", bar=bar)
 
 
 __all__ = ["Job"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shlex
+import shutil
 import socket
 import sys
 import time
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 
 from recurgolf.config import ConfigError
-from recurgolf.log import Log
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training import resume
@@ -31,7 +32,8 @@ from recurgolf.training.distributed import (
     torchrun_ranks,
 )
 from recurgolf.training.guard import drop_diverged
-from recurgolf.training.job import Job
+from recurgolf.training.job import Job, run_log
+from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.signals import STOP_SECONDS, Interruption, Signals
 from recurgolf.training.state import rng_state, set_rng_state
 from recurgolf.training.summary import Summary
@@ -42,11 +44,11 @@ SHARED_SECONDS = 5.0
 """A network file system may show a new file so late on other nodes."""
 
 
-def launch(run: Run, folder: Path, quiet: bool = False) -> Summary:
+def launch(run: Run, folder: Path, shown: str = "lines") -> Summary:
     """Train, pack and score a Run; everything it leaves is in `folder`.
 
     Args:
-        quiet: print nothing.
+        shown: on the console: `lines`, a `bar` alone, or `nothing`.
 
     Raises:
         ConfigError: what can be known to fail, before any training.
@@ -58,14 +60,17 @@ def launch(run: Run, folder: Path, quiet: bool = False) -> Summary:
     check_base(run)
     check_ending(run)
     run.tracker.check_account()
+    if warning := crowded(run):
+        print(f"recurgolf: {warning}", file=sys.stderr)
     try:
-        return _launched(run, folder, quiet)
+        return _launched(run, folder, shown)
     except Interruption as end:
-        print(f"recurgolf: {end}: stopped; continue with trainer.resume=auto", file=sys.stderr)
+        again = f"recurgolf resume {shlex.quote(str(folder))}"
+        print(f"recurgolf: {end}: stopped; continue with\n{again}", file=sys.stderr)
         raise end.for_caller() from None
 
 
-def _launched(run: Run, folder: Path, quiet: bool) -> Summary:
+def _launched(run: Run, folder: Path, shown: str) -> Summary:
     if started_by_torchrun():
         with torchrun_ranks(run.trainer) as ranks:
             # Ranks composed at different moments; the first one's folder is everybody's.
@@ -73,15 +78,15 @@ def _launched(run: Run, folder: Path, quiet: bool) -> Summary:
             folder.mkdir(parents=True, exist_ok=True)
             check_shared(folder, ranks)
             summary = ranks.broadcast(_finished(run, folder))
-            return summary or work(run, folder, ranks, quiet)
+            return summary or work(run, folder, ranks, shown)
     summary = _finished(run, folder)
     if summary is not None:
         return summary
     if run.trainer.devices == 1:
-        return work(run, folder, Ranks(), quiet)
+        return work(run, folder, Ranks(), shown)
     # The ranks end by themselves; this process is there until they have.
     with Signals().listening(STOP_SECONDS + 0.7) as signals:
-        run_ranks(_rank, run.trainer.devices, (run.to_dict(), str(folder), quiet), signals)
+        run_ranks(_rank, run.trainer.devices, (run.to_dict(), str(folder), shown), signals)
     return Summary.read(folder)
 
 
@@ -122,18 +127,18 @@ def _finished(run: Run, folder: Path) -> Summary | None:
     return summary
 
 
-def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str, bool]) -> None:
+def _rank(rank: int, meeting: str, argument: tuple[dict[str, Any], str, str]) -> None:
     """A spawned rank: the Run comes as plain data."""
-    data, folder, quiet = argument
+    data, folder, shown = argument
     run = Run.from_dict(data)
     world_size, timeout = run.trainer.devices, run.trainer.rank_timeout_seconds
     with file_ranks(
         backend_of(run.trainer), f"{meeting}/rendezvous", rank, world_size, timeout
     ) as ranks:
-        work(run, Path(folder), ranks, quiet)
+        work(run, Path(folder), ranks, shown)
 
 
-def work(run: Run, folder: Path, ranks: Ranks, quiet: bool = False) -> Summary:
+def work(run: Run, folder: Path, ranks: Ranks, shown: str = "lines") -> Summary:
     """The life of one rank."""
     # A data file that is cut while it is read ends the process with SIGBUS: say where.
     if not faulthandler.is_enabled():
@@ -142,7 +147,7 @@ def work(run: Run, folder: Path, ranks: Ranks, quiet: bool = False) -> Summary:
     torch.set_num_threads(threads_of(run, ranks))
     try:
         with torch.random.fork_rng(), Signals().listening() as signals:
-            log = Log(folder / "train.log", console=False) if quiet and ranks.is_first else None
+            log = run_log(folder, ranks.is_first, shown)
             return train(Job.watched(run, folder, ranks, signals, log))
     finally:
         torch.set_num_threads(before)
@@ -155,6 +160,37 @@ def threads_of(run: Run, ranks: Ranks) -> int:
         return run.trainer.threads or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else os.cpu_count() or 1
+
+
+def remove_shell(folder: Path) -> None:
+    """Take away the folder of a run that was refused before it had done anything."""
+    if not (folder / CHECKPOINTS).exists() and not (folder / "artifact.bin").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def crowded(run: Run, at_once: int = 1) -> str:
+    """What to say where more threads would work than there are cores; empty where they fit.
+
+    Args:
+        at_once: so many such runs work at the same time.
+    """
+    cores = os.cpu_count() or 1
+    if run.trainer.device != "cpu" or started_by_torchrun():
+        return ""
+    threads = threads_of(run, Ranks(world_size=run.trainer.devices))
+    wanted = threads * run.trainer.devices * at_once
+    # One run alone may be given more threads than cores by OMP_NUM_THREADS: the user's own choice.
+    if wanted <= cores or (run.trainer.devices == at_once == 1 and not run.trainer.threads):
+        return ""
+    parts = [
+        f"{threads} thread(s)",
+        *([f"trainer.devices={run.trainer.devices}"] if run.trainer.devices > 1 else []),
+        *([f"{at_once} jobs at a time"] if at_once > 1 else []),
+    ]
+    return (
+        f"{' x '.join(parts)} want {wanted} cores, and there are {cores}: all will be slower; "
+        "lower trainer.threads, trainer.devices or the number of jobs at a time"
+    )
 
 
 def check_device(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from recurgolf.training.job import Job
     from recurgolf.training.summary import Summary
 
+COSTLY_PACKING = 0.01
+"""Bits per byte that packing may cost before the end of a run says what would help."""
+
 
 def full_report(job: Job, summary: Summary, outcome: Outcome) -> None:
     """Write scores/ and summary.json, tell tracker and console, audit if asked to (rank 0)."""
@@ -31,22 +35,24 @@ def full_report(job: Job, summary: Summary, outcome: Outcome) -> None:
     gap = summary.val_bpb - summary.pre_quant_val_bpb
     ids = validation_windows(job.dataset.validation_tokens(), run.trainer.seq_len)
     summary.trajectory = trajectory(outcome.exact, outcome.packed, run.eval_plan, ids, gap)
-    for line in trajectory_lines(summary.trajectory):
-        log.line(line)
     write_scores(folder, outcome.scores, outcome.protocols, job.dataset.fingerprint)
     summary.write(folder)
     job.tracker.summary({**summary.to_dict(), "quantization_gap": gap})
     for file in (folder / ARTIFACT, folder / "run.json"):
         facts = {"val_bpb": summary.val_bpb, "fingerprint": summary.fingerprint}
         job.tracker.log_artifact(file, f"{run.name}-{run.seed}-{file.stem}", facts)
+    for line in [
+        *result_lines(run, summary),
+        *packing_advice(run, summary),
+        *detail_lines(summary, job.dataset.anchors),
+        *cap_lines(summary.caps),
+        *trajectory_lines(summary.trajectory),
+    ]:
+        log.line(line)
     page = io.StringIO()
     for console in filter(None, (log.console, Console(file=page, width=100))):
         console.print(byte_table(summary, job.plan.lines))
-        for text in result_lines(run, summary, job.dataset.anchors):
-            console.print(text, markup=False, highlight=False)
     log.note(page.getvalue().rstrip())
-    for line in cap_lines(summary.caps):
-        log.line(line)
     seal(folder)
     if run.eval.audit:
         audit_at_the_end(folder, log)
@@ -72,8 +78,8 @@ def byte_table(summary: Summary, lines: list[Line]) -> Table:
     return grid
 
 
-def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[str]:
-    """What came out, what to hold it against, and where it lies."""
+def result_lines(run: Run, summary: Summary) -> list[str]:
+    """The score, the bytes and where everything lies."""
     over = summary.artifact_bytes - summary.budget_bytes
     verdict = (
         f"{-over:,} bytes below the budget of {summary.budget_bytes:,}"
@@ -81,14 +87,42 @@ def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[
         else f"OVER THE BUDGET of {summary.budget_bytes:,} by {over:,} bytes"
     )
     raw = "" if summary.val_bpb_raw is None else f" (raw text {summary.val_bpb_raw:.4f})"
-    gap = summary.val_bpb - summary.pre_quant_val_bpb
     rewritten = f"; per byte of text that its normalizer rewrites: {summary.normalizer}"
     rewritten = rewritten if summary.normalizer else ""
-    text = [
+    return [
         f"val_bpb         {summary.val_bpb:.4f}{raw}, {kind_of(run.eval)}, of the packed file"
         f"{rewritten}",
-        f"before packing  {summary.pre_quant_val_bpb:.4f} (quantization costs {gap:+.4f})",
         f"bytes           {summary.artifact_bytes:,}: {verdict}",
+        f"everything in   {summary.folder}",
+    ]
+
+
+def packing_advice(run: Run, summary: Summary) -> list[str]:
+    """What packing cost and what would help, where it cost more than COSTLY_PACKING."""
+    cost = summary.val_bpb - summary.pre_quant_val_bpb
+    if not cost > COSTLY_PACKING:
+        return []
+    # Finer steps make a file larger: worth trying only where a tenth of it is still free.
+    left = summary.budget_bytes - summary.artifact_bytes
+    if left > 0.1 * summary.bytes_model and not run.quant.fill_budget:
+        remedy = (
+            f"{left:,} bytes of the budget are left: quant.fill_budget=true takes finer steps "
+            "until the file fills it, quant=int8 has eight bits"
+        )
+    else:
+        remedy = (
+            "the budget has no room for finer steps: train with quant/qat=rate, or go on for a "
+            f"while with the weights that are there: recurgolf pack {shlex.quote(summary.folder)} "
+            "NEW quant/qat=rate --steps N"
+        )
+    return [f"packing cost    {cost:.4f} bits per byte, which is much; {remedy}"]
+
+
+def detail_lines(summary: Summary, anchors: dict[str, float]) -> list[str]:
+    """How the result came about, and what to hold it against."""
+    gap = summary.val_bpb - summary.pre_quant_val_bpb
+    text = [
+        f"before packing  {summary.pre_quant_val_bpb:.4f} (quantization costs {gap:+.4f})",
         f"training        {summary.steps:,} steps, {summary.tokens:,} tokens in "
         f"{summary.train_seconds:.0f} s = {summary.tokens_per_second:,.0f} tokens/s",
         f"memory          {summary.peak_memory_bytes / 1e9:.2f} GB at most",
@@ -96,7 +130,6 @@ def result_lines(run: Run, summary: Summary, anchors: dict[str, float]) -> list[
     if anchors:
         held = ", ".join(f"{name} {value:.3f}" for name, value in anchors.items())
         text.append(f"on this text    {held} (bits per raw byte)")
-    text.append(f"everything in   {summary.folder}")
     return text
 
 
@@ -110,4 +143,4 @@ def cap_lines(caps: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-__all__ = ["full_report", "result_lines"]
+__all__ = ["full_report"]

@@ -55,8 +55,6 @@ def scored(job: Job, protocol: Eval, scored_model: ScoredModel, what: str = "") 
 
         def progress(done: int, total: int) -> None:
             bar.total = total
-            if bar.live is not None:
-                bar.live.update(bar.task, total=total)
             left = (time.monotonic() - began) * (total - done) / done
             bar.at(done, f"{left:.0f} s left")
             # Earlier, the first windows' start-up would make the estimate too long.

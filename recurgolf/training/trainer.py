@@ -290,9 +290,12 @@ class Trainer:
             if averaged is not None:
                 state.model.load_state_dict(averaged)
                 job.log.line(f"weights: {state.averager.status()}")
-            state.qat.settle()
-            before = validate(job, state)
-            return finish(job, state.model, state.trained(self.run, before.val_bpb))
+            changed = state.qat.settle() or averaged is not None
+            # Of weights that nothing changed since, a validation at the last step is the score.
+            val_bpb = None if changed else state.validated.get(state.step)
+            if val_bpb is None:
+                val_bpb = validate(job, state).val_bpb
+            return finish(job, state.model, state.trained(self.run, val_bpb))
 
 
 __all__ = ["Trainer", "train"]

@@ -20,6 +20,7 @@ MODULES = {
     "sample": "sample",
     "search": "search",
     "sweep": "sweep",
+    "sync": "sync",
 }
 """Verb -> module in this package; each is imported when it is asked for."""
 

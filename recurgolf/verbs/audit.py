@@ -11,6 +11,7 @@ from recurgolf.audit.prediction import POSITIONS
 from recurgolf.config import ConfigError
 from recurgolf.disk import json_text
 from recurgolf.log import Log
+from recurgolf.terminal import terminal_bar
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--chance {asked.chance!r}: hex digits, as printed") from None
     found = audit_and_show(
         asked.folder,
-        Log(None, stderr=asked.json),
+        Log(None, stderr=asked.json, bar=terminal_bar),
         positions=asked.positions,
         chance=asked.chance,
         trust=asked.trust,

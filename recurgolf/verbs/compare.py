@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,13 +46,18 @@ def main(arguments: Sequence[str]) -> int:
     if asked.json:
         print(json_text(as_json(found)))
     else:
-        show(found, Console(highlight=False, soft_wrap=True))
+        # Where no terminal sets a width, a table is as wide as it likes.
+        wide = None if sys.stdout.isatty() else 200
+        show(found, Console(highlight=False, soft_wrap=True, width=wide))
     return 0
 
 
 def show(found: Comparison, console: Console) -> None:
     """Print a comparison."""
-    console.print(table(found.groups, found.rules.metric, found.baseline, failed=False))
+    rules = found.rules
+    console.print(
+        table(found.groups, rules.metric, found.baseline, failed=False, width=console.width)
+    )
     for line in lines(found):
         console.print(line, markup=False)
 

@@ -20,6 +20,7 @@ from recurgolf.eval.ttt import SgdEval
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.seal import resealing
+from recurgolf.terminal import terminal_bar
 from recurgolf.training.job import Job
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(arguments)
     finished = Run.read(asked.folder, asked.trust)
     run, protocols = _asked(finished, asked.overrides)
-    log = Log(None, stderr=asked.json)
+    log = Log(None, stderr=asked.json, bar=terminal_bar)
     job = Job.watched(run, asked.folder, log=log)
     path = asked.folder / "artifact.bin"
     if not path.exists():
