@@ -2,6 +2,8 @@
 
     python scripts/dashboard.py --entity me                     # save both, print their addresses
     python scripts/dashboard.py --entity me --dry-run out/      # write what would be sent, as JSON
+    python scripts/dashboard.py --entity me outputs/sweeps/rank # and a table of settings: mean ±
+                                                                # deviation over seeds, Pareto front
 
 Saving needs a network and an account (`wandb login`); a dry run needs neither. Both need the extra
 `dashboard` (pip install 'recurgolf[dashboard]').
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -119,8 +123,49 @@ def workspace(where: Where) -> Any:
     )
 
 
-def report(where: Where) -> Any:
-    """The report: the same plots with words between them, and every seed in a table."""
+def settings_table(folders: Sequence[Path]) -> str:
+    """A table in Markdown: per setting the mean ± deviation over seeds of score, gap and bytes.
+
+    A setting whose mean score no smaller mean file reaches is on the Pareto front.
+    """
+    from recurgolf.compare.runs import find_runs, grouped, spread
+
+    groups = [group for group in grouped(find_runs(folders)) if group.runs]
+    groups.sort(key=lambda group: group.spread("artifact_bytes")[0])
+    lines = [
+        "| setting | n | val_bpb | packing costs | bytes | Pareto front |",
+        "|---|---|---|---|---|---|",
+    ]
+    best = math.inf
+    for group in groups:
+        score = group.spread("val_bpb")
+        pairs = zip(group.values("val_bpb"), group.values("pre_quant_val_bpb"), strict=True)
+        gap = spread([packed - exact for packed, exact in pairs])
+        on_front, best = score[0] < best, min(best, score[0])
+        cells = [
+            group.label.replace("|", "\\|"),
+            str(len(group.runs)),
+            _shown(score, ".4f"),
+            _shown(gap, "+.4f"),
+            _shown(group.spread("artifact_bytes"), ",.0f"),
+            "yes" if on_front else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(figure: tuple[float, float | None], form: str) -> str:
+    """`1.6712 ± 0.0031`; one seed has no deviation."""
+    mean, deviation = figure
+    return format(mean, form) + ("" if deviation is None else f" ± {deviation:{form.lstrip('+')}}")
+
+
+def report(where: Where, table: str = "") -> Any:
+    """The report: the same plots with words between them, and every seed in a table.
+
+    Args:
+        table: of settings, in Markdown; empty: none.
+    """
     wr = library("reports.v2")
 
     words = {
@@ -133,6 +178,9 @@ def report(where: Where) -> Any:
     # A run set without a project takes the report's own, and needs no network to be written.
     grouped = wr.Runset(name="experiments", groupby=[f"config.{SETTING}"])
     blocks: list[Any] = [wr.H1(where.name), wr.TableOfContents()]
+    if table:
+        told = "Means ± deviations over seeds; the front is that of the means."
+        blocks += [wr.H2("Settings"), wr.P(told), wr.MarkdownBlock(text=table)]
     for name, plots in panels().items():
         blocks += [wr.H2(name), wr.P(words[name]), wr.PanelGrid(runsets=[grouped], panels=plots)]
     seeds = wr.Runset(
@@ -170,10 +218,12 @@ def main() -> int:
     parser.add_argument("--project", default="recurgolf", help="as tracker.project (recurgolf)")
     parser.add_argument("--name", default="recurgolf", help="of workspace and report")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write JSON, send nothing")
+    parser.add_argument("folders", nargs="*", type=Path, help="of runs here, for the table")
     asked = parser.parse_args()
+    table = settings_table(asked.folders) if asked.folders else ""
     where = Where(asked.entity, asked.project, asked.name)
     try:
-        made = {"workspace": workspace(where), "report": report(where)}
+        made = {"workspace": workspace(where), "report": report(where, table)}
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("wandb_workspaces"):
             raise

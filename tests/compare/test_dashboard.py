@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from smoke_runs import train
 
+from recurgolf.run import fingerprint_of
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "dashboard.py"
 
 
@@ -119,6 +121,34 @@ def test_every_figure_it_names_is_one_that_runs_leave(written):
             stem = config["metricRegex"].removesuffix(".*")
             assert any(key.startswith(stem) for key in curves), stem
     assert "config:seed.value" in text
+
+
+def test_settings_have_means_deviations_and_the_front_of_the_means(tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    # A larger file with a better mean, and one that is larger and worse.
+    figures = {1: (100, [2.0, 2.2]), 2: (200, [1.9, 1.7]), 3: (300, [1.8, 2.0])}
+    done = train()
+    for rank, (size, scores) in figures.items():
+        for seed, score in enumerate(scores, 1):
+            folder = tmp_path / "runs" / f"{rank}_{seed}"
+            folder.mkdir(parents=True)
+            config, summary = done.json("run.json"), dict(done.summary)
+            config["seed"], config["lora"]["rank"] = seed, rank
+            (folder / "run.json").write_text(json.dumps(config))
+            summary |= {"val_bpb": score, "pre_quant_val_bpb": score - 0.01 * seed}
+            summary |= {"artifact_bytes": size, "seed": seed, "fingerprint": fingerprint_of(config)}
+            (folder / "summary.json").write_text(json.dumps(summary))
+    ended = dashboard("--entity", "x", "--dry-run", str(tmp_path), str(tmp_path / "runs"))
+    assert ended.returncode == 0, ended.stderr
+    text = (tmp_path / "report.json").read_text()
+    for line in (
+        "| lora.rank=1 | 2 | 2.1000 \\u00b1 0.1414 | +0.0150 \\u00b1 0.0071 "
+        "| 100 \\u00b1 0 | yes |",
+        "| lora.rank=2 | 2 | 1.8000 \\u00b1 0.1414 | +0.0150 \\u00b1 0.0071 "
+        "| 200 \\u00b1 0 | yes |",
+        "| lora.rank=3 | 2 | 1.9000 \\u00b1 0.1414 | +0.0150 \\u00b1 0.0071 | 300 \\u00b1 0 |  |",
+    ):
+        assert line in text, text
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path):
