@@ -57,6 +57,8 @@ class SweepAhead:
     """Where the jobs run, if not in this process: `joblib`, `submitit`."""
     warning: str = ""
     measured: dict[int, float] = field(default_factory=dict)
+    count: int = 0
+    """Of jobs, where nothing more is known of them."""
 
     def lines(self) -> list[str]:
         """The list that is told before the first job starts."""
@@ -100,7 +102,8 @@ class SweepAhead:
 
     def named(self, number: int, varied: Sequence[str]) -> str:
         """`job 3 of 9  lora.rank=1 seed=2`."""
-        of = f" of {len(self.jobs)}" if self.jobs else ""
+        count = len(self.jobs) or self.count
+        of = f" of {count}" if count else ""
         return "  ".join(filter(None, [f"job {number + 1}{of}", " ".join(varied)]))
 
     def _total(self, jobs: Sequence[Expected]) -> float | None:

@@ -105,7 +105,7 @@ class Caps:
         more = per_visit * sum(sampled) * (config.steps - step) / max(len(sampled), 1)
         minutes, seconds = divmod(round(self.clock.elapsed(TRAINING) + more), 60)
         if minutes and not self._foretold:
-            self.say(f"training will take about {minutes}:{seconds:02d} in all at this speed")
+            self.say(f"about {minutes}:{seconds:02d} of training in all, at this speed")
         self._foretold = True
         if cap is None:
             return

@@ -60,7 +60,7 @@ def launch(run: Run, folder: Path, shown: str = "lines") -> Summary:
     check_base(run)
     check_ending(run)
     run.tracker.check_account()
-    if warning := crowded(run):
+    if shown == "lines" and (warning := crowded(run)):
         print(f"recurgolf: {warning}", file=sys.stderr)
     try:
         return _launched(run, folder, shown)

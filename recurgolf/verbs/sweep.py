@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from recurgolf.compare.preview import SweepAhead
 from recurgolf.compare.sweep import (
     FAILURE,
     JOBS_FILE,
@@ -46,6 +48,8 @@ class Job:
     """One job of a sweep: its number, its overrides and what is to be done with it.
 
     Attributes:
+        varied: those of them that other jobs do not share.
+        of: how many jobs the sweep has.
         run: or why there is none.
         remark: why it has to run; None where it is finished.
     """
@@ -53,6 +57,8 @@ class Job:
     number: int
     folder: Path
     overrides: list[str]
+    varied: list[str]
+    of: int
     run: Run | ConfigError
     remark: str | None
 
@@ -77,13 +83,13 @@ def main(arguments: Sequence[str]) -> int:
         return _ended(asked.folder)
     jobs = jobs_of(asked.folder, asked.config_dir, asked.trust)
     if asked.action == "job":
-        return run_job(jobs[asked.number])
+        return run_job(jobs[asked.number], "nothing")
     if asked.jobs < 1:
         raise ConfigError(f"--jobs {asked.jobs}: at least 1")
     waiting = [job for job in jobs if job.remark is not None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are finished")
     for job in waiting:
-        print(f"job {job.number} ({' '.join(job.overrides)}): {job.remark}")
+        print(f"job {job.number + 1} ({' '.join(job.overrides)}): {job.remark}")
     if asked.jobs == 1 or len(waiting) < 2:
         for job in waiting:
             run_job(job)
@@ -129,7 +135,9 @@ def jobs_of(folder: Path, config_dir: Path | None = None, trust: bool = False) -
     for number, overrides in enumerate(all_overrides):
         place = recorded.get(tuple(overrides)) or folder / str(number)
         run = _run_of(place, overrides, varied, own, trust)
-        jobs.append(Job(number, place, overrides, run, unfinished(run, place)))
+        label = [item for item in overrides if item.partition("=")[0].lstrip("+") in varied]
+        of = len(all_overrides)
+        jobs.append(Job(number, place, overrides, label, of, run, unfinished(run, place)))
     return jobs
 
 
@@ -172,12 +180,18 @@ def unfinished(run: Run | ConfigError, folder: Path) -> str | None:
     return None
 
 
-def run_job(job: Job) -> int:
-    """Run a job in its folder, from its newest checkpoint where it has one."""
+def run_job(job: Job, shown: str = "bar") -> int:
+    """Run a job in its folder, from its newest checkpoint where it has one.
+
+    Args:
+        shown: on the console, besides a line when it starts and one when it ends.
+    """
+    lines, began = SweepAhead([], count=job.of), time.monotonic()
+    print(lines.head(job.number, job.varied), flush=True)
     if isinstance(job.run, ConfigError):
         job.folder.mkdir(parents=True, exist_ok=True)
         note_overrides(job.folder, job.overrides)
-        note_failure(job.folder, job.run)
+        note_failure(job.folder, job.run, lines.named(job.number, job.varied))
         return EXIT_FAILED
     if _is_another_ones(job):
         print(f"{job.folder} holds something else: now in {_made_way(job.folder)}")
@@ -186,10 +200,11 @@ def run_job(job: Job) -> int:
     continues = job.remark is not None and not job.remark.startswith("failed")
     trainer = dataclasses.replace(job.run.trainer, resume="auto" if continues else "never")
     try:
-        launch(dataclasses.replace(job.run, trainer=trainer), job.folder)
+        summary = launch(dataclasses.replace(job.run, trainer=trainer), job.folder, shown)
     except Exception as error:
-        note_failure(job.folder, error)
+        note_failure(job.folder, error, lines.named(job.number, job.varied))
         return EXIT_FAILED
+    print(lines.result(job.number, job.varied, summary, time.monotonic() - began), flush=True)
     return 0
 
 
