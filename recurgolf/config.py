@@ -255,7 +255,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, dict) and all(_fits(args[1], item) for item in value.values())
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+    return hint is typing.Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> str:
