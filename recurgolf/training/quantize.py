@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recurgolf.artifact import pack_bytes
+from recurgolf.artifact.ledger import component
 from recurgolf.model.transformer import TRAINING_ONLY, Transformer
 from recurgolf.quant import (
     FileSize,
@@ -183,9 +184,16 @@ def _quantized(
 def quantization_summary(stored: QuantizedState) -> dict[str, Any]:
     """What quantizing took, for summary.json.
 
-    `retried` names every weight whose damping had to be raised, with the damping in the end.
+    `retried` names every weight whose damping had to be raised, with the damping in the end;
+    `zero_rows` has, by component, how many rows of its matrices are all zero, and of how many.
     """
     reports = stored.reports
+    zeros: dict[str, list[int]] = {}
+    for name, tensor in stored.items():
+        if isinstance(tensor, QuantizedTensor) and tensor.codes.ndim == 2:
+            found = zeros.setdefault(component(name), [0, 0])
+            found[0] += int((~tensor.codes.any(dim=1)).sum())
+            found[1] += len(tensor.codes)
     methods = sorted({report.method for report in reports})
     corrected = [report for report in reports if report.corrected is not None]
     return {
@@ -199,6 +207,7 @@ def quantization_summary(stored: QuantizedState) -> dict[str, Any]:
         "cholesky_retries": sum(report.retries for report in reports),
         "retried": {report.name: report.damping for report in reports if report.retries},
         "corrected": {r.name: [r.error, r.corrected] for r in corrected},
+        "zero_rows": {part: found for part, found in zeros.items() if found[0]},
     }
 
 

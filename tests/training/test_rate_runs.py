@@ -27,7 +27,10 @@ def last_tensors(run: RunFolder) -> dict[str, torch.Tensor]:
     return {n.removeprefix("model/"): t for n, t in found.items() if n.startswith("model/")}
 
 
-@pytest.mark.parametrize("others", [(), EMA, ("quant.qat.start_fraction=0",)], ids=str)
+FROM_THE_START = pytest.param(("quant.qat.start_fraction=0",), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("others", [(), EMA, FROM_THE_START], ids=str)
 def test_the_file_ends_within_half_a_percent_below_its_budget(others):
     run = train(*RATE, *others)
     assert run.ended.code == 0
@@ -46,6 +49,8 @@ def test_the_codes_of_the_file_are_the_rounded_weights_of_the_checkpoint():
     state = last_tensors(run)
     tensors = load(run.path / "artifact.bin").tensors
     learned = {n: t for n, t in tensors.items() if isinstance(t, QuantizedTensor)}
+    rows = run.summary["quantization"]["zero_rows"].get("embedding", [0, 512])
+    assert rows == [int((~learned["embed.weight"].codes.any(dim=1)).sum()), 512]
     assert len(learned) > 20 and any("adapters" in name for name in learned)
     for name, tensor in learned.items():
         scales = tensor.scales.float()
@@ -98,7 +103,9 @@ RECOMPUTED = ("trainer.activation_checkpointing=true",)
 COMPILED = ("trainer.compile=true", "trainer.compile_backend=aot_eager")
 
 
-@pytest.mark.parametrize("others", [RECOMPUTED, COMPILED], ids=str)
+@pytest.mark.parametrize(
+    "others", [RECOMPUTED, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=str
+)
 def test_recomputed_and_compiled_blocks_see_the_same_values(others):
     """One step: a sum in another order lets weights fall to other codes later on."""
     first = (*RATE, "trainer.steps=24", "trainer.log_every=1", "trainer.checkpoint_every=13")
@@ -109,10 +116,11 @@ def test_recomputed_and_compiled_blocks_see_the_same_values(others):
         for run in (plain, other)
     )
     for name, tensor in theirs.items():
-        if name.startswith("model/") and "counts" not in name:
+        if name.startswith("model/") and ("quantizers" not in name or "log_steps" in name):
             assert float((ours[name].float() - tensor.float()).abs().max()) < 2e-3, name
 
 
+@pytest.mark.slow
 def test_a_fixed_price_buys_fewer_bytes_the_higher_it_is():
     sizes = [
         train(*RATE, "budget.artifact_bytes=16000000", f"quant.qat.price={price}").summary
