@@ -89,6 +89,9 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
 def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
     """The network of a checkpoint with the weights that its run was scored with.
 
+    Args:
+        run: whose checkpoint it is.
+
     Returns:
         The network, the checkpoint's state, and how the weights were averaged, for the log.
 
@@ -101,14 +104,14 @@ def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
         raise ConfigError(str(error)) from None
     model = run.build_model()
     model.load_state_dict(parts["model"])
-    if not parts.get("averaging"):
-        return model, state, "the last weights"
-    averager = run.averaging.build(model)
-    averager.load_state_dict(parts["averaging"])
-    averaged = averager.averaged_state()
-    if averaged is not None:
-        model.load_state_dict(averaged)
-    return model, state, averager.status()
+    how = "the last weights"
+    if parts.get("averaging"):
+        averager = run.averaging.build(model)
+        averager.load_state_dict(parts["averaging"])
+        averaged, how = averager.averaged_state(), averager.status()
+        if averaged is not None:
+            model.load_state_dict(averaged)
+    return model, state, how
 
 
 def check_base(run: Run) -> None:

@@ -25,7 +25,12 @@ from recurgolf.training.job import Job
 from recurgolf.training.launch import launch
 from recurgolf.training.new_folder import check_new, new_folder, pack, pack_and_score, val_bpb_of
 from recurgolf.training.packing import LEDGER
-from recurgolf.training.quantize import rules_of, weights_under
+from recurgolf.training.quantize import (
+    as_packed,
+    prepare_quantization,
+    rules_of,
+    weights_under,
+)
 from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.summary import Summary, Trained
 from recurgolf.trust import add_trust
@@ -33,6 +38,8 @@ from recurgolf.verbs.own_data import check_own_data
 
 PARTS = ("quant", "artifact", "budget", "eval")
 """Parts of a Run that can change without training again."""
+TRAINED = (*PARTS, "optimizer", "averaging")
+"""Those that can change with --steps."""
 EXIT_OVER_BUDGET = 3
 
 
@@ -48,14 +55,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     add_trust(parser)
     asked = parser.parse_intermixed_args(arguments)
-    run = reconfigured(Run.read(asked.source, asked.trust), asked.overrides)
+    own = Run.read(asked.source, asked.trust)
+    run = reconfigured(own, asked.overrides, TRAINED if asked.steps else PARTS)
     check_new(asked.folder)
     if asked.steps:
         run = finishing(run, asked)
         asked.folder.mkdir(parents=True, exist_ok=True)
         summary = launch(run, asked.folder.resolve())
         return 0 if summary.within_budget else EXIT_OVER_BUDGET
-    if run.quant.qat.learns((2**20,)):
+    if run.quant.qat.learns_steps and not own.quant.qat.learns_steps:
         raise ConfigError(
             f"quant/qat={kind_of(run.quant.qat)} learns the steps of the file by training: say for "
             "how many steps, as in --steps 400"
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     if path is None:
         raise ConfigError(f"{asked.source} has no checkpoint: there are no weights to pack")
     with new_folder(run, asked.folder) as job:
-        repack(job, path, score=not asked.no_score)
+        repack(job, own, path, score=not asked.no_score)
         total = json.loads((job.folder / LEDGER).read_text())["actual_bytes"]
     return 0 if total <= run.budget.artifact_bytes else EXIT_OVER_BUDGET
 
@@ -93,7 +101,7 @@ def finishing(run: Run, asked: argparse.Namespace) -> Run:
     return dataclasses.replace(run, trainer=trainer, quant=quant, looping=looping)
 
 
-def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
+def reconfigured(run: Run, overrides: Sequence[str], allowed: Sequence[str] = PARTS) -> Run:
     """A Run with other options in the parts that packing reads, the rest as it was trained.
 
     A key alone changes the run's own option; a group (`quant=int8`, `quant/calibration=train`)
@@ -105,11 +113,12 @@ def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
     keys = [override.partition("=")[0] for override in overrides]
     parts = {key.split(".")[0].split("/")[0]: key for key in keys}
     for part, key in parts.items():
-        if part not in PARTS:
-            raise ConfigError(f"pack takes overrides of {', '.join(PARTS)}, not of {key!r}")
+        if part not in allowed:
+            more = " (--steps lets it train)" if part in TRAINED else ""
+            raise ConfigError(f"pack takes overrides of {', '.join(allowed)}, not of {key!r}{more}")
     if not parts:
         return run
-    chosen = {key for key in keys if key in PARTS or "/" in key}
+    chosen = {key for key in keys if key in allowed or "/" in key}
     own: list[str] = []
     for part in parts:
         option = getattr(run, part)
@@ -137,11 +146,20 @@ def _is_below(key: str, groups: set[str]) -> bool:
     return any(f"{dotted}.".startswith(f"{group.replace('/', '.')}.") for group in groups)
 
 
-def repack(job: Job, path: Path, score: bool) -> None:
-    """Quantize and pack a checkpoint, and score the file."""
+def repack(job: Job, own: Run, path: Path, score: bool) -> None:
+    """Quantize and pack a checkpoint, and score the file.
+
+    Args:
+        own: the run whose checkpoint it is.
+    """
     run, log = job.run, job.log
     check_own_data(path.parent.parent, job.dataset)
-    model, state, averaged = weights_of(run, path)
+    model, state, averaged = weights_of(own, path)
+    if run.quant.qat.learns_steps:
+        # Its codes are the file; another budget is met by one factor on all steps.
+        prepare_quantization(job, model).settle()
+    else:
+        model = as_packed(own, model)
     if "data" in state:  # a run that was stopped has no result yet that tells
         job.dataset.check_contents(state["data"])
     check_calibration(run, model, job.dataset, weights_under("gptq", rules_of(run, model)))
@@ -157,7 +175,7 @@ def repack(job: Job, path: Path, score: bool) -> None:
         return
     before = _known_before(run, path.parent.parent)
     if before is None:
-        before = val_bpb_of(job, model)
+        before = val_bpb_of(job, as_packed(run, model))
     skipped = state.get("skipped_steps", 0)
     pack_and_score(job, model, Trained(state["step"], state.get("tokens", 0), skipped, before))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 3
+    sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, float]:
     """Median milliseconds of each side, taken in turns so that a busy machine hits both alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -189,6 +189,24 @@ def test_a_finished_run_is_finished_for_fewer_bytes(tmp_path):
     assert summary["val_bpb"] < RunFolder(filled, said).summary["val_bpb"]
 
 
+def test_a_file_is_packed_again_by_another_codec_for_another_budget_and_by_rules(tmp_path):
+    run = train(*RATE)
+
+    def packed(name, *asked):
+        folder = tmp_path / name
+        said = recurgolf("pack", str(run.path), str(folder), *asked, cwd=tmp_path)
+        assert said.code == 0, said.err
+        return RunFolder(folder, said)
+
+    other = packed("brotli", "artifact/codec=brotli", "budget.artifact_bytes=60000")
+    smaller = packed("smaller", "budget.artifact_bytes=37000")
+    assert 0.995 * 37_000 < smaller.summary["artifact_bytes"] <= 37_000
+    assert smaller.summary["val_bpb"] > run.summary["val_bpb"]
+    rounded = packed("rounded", "quant=int8")
+    assert rounded.summary["val_bpb"] == pytest.approx(run.summary["val_bpb"], abs=0.01)
+    assert other.summary["pre_quant_val_bpb"] < smaller.summary["pre_quant_val_bpb"]
+
+
 def test_steps_are_asked_for_where_only_training_can_find_them(tmp_path):
     base = train("trainer.steps=64", "optimizer.ns_dtype=float32")
     said = recurgolf("pack", str(base.path), str(tmp_path / "new"), "quant/qat=rate", cwd=tmp_path)
