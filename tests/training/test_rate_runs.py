@@ -202,7 +202,7 @@ def test_a_file_is_packed_again_by_another_codec_for_another_budget_and_by_rules
     smaller = packed("smaller", "budget.artifact_bytes=37000")
     assert 0.995 * 37_000 < smaller.summary["artifact_bytes"] <= 37_000
     assert smaller.summary["val_bpb"] > run.summary["val_bpb"]
-    rounded = packed("rounded", "quant=int8")
+    rounded = packed("rounded", "quant=int8", "budget.artifact_bytes=100000")
     assert rounded.summary["val_bpb"] == pytest.approx(run.summary["val_bpb"], abs=0.01)
     assert other.summary["pre_quant_val_bpb"] < smaller.summary["pre_quant_val_bpb"]
 
