@@ -50,6 +50,7 @@ def test_long_names_stay_different():
 
 def found(folder, config, seed, val_bpb, text="t1", ended=0.0):
     summary = {"val_bpb": val_bpb, "text": {"fingerprint": text}, "status": "finished"}
+    summary |= {"val_tokens": 40, "val_bytes": 100}
     folder.mkdir()
     return FoundRun(folder, {**config, "seed": seed}, summary, ended)
 

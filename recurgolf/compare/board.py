@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from recurgolf.compare import statistics
+from recurgolf.compare.comparison import Rules, judged
 from recurgolf.compare.runs import (
     ABSENT,
     FoundRun,
+    Group,
     differing_settings,
     find_runs,
     grouped,
@@ -38,6 +41,8 @@ FIGURES = (
 LINKS = ("train.log", "summary.json", "run.json", "metrics.jsonl", "ledger.json", "score.py")
 POINTS = 150_000
 """Of all curves together; each run gets its share, so that a board of 1,000 runs opens at once."""
+BASELINES = 16
+"""With more settings than these, verdicts are made against the first one only."""
 MOMENTS = 5
 """Times in training at which a run's visits are shown, from the first to the last."""
 _VISIT = re.compile(r"loop/(\w+)/(?:visit|pass)(\d+)$")
@@ -46,30 +51,38 @@ _PASSES = re.compile(r"(?:^|/)passes=(\d+)$")
 
 
 def write_board(
-    folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
+    folders: Sequence[Path],
+    out: Path,
+    say: Callable[[str], None] = print,
+    baseline: str | None = None,
+    reload_seconds: float | None = None,
 ) -> list[Path]:
     """Write the board of all runs below folders.
 
     Args:
         say: told of runs and files that are damaged, and so left out.
+        baseline: words of a setting, as in `lora.rank=0`; the page lets one choose another.
+        reload_seconds: after so long the page loads itself again, and no pictures are made.
 
     Returns:
         The HTML file, then its pictures.
 
     Raises:
-        ConfigError: no run there, or the drawing libraries are not installed.
+        ConfigError: no run there, no such baseline, or the drawing libraries are not installed.
     """
     drawing = plotting_library()
     from recurgolf.compare.pictures import write_pictures
 
     left_out: list[str] = []
     runs = find_runs(folders, left_out)
-    data = board_data(runs, out.resolve().parent, " ".join(map(str, folders)), left_out)
+    title = " ".join(map(str, folders))
+    data = board_data(runs, out.resolve().parent, title, left_out, baseline)
+    data["reload_seconds"] = reload_seconds
     for line in left_out:
         say(line)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, page(data, drawing))
-    return [out, *write_pictures(data, out)]
+    return [out] if reload_seconds else [out, *write_pictures(data, out)]
 
 
 def plotting_library() -> str:
@@ -105,43 +118,111 @@ def page(data: Mapping[str, Any], drawing: str) -> str:
 
 
 def board_data(
-    runs: Sequence[FoundRun], home: Path, title: str, left_out: list[str] | None = None
+    runs: Sequence[FoundRun],
+    home: Path,
+    title: str,
+    left_out: list[str] | None = None,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows, as JSON's types.
 
     Args:
         home: folder of the page; links are relative to it.
         left_out: takes a line for every file that is damaged; the rest of its run is shown.
+        baseline: words of a setting.
     """
     left_out = [] if left_out is None else left_out
-    settings = [run.settings for run in runs]
+    settings = [run.settings for run in runs if run.summary is not None]
+    settings = settings or [run.settings for run in runs]
     differing = set(differing_settings(settings))
-    labels: dict[Path, str] = {}
-    order: dict[str, None] = {}
+    groups = grouped(runs, by_text=True)
+    numbers: dict[Path, int] = {}
+    alike: dict[tuple[tuple[str, str], ...], int] = {}  # for unfinished attempts of a finished seed
     repeated: set[Path] = set()
-    for group in grouped(runs, by_text=True):
+    for number, group in enumerate(groups):
         repeated |= {run.folder for run in group.repeated}
-        for run in (*group.runs, *group.unfinished, *group.repeated):
-            labels[run.folder] = group.label
-            order[group.label] = None
-    groups = list(order)
+        members = (*group.runs, *group.unfinished, *group.repeated)
+        numbers |= {run.folder: number for run in members}
+        alike |= {tuple(run.settings.items()): number for run in members}
     points = max(20, min(400, POINTS // (2 * max(1, len(runs)))))
     few = len(runs) <= 60
     return {
         "title": title,
         "made": datetime.now().isoformat(sep=" ", timespec="minutes"),
-        "groups": groups,
+        "groups": [group.label for group in groups],
+        **_comparisons(groups, baseline),
         "common": {k: v for one in settings for k, v in one.items() if k not in differing},
         "runs": [
             {
                 **_facts(run, home, left_out),
-                "group": groups.index(labels.get(run.folder, groups[0])),
+                "group": numbers.get(run.folder, alike.get(tuple(run.settings.items()), 0)),
                 "repeated": run.folder in repeated,
                 "settings": {k: run.settings.get(k, ABSENT) for k in sorted(differing)},
                 **_measured(run, points if few else min(points, 60), few, left_out),
             }
             for run in runs
         ],
+    }
+
+
+def _comparisons(groups: Sequence[Group], baseline: str | None) -> dict[str, Any]:
+    """Which groups compare, the baseline, and verdicts as `recurgolf compare` finds them.
+
+    `sets`: per group the number of its set; only groups of one set share text, tokenizer and
+    protocol. `verdicts`: baseline -> group -> verdict, by the groups' numbers.
+    """
+    rules = Rules()
+    kinds: dict[tuple[str, ...], int] = {}
+    sets = [
+        kinds.setdefault((*g.runs[0].text.values(), g.runs[0].protocol), len(kinds))
+        if g.runs
+        else None
+        for g in groups
+    ]
+    done = [number for number, group in enumerate(groups) if group.runs]
+    if baseline is not None:
+        words = set(baseline.split())
+        done = [
+            number
+            for number in done
+            if groups[number].label == baseline
+            or words <= {f"{k}={v}" for k, v in groups[number].differs.items()}
+        ]
+        if len(done) != 1:
+            labels = "; ".join(group.label for group in groups if group.runs)
+            raise ConfigError(
+                f"--baseline {baseline!r} names {len(done)} settings, not one; there are {labels}"
+            )
+    first = done[0] if done else None
+    verdicts: dict[str, dict[str, Any]] = {}
+    margins: list[float] = [0.0] * len(groups)
+    for number, group in enumerate(groups):
+        if not group.runs:
+            continue
+        summary = group.runs[0].summary or {}
+        margins[number] = statistics.margin_bpb(
+            summary["val_tokens"], summary["val_bytes"], rules.margin_nats
+        )
+        if len(groups) > BASELINES and number != first:
+            continue
+        others = {i: g for i, g in enumerate(groups) if i != number and sets[i] == sets[number]}
+        found = judged(list(others.values()), group, margins[number], rules, documents=False)
+        verdicts[str(number)] = {
+            str(i): {
+                "word": verdict.word,
+                "why": verdict.why,
+                "gain": test.gain if (test := verdict.tests.get(rules.test)) else None,
+                "interval": test.interval if test else None,
+                "p": verdict.p,
+            }
+            for i, verdict in zip(others, found, strict=True)
+        }
+    return {
+        "sets": sets,
+        "baseline": first,
+        "verdicts": verdicts,
+        "margins": margins,
+        "rules": f"{rules.test} at {rules.alpha:g}, margin {rules.margin_nats:g} nats per token",
     }
 
 
@@ -165,7 +246,12 @@ def _facts(run: FoundRun, home: Path, left_out: list[str]) -> dict[str, Any]:
             for name, entry in (summary.get("evals") or {}).items()
         },
         "by_passes": by_passes(summary),
-        "bytes": _components(run.folder / "ledger.json", left_out),
+        "bytes": (components := _components(run.folder / "ledger.json", left_out)),
+        # The code has its size before training, so plan and file hold the same.
+        "bytes_planned": sum(
+            line["actual"] if line["planned"] is None else line["planned"] for line in components
+        )
+        or None,
         **{name: _figure(summary.get(name)) for name in FIGURES},
     }
 

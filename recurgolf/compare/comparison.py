@@ -165,14 +165,21 @@ def check_comparable(runs: Sequence[FoundRun]) -> None:
 
 
 def judged(
-    candidates: Sequence[Group], baseline: Group, margin: float, rules: Rules
+    candidates: Sequence[Group],
+    baseline: Group,
+    margin: float,
+    rules: Rules,
+    documents: bool = True,
 ) -> list[Verdict]:
     """A verdict on every candidate.
 
     Args:
         margin: bits per byte.
+        documents: whether to bootstrap over documents too, which takes long and decides nothing.
     """
-    verdicts = [Verdict(group, tests_of(group, baseline, margin, rules)) for group in candidates]
+    verdicts = [
+        Verdict(group, tests_of(group, baseline, margin, rules, documents)) for group in candidates
+    ]
     able = [verdict for verdict in verdicts if rules.test in verdict.tests]
     raised = {
         name: statistics.holm([getattr(v.tests[rules.test], name) for v in able])
@@ -189,7 +196,9 @@ def judged(
     return verdicts
 
 
-def tests_of(group: Group, baseline: Group, margin: float, rules: Rules) -> dict[str, Test]:
+def tests_of(
+    group: Group, baseline: Group, margin: float, rules: Rules, documents: bool = True
+) -> dict[str, Test]:
     """Every test that the runs of a group and of the baseline allow."""
     found: dict[str, Test | None] = {}
     values = [group.values(rules.metric), baseline.values(rules.metric)]
@@ -199,7 +208,7 @@ def tests_of(group: Group, baseline: Group, margin: float, rules: Rules) -> dict
         for g, v in zip((group, baseline), values, strict=True)
     ]
     found["paired"] = statistics.paired(pairs[0], pairs[1], margin)
-    if rules.metric == "val_bpb":  # the scores kept are those of the packed file
+    if documents and rules.metric == "val_bpb":  # the scores kept are those of the packed file
         sides = [document_nats(group), document_nats(baseline)]
         if sides[0] and sides[1] and sides[0][0] == sides[1][0]:
             (_, mine, sizes), (_, theirs, _) = sides[0], sides[1]

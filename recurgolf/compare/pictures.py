@@ -44,14 +44,23 @@ def write_pictures(data: Mapping[str, Any], page: Path) -> list[Path]:
 
 
 def pareto(axes: Axes, data: Mapping[str, Any]) -> bool:
-    """Bits per byte against bytes, a dot per run, the best of every size joined."""
+    """Bits per byte against bytes: seeds faint, means of settings full, the best means joined.
+
+    Only means of settings that compare (one text, tokenizer and protocol) share a line.
+    """
     runs = _finished(data)
+    means: dict[int, list[tuple[float, float]]] = {}
     for group, label in enumerate(data["groups"]):
         own = [run for run in runs if run["group"] == group]
+        if not own:
+            continue
         x, y = ([run[key] for run in own] for key in ("artifact_bytes", "val_bpb"))
-        axes.scatter(x, y, s=36, color=_colour(group), label=label, alpha=0.85)
-    front = pareto_front(runs)
-    axes.plot(*zip(*front, strict=True), color="#777777", lw=1, zorder=0) if front else None
+        mean = (sum(x) / len(x), sum(y) / len(y))
+        means.setdefault(data["sets"][group], []).append(mean)
+        axes.scatter(x, y, s=16, color=_colour(group), alpha=0.3)
+        axes.scatter(*mean, s=44, color=_colour(group), label=label)
+    for points in means.values():
+        axes.plot(*zip(*pareto_front(points), strict=True), color="#777777", lw=1, zorder=0)
     axes.set(xlabel="artifact bytes", ylabel="val_bpb", title="bits per byte against bytes")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     _legend(axes, data)
@@ -121,17 +130,17 @@ def passes(axes: Axes, data: Mapping[str, Any]) -> bool:
     return shown > 0
 
 
-def pareto_front(runs: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(bytes, bpb) of the runs that no smaller run beats, by size."""
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (bytes, bpb) that nothing smaller beats, by size."""
     front: list[tuple[float, float]] = []
-    for size, bpb in sorted((run["artifact_bytes"], run["val_bpb"]) for run in runs):
+    for size, bpb in sorted(points):
         if not front or bpb < front[-1][1]:
             front.append((size, bpb))
     return front
 
 
 def _finished(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [run for run in data["runs"] if run["val_bpb"] is not None]
+    return [r for r in data["runs"] if r["val_bpb"] is not None and not r["repeated"]]
 
 
 def _colour(number: int) -> str:

@@ -317,10 +317,25 @@ def grouped(runs: Sequence[FoundRun], by_text: bool = False) -> list[Group]:
     telling = telling_settings([group.differs for group in groups.values()])
     for group in groups.values():
         group.telling = telling
+    _name_by_the_finished(list(groups.values()))
+    for group in groups.values():
         _one_run_a_seed(group)
         group.unfinished = [run for run in group.unfinished if run.seed not in group.seeds]
         group.declared = declared_seeds([*group.runs, *group.unfinished])
     return list(groups.values())
+
+
+def _name_by_the_finished(groups: Sequence[Group]) -> None:
+    """Leave out of labels what sets finished settings apart only from runs that failed."""
+    done = [group for group in groups if group.runs]
+    if len(done) in (0, 1, len(groups)):
+        return
+    keys = differing_settings([group.differs for group in done])
+    for group in done:
+        group.differs = {key: group.differs[key] for key in keys}
+    telling = telling_settings([group.differs for group in done])
+    for group in done:
+        group.telling = telling
 
 
 def telling_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:

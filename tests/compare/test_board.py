@@ -1,10 +1,13 @@
 """The board: its data, its pictures, and the page in a real headless Chromium."""
 
+import csv
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from run_folders import write_metrics, write_run
 from smoke_runs import train
 
 from recurgolf.compare.board import board_data, by_passes, page, write_board
+from recurgolf.compare.comparison import compare
 from recurgolf.compare.runs import find_runs
 
 BPB = {"1": [1.6031, 1.6012, 1.6003], "2": [1.5871, 1.5902, 1.5853]}
@@ -164,7 +168,59 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     assert "no run in or below it" in refused
 
 
+def test_a_failed_run_lends_the_finished_ones_no_words(tmp_path):
+    for rank in (1, 2):
+        write_run(tmp_path / str(rank), 1, 1.5, f"lora.rank={rank}")
+    write_run(tmp_path / "lost", 1, None, "lora.rank=2", "looping.passes=3")
+    labels = data_of(tmp_path)["groups"]
+    assert labels[:2] == ["lora.rank=1", "lora.rank=2"]
+    assert len(labels) == 3 and "looping.passes=3" in labels[2]
+
+
+def test_settings_on_different_texts_share_no_verdict(tmp_path):
+    for text in ("a", "b"):
+        for seed in (1, 2):
+            told = {"text": {"name": "t", "fingerprint": text * 64, "tokenizer": "t" * 64}}
+            write_run(tmp_path / f"{text}{seed}", seed, 1.5 + seed / 100, **told)
+    data = data_of(tmp_path)
+    assert data["sets"] == [0, 1]
+    assert data["verdicts"] == {"0": {}, "1": {}}
+
+
+def test_a_baseline_that_names_no_setting_is_refused(sweep, tmp_path):
+    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
+    told = recurgolf("board", str(sweep), "--baseline", "lora.rank=7", cwd=tmp_path).refused()
+    assert "lora.rank=7" in told and "lora.rank=1; lora.rank=2" in told
+
+
+def test_watch_rebuilds_the_page_when_a_run_ends(tmp_path):
+    pytest.importorskip("plotly")
+    write_run(tmp_path / "runs" / "1", 1, 1.5)
+    out = tmp_path / "b.html"
+    command = ["-m", "recurgolf", "board", tmp_path / "runs", "--out", out, "--watch", "0.2"]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as watching:
+        assert watching.stdout is not None
+        try:
+            assert "Ctrl-C stops" in watching.stdout.readline()
+            assert "1.53125" not in out.read_text()
+            write_run(tmp_path / "runs" / "2", 2, 1.53125)
+            assert "rebuilt at" in watching.stdout.readline()
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(20) == 0
+        finally:
+            watching.kill()
+    assert "1.53125" in out.read_text()
+
+
 # ---- in the browser
+
+
+def drawn(plot: str, name: str) -> str:
+    """A trace of a plot, as JavaScript."""
+    return f"document.getElementById('{plot}').data.find(t => t.name.startsWith('{name}'))"
 
 
 def settings_column(shown: Page, name: str) -> list[str]:
@@ -177,28 +233,68 @@ def test_the_page_loads_without_an_error_or_a_request(opened, board):
     assert opened.texts("#counts") == ["7 of 7 runs, 6 of them finished, 2 setting(s)"]
 
 
+def setting(shown: Page, number: int, key: str) -> str:
+    (text,) = shown.texts(f'#groups tr[data-group="{number}"] td[data-key="{key}"]')
+    return text.strip("▸▾ ")
+
+
 def test_the_tables_show_the_right_numbers(opened):
-    cells = opened.texts("#groups tbody tr:nth-child(1) td")
     mean, deviation = statistics.fmean(BPB["1"]), statistics.stdev(BPB["1"])
-    assert cells[:3] == ["lora.rank=1", "3", f"{mean:.4f} ± {deviation:.4f}"]
-    assert cells[4] == "900,002 ± 1"
-    cells = opened.texts("#groups tbody tr:nth-child(2) td")
-    assert cells[5:7] == ["1", "1"]  # over budget, not finished
+    assert setting(opened, 0, "label") == "lora.rank=1"
+    assert setting(opened, 0, "n") == "3"
+    assert setting(opened, 0, "val_bpb") == f"{mean:.4f} ± {deviation:.4f}"
+    assert setting(opened, 0, "artifact_bytes") == "900,002 ± 1"
+    assert setting(opened, 0, "bytes_planned") == "890,000"  # the code's 40,000 among them
+    assert setting(opened, 0, "bytes_code") == "40,000"
+    assert (setting(opened, 1, "over"), setting(opened, 1, "lost")) == ("1", "1")
     assert settings_column(opened, "val_bpb") == [
         *(f"{bpb:.4f}" for bpb in sorted(BPB["1"] + BPB["2"])),
         "-",
     ]
 
 
+def test_verdicts_are_those_of_compare_against_the_baseline_one_chooses(opened, sweep):
+    for base, other in ((0, 1), (1, 0)):
+        opened.choose("#baseline", str(base))
+        (told,) = compare([sweep], f"lora.rank={base + 1}").verdicts
+        assert setting(opened, base, "verdict") == "baseline"
+        assert setting(opened, other, "verdict") == told.word
+        gain = setting(opened, other, "gain").replace("−", "-")
+        assert gain == f"{told.tests['welch'].gain:+.4f}"
+    opened.choose("#baseline", "0")
+    assert setting(opened, 1, "verdict") == "better"
+    opened.type("#filter", "seed != 1")
+    opened.wait("document.querySelectorAll('#runs tbody tr').length === 5")
+    assert setting(opened, 1, "verdict") == "filtered"  # other seeds than compare's
+    opened.type("#filter", "")
+    opened.wait("document.querySelectorAll('#runs tbody tr').length === 7")
+
+
+def test_settings_sort_and_open_their_seeds(opened):
+    def labels() -> list[str]:
+        cells = opened.texts("#groups tbody td.label")
+        return [text.strip("▸▾ ") for text in cells]
+
+    assert labels() == ["lora.rank=2", "lora.rank=1"]  # the best first
+    opened.click('#groups th[data-key="label"] button')
+    assert labels() == ["lora.rank=1", "lora.rank=2"]
+    opened.click('#groups tr[data-group="0"] .toggle')
+    assert labels() == ["lora.rank=1", "seed 1", "seed 2", "seed 3", "lora.rank=2"]
+    assert "1.6012" in opened.texts("#groups tr.seed:nth-child(3) td")
+    opened.click('#groups tr[data-group="0"] .toggle')
+    opened.click('#groups th[data-key="val_bpb"] button')
+    assert labels() == ["lora.rank=2", "lora.rank=1"]
+
+
 def test_headings_sort_both_ways_and_what_is_unknown_stays_last(opened):
-    opened.click('th[data-key="artifact_bytes"] button')
+    opened.click('#runs th[data-key="artifact_bytes"] button')
     assert settings_column(opened, "artifact_bytes")[:3] == ["900,001", "900,001", "900,002"]
-    opened.click('th[data-key="artifact_bytes"] button')
+    opened.click('#runs th[data-key="artifact_bytes"] button')
     assert settings_column(opened, "artifact_bytes")[:2] == ["900,003", "900,003"]
     assert settings_column(opened, "artifact_bytes")[-1] == "-"
-    sorted_by = opened.texts('th[aria-sort="descending"]')
+    sorted_by = opened.texts('#runs th[aria-sort="descending"]')
     assert sorted_by == ["bytes"]
-    opened.click('th[data-key="val_bpb"] button')
+    opened.click('#runs th[data-key="val_bpb"] button')
 
 
 @pytest.mark.parametrize(
@@ -209,6 +305,11 @@ def test_headings_sort_both_ways_and_what_is_unknown_stays_last(opened):
         ("lora.rank=2 seed>=2", 3),
         ("finished", 6),  # five, and the one that is unfinished
         ("status=finished", 5),
+        ("val_bpb < 1.589", 2),
+        ("lora.rank = 2  seed >= 2", 3),
+        ("seed!=1", 5),
+        ("-unfinished", 6),
+        ("-lora.rank=2", 3),
         ("nothing-like-this", 0),
         ("", 7),
     ],
@@ -217,23 +318,101 @@ def test_the_filter_knows_words_settings_and_figures(opened, filter, count):
     opened.type("#filter", filter)
     opened.wait(f"document.querySelectorAll('#runs tbody tr').length === {count}")
     assert opened.texts("#counts")[0].startswith(f"{count} of 7 runs")
-    drawn = "document.getElementById('pareto').data.slice(0, -1).flatMap(t => t.x).length"
     finished = [text for text in settings_column(opened, "val_bpb") if text != "-"]
-    opened.wait(f"{drawn} === {len(finished)}")
+    opened.wait(f"{drawn('pareto', 'seeds')}.x.length === {len(finished)}")
+    assert opened.value("document.getElementById('empty').hidden") == (count > 0)
+
+
+@pytest.mark.parametrize(
+    ("filter", "said"),
+    [("val_bpbb<1.6", "no setting or figure is called val_bpbb"), ("val_bpb <", "what number?")],
+)
+def test_a_filter_that_makes_no_sense_is_said_and_hides_nothing(opened, filter, said):
+    opened.type("#filter", filter)
+    opened.wait("document.getElementById('trouble').textContent !== ''")
+    assert said in opened.texts("#trouble")[0]
+    assert opened.texts("#counts")[0].startswith("7 of 7 runs")
+    opened.type("#filter", "")
+    opened.wait("document.getElementById('trouble').textContent === ''")
 
 
 def test_the_plots_draw_the_figures_of_the_runs(opened):
-    drawn = opened.value("document.getElementById('pareto').data.map(t => [t.name, t.x, t.y])")
-    assert drawn[0] == ["lora.rank=1", [900_001, 900_002, 900_003], BPB["1"]]
-    best = drawn[-1]
-    assert (best[1], best[2]) == ([900_001, 900_003], [BPB["2"][0], BPB["2"][2]])
+    seeds = opened.value(f"[0].map(_ => {drawn('pareto', 'seeds')})[0]")
+    assert sorted(seeds["y"]) == sorted(BPB["1"] + BPB["2"])
+    means = opened.value(f"[0].map(_ => {drawn('pareto', 'means')})[0]")
+    assert means["y"] == [pytest.approx(statistics.fmean(BPB[rank])) for rank in ("1", "2")]
+    best = opened.value(f"[0].map(_ => {drawn('pareto', 'best')})[0]")
+    assert (best["x"], best["y"]) == ([900_002], [means["y"][1]])  # same size, lower
     passes = opened.value("document.getElementById('passes').data.map(t => [t.x, t.y])")
     assert [[1, 2], [pytest.approx(BPB["1"][0] + 0.2), BPB["1"][0]]] in passes
     opened.choose("#curve", "train/loss")
     opened.choose("#axis", "tokens")
+    opened.choose("#lines", "seeds")
     curve = opened.value("[0].map(i => document.getElementById('curves').data[i])[0]")
     assert curve["y"] == [3.0, 2.5, 2.25, 2.0]
     assert curve["x"] == [25 * 4096, 50 * 4096, 75 * 4096, 100 * 4096]
+    opened.choose("#smooth", "0.5")
+    smooth = opened.value("document.getElementById('curves').data[0].y")
+    assert smooth == pytest.approx([3.0, (1.5 + 2.5) / 1.5, (0.75 + 1.25 + 2.25) / 1.75, 2.2], 1e-9)
+    opened.choose("#smooth", "0")
+
+
+def test_curves_are_means_with_a_band_over_the_seeds(opened):
+    opened.choose("#curve", "val/bpb")
+    opened.choose("#lines", "mean")
+    mean = opened.value(f"{drawn('curves', 'lora.rank=2')}.y")
+    assert mean == [pytest.approx(statistics.fmean(BPB["2"]) - 0.01)]
+    bands = opened.value(
+        "document.getElementById('curves').data.filter(t => t.name === 'deviation')"
+        ".map(t => t.y[1] - t.y[0])"
+    )
+    assert pytest.approx(2 * statistics.stdev(BPB["2"])) in bands
+
+
+def test_a_dot_hides_the_curves_of_its_setting(opened):
+    opened.click('#legend [data-hide="0"]')
+    names = "document.getElementById('curves').data.map(t => t.name).filter(n => n !== 'deviation')"
+    assert opened.value(names) == ["lora.rank=2, mean of 3"]
+    assert sorted(opened.value(f"{drawn('pareto', 'seeds')}.y")) == sorted(BPB["2"])
+    opened.click('#groups [data-hide="0"]')
+    assert len(opened.value(names)) == 2
+
+
+def test_the_address_brings_back_what_one_saw(opened, board, tmp_path):
+    opened.type("#filter", "lora.rank = 2")
+    opened.wait("location.hash.includes('filter')")
+    opened.choose("#axis", "seconds")
+    opened.choose("#baseline", "1")
+    opened.click('#groups tr[data-group="1"] .toggle')
+    address = opened.value("location.href")
+    with Page(tmp_path / "profile") as again:
+        again._call("Page.navigate", url=address)
+        again.wait("document.body && document.body.dataset.ready === 'yes'")
+        assert again.texts("#counts")[0].startswith("4 of 7 runs")
+        assert again.value("document.getElementById('filter').value") == "lora.rank = 2"
+        assert again.value("document.getElementById('axis').value") == "seconds"
+        assert setting(again, 1, "verdict") == "baseline"
+        assert len(again.texts("#groups tr.seed")) == 4
+    opened.open(board)
+    assert opened.texts("#counts")[0].startswith("7 of 7 runs")
+
+
+def test_what_is_shown_can_be_taken_away_as_csv(opened, tmp_path):
+    opened._call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    opened.type("#filter", "lora.rank=2 finished -unfinished")
+    opened.wait("document.querySelectorAll('#runs tbody tr').length === 2")
+    opened.click("#csv")
+    end = time.monotonic() + 20
+    while not (tmp_path / "runs.csv").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["lora.rank"], float(row["val_bpb"])) for row in rows] == [
+        ("2", 1.5871),
+        ("2", 1.5902),
+    ]
+    opened.type("#filter", "")
+    opened.wait("document.querySelectorAll('#runs tbody tr').length === 7")
 
 
 def test_a_row_opens_its_run_with_links_bytes_and_visits(opened):
@@ -254,6 +433,37 @@ def test_a_row_opens_its_run_with_links_bytes_and_visits(opened):
     visits = opened.value("document.getElementById('visits-residual_rms').data[0].y")
     assert visits == [0.5, 0.625, 0.75, 0.875]
     assert opened.value("document.getElementById('visits-contraction').data[0].x") == [2]
+
+
+@pytest.mark.parametrize("width", [390, 1440, 2560])
+def test_the_plots_of_an_opened_run_keep_to_their_columns(opened, board, width):
+    opened.size(width, 1000)
+    opened.open(board)
+    opened.click('#runs tbody tr:nth-child(2) td[data-key="seed"]')
+    opened.wait("!document.getElementById('run').hidden")
+    wide = opened.value(
+        "[...document.querySelectorAll('.plot:has(.main-svg)')].map(plot => ["
+        "plot.querySelector('.main-svg').getBoundingClientRect().width,"
+        "plot.parentElement.getBoundingClientRect().width, plot.getBoundingClientRect().right])"
+    )
+    assert len(wide) >= 5
+    for drawing, column, right in wide:
+        assert drawing <= column + 1
+        assert right <= width
+    broken = opened.value(  # a part of a label that stands on two lines
+        "[...document.querySelectorAll('td .part')].filter(e => e.offsetHeight > 32).length"
+    )
+    assert broken == 0
+    opened.size(1500, 1000)
+
+
+@pytest.mark.parametrize("table", ["groups", "runs"])
+def test_values_stand_under_their_headings(opened, table):
+    sides = opened.value(
+        f"[...document.querySelectorAll('#{table} tr:is(thead *, tbody > :first-child)')]"
+        ".map(row => [...row.cells].map(c => getComputedStyle(c).textAlign))"
+    )
+    assert len(sides) == 2 and sides[0] == sides[1]
 
 
 def test_two_runs_are_held_side_by_side(opened):
@@ -314,6 +524,7 @@ def test_a_thousand_runs_open_within_two_seconds_of_work(sweep, tmp_path):
     base = next(run for run in data["runs"] if run["folder"] == "2_2")
     curve = {key: list(range(60)) for key in ("step", "tokens", "seconds")}
     data["groups"] = [f"lora.rank={rank}" for rank in range(200)]
+    data["sets"] = [0] * 200
     data["runs"] = [
         {
             **base,

@@ -6,8 +6,9 @@
   const colours = ["#3b76c4", "#d1731f", "#2e9a66", "#c24141", "#7d5bb5", "#8a6146", "#c9599b",
     "#6f7782", "#a39a1e", "#1e9bb0"];
   const symbols = ["circle", "square", "diamond", "triangle-up", "cross", "star"];
-  const NAMED_GROUPS = 12, CURVES = 40, ROWS = 200;
-  const state = { filter: "", sort: "val_bpb", descending: false, all: false, open: null };
+  const NAMED_GROUPS = 24, CURVES = 40, ROWS = 200;
+  const state = { filter: "", sort: "val_bpb", descending: false, all: false, open: null,
+    groupSort: "val_bpb", groupDescending: false, opened: new Set(), hidden: new Set() };
   const $ = (id) => document.getElementById(id);
   const colour = (n) => colours[n % colours.length];
   const symbol = (n) => symbols[Math.floor(n / colours.length) % symbols.length];
@@ -24,22 +25,27 @@
       ...Object.entries(run.settings).map(([k, v]) => `${k}=${v}`)].join(" ").toLowerCase();
   }
 
+  // A column that says the same of every run is left out; the opened run tells it.
+  const differs = (key) => new Set(runs.map((run) => run[key]).filter((value) => known(value) && value !== "-")).size > 1;
+  // key, title, how it is written, whether it is text (else a number, to the right)
   const columns = [
-    ["group_label", "setting", plain],
+    ["group_label", "setting", plain, true],
     ["seed", "seed", plain],
     ["val_bpb", "val_bpb", fixed(4)],
     ["pre_quant_val_bpb", "before packing", fixed(4)],
     ["gap", "packing costs", fixed(4)],
     ["artifact_bytes", "bytes", whole],
-    ["status", "status", plain],
-    ["audit", "audit", plain],
-    ["steps", "steps", whole],
-    ["tokens", "tokens", whole],
+    ["status", "status", plain, true],
     ["train_seconds", "seconds", whole],
     ["tokens_per_second", "tokens/s", whole],
-    ["params", "parameters", whole],
-    ["name", "experiment", plain],
-    ["hardware", "hardware", plain],
+    ...[
+      ["audit", "audit", plain, true],
+      ["steps", "steps", whole],
+      ["tokens", "tokens", whole],
+      ["params", "parameters", whole],
+      ["name", "experiment", plain, true],
+      ["hardware", "hardware", plain, true],
+    ].filter(([key]) => differs(key)),
   ];
 
   function element(tag, text, attributes = {}) {
@@ -49,71 +55,114 @@
     return made;
   }
 
+  // A label breaks between its settings, never within one.
+  function labelled(cell, label) {
+    label.split(" ").forEach((part) => cell.append(element("span", part, { class: "part" }), " "));
+    return cell;
+  }
+
+  function dotOf(number) {
+    const dot = element("span", undefined, { class: "dot" });
+    dot.style.background = colour(number);
+    return dot;
+  }
+
   // ---- filtering and sorting
 
   const comparisons = {
     "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b,
   };
 
-  function test(word) {
-    const match = /^([\w./]+)(<=|>=|<|>|=)(.+)$/.exec(word);
-    const has = (run, key) => key in run.config || (key in run && typeof run[key] !== "object");
-    if (match && runs.some((run) => has(run, match[1]))) {
-      const [, key, sign, wanted] = match;
+  const has = (run, key) => key in run.config || (key in run && typeof run[key] !== "object") || run[key] === null;
+  const valueOf = (run, key) => (key in run.config ? run.config[key] : run[key]);
+
+  // One word of the filter as a function; what is wrong with it goes to `troubles`.
+  function test(word, troubles) {
+    const match = /^([\w./]+)(<=|>=|!=|<|>|=)(.*)$/.exec(word);
+    if (!match) {
+      if (/^-./.test(word)) {
+        const without = test(word.slice(1), troubles);
+        return (run) => !without(run);
+      }
+      return (run) => run.words.includes(word.toLowerCase());
+    }
+    const [, key, sign, text] = match;
+    const wanted = text.toLowerCase();
+    const order = sign in comparisons;
+    const number = Number(wanted.replaceAll(",", ""));
+    if (!runs.some((run) => has(run, key))) {
+      troubles.push(`no setting or figure is called ${key}`);
+      return () => true;
+    }
+    if (!wanted || (order && Number.isNaN(number))) {
+      troubles.push(`${key} ${sign} what${order ? " number" : ""}?`);
+      return () => true;
+    }
+    if (order) {
       return (run) => {
-        const value = key in run.config ? run.config[key] : run[key];
-        if (sign === "=") return String(value).toLowerCase() === wanted.toLowerCase();
-        return known(value) && value !== "-" && comparisons[sign](Number(value), Number(wanted));
+        const value = valueOf(run, key);
+        return known(value) && value !== "-" && comparisons[sign](Number(value), number);
       };
     }
-    return (run) => run.words.includes(word.toLowerCase());
+    return (run) => (String(valueOf(run, key)).toLowerCase() === wanted) === (sign === "=");
   }
 
   function shown() {
-    const tests = state.filter.split(/\s+/).filter(Boolean).map(test);
+    const troubles = [];
+    const words = state.filter.replace(/\s*(<=|>=|!=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean);
+    const tests = words.map((word) => test(word, troubles));
+    $("trouble").textContent = troubles.join("; ");
     return runs.filter((run) => tests.every((passes) => passes(run)));
   }
 
-  function compare(a, b) {
-    const [x, y] = [a[state.sort], b[state.sort]];
+  const by = (key, descending) => (a, b) => {
+    const [x, y] = [a[key], b[key]];
     if (!known(x) || !known(y)) return known(y) - known(x); // what is not known goes last, always
     const numbers = typeof x === "number" && typeof y === "number";
     const order = numbers ? x - y : String(x).localeCompare(String(y), "en", { numeric: true });
-    return state.descending ? -order : order;
-  }
+    return descending ? -order : order;
+  };
 
   // ---- tables
 
   const rows = new Map();
 
-  function buildTable() {
+  // Headings that sort: which key and direction stand in the state under the names given.
+  function buildHead(table, titles, sort, descending) {
     const head = element("tr");
-    for (const [key, title] of columns) {
-      const cell = element("th", undefined, { scope: "col", "data-key": key });
+    for (const [key, title, , text] of titles) {
+      const cell = element("th", undefined, { scope: "col", "data-key": key, class: text ? "text" : "" });
       const button = element("button", title, { type: "button" });
       button.addEventListener("click", () => {
-        state.descending = state.sort === key ? !state.descending : false;
-        state.sort = key;
-        fillTable(shown());
+        state[descending] = state[sort] === key ? !state[descending] : false;
+        state[sort] = key;
+        update();
       });
       cell.append(button);
       head.append(cell);
     }
-    $("runs").tHead.append(head);
+    $(table).tHead.append(head);
+  }
+
+  function markSorted(table, key, descending) {
+    for (const cell of $(table).tHead.rows[0].cells) {
+      const own = cell.dataset.key === key;
+      cell.setAttribute("aria-sort", own ? (descending ? "descending" : "ascending") : "none");
+    }
   }
 
   function rowOf(run) {
     if (rows.has(run.index)) return rows.get(run.index);
     const row = element("tr", undefined, { tabindex: "0", "data-run": run.index });
-    columns.forEach(([key, , form], place) => {
-      const cell = element("td", undefined, { "data-key": key });
+    columns.forEach(([key, , form, text], place) => {
+      const cell = element("td", undefined, { "data-key": key, class: text ? "text" : "" });
       if (place === 0) {
-        const dot = element("span", undefined, { class: "dot" });
-        dot.style.background = colour(run.group);
-        cell.append(dot);
-      }
-      cell.append(form(run[key]));
-      if (key === "status" && run[key] !== "finished") cell.className = "bad";
+        cell.append(dotOf(run.group));
+        cell.classList.add("label");
+        labelled(cell, run.group_label);
+      } else cell.append(form(run[key]));
+      if (key === "hardware") cell.classList.add("wide");
+      if (key === "status" && run[key] !== "finished") cell.classList.add("bad");
       row.append(cell);
     });
     row.addEventListener("click", () => openRun(run, true));
@@ -123,52 +172,145 @@
   }
 
   function fillTable(chosen) {
-    const sorted = [...chosen].sort(compare);
+    const sorted = [...chosen].sort(by(state.sort, state.descending));
     const some = state.all ? sorted : sorted.slice(0, ROWS);
     $("runs").tBodies[0].replaceChildren(...some.map(rowOf));
     $("all").hidden = some.length === sorted.length;
     $("all").textContent = `show all ${whole(sorted.length)} rows`;
-    for (const cell of $("runs").tHead.rows[0].cells) {
-      const own = cell.dataset.key === state.sort;
-      cell.setAttribute("aria-sort", own ? (state.descending ? "descending" : "ascending") : "none");
-    }
+    markSorted("runs", state.sort, state.descending);
     const finished = chosen.filter((run) => known(run.val_bpb)).length;
     $("counts").textContent = `${whole(chosen.length)} of ${whole(runs.length)} runs, `
       + `${whole(finished)} of them finished, ${whole(data.groups.length)} setting(s)`;
+    $("empty").hidden = chosen.length > 0;
+  }
+
+  const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+
+  function deviation(values) {
+    if (values.length < 2) return null;
+    const middle = mean(values);
+    return Math.sqrt(values.reduce((sum, value) => sum + (value - middle) ** 2, 0) / (values.length - 1));
   }
 
   function spread(values, form) {
     if (!values.length) return "-";
-    const mean = values.reduce((a, b) => a + b, 0) / values.length;
-    if (values.length === 1) return form(mean);
-    const squares = values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-    return `${form(mean)} ± ${form(Math.sqrt(squares / (values.length - 1)))}`;
+    const same = values.every((value) => value === values[0]);
+    return form(mean(values)) + (same ? "" : ` ± ${form(deviation(values))}`);
   }
 
-  function fillGroups(chosen) {
-    const titles = ["setting", "n", "val_bpb", "before packing", "bytes", "over budget",
-      "not finished", "steps", "hardware"];
-    $("groups").tHead.replaceChildren(element("tr"));
-    for (const title of titles) $("groups").tHead.rows[0].append(element("th", title));
-    const body = [];
-    data.groups.forEach((label, number) => {
-      const own = chosen.filter((run) => run.group === number);
-      if (!own.length) return;
+  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4);
+  const figure = (key, form) => (group, run) => (run ? form(run[key])
+    : spread(group.done.map((one) => one[key]).filter(known), form));
+  // As `columns`, of a setting; without a run the cell of the setting, else of that seed.
+  const groupColumns = [
+    ["label", "setting", null, true],
+    ["n", "seeds", (group, run) => (run ? "" : String(group.n))],
+    ["val_bpb", "val_bpb", figure("val_bpb", fixed(4))],
+    ["gain", "gain", (group, run) => (run || !known(group.gain) ? "" : signed(group.gain))],
+    ["verdict", "verdict", null, true],
+    ["gap", "packing", figure("gap", fixed(4))],
+    ["artifact_bytes", "bytes", figure("artifact_bytes", whole)],
+    ["bytes_planned", "planned", figure("bytes_planned", whole)],
+    ["bytes_code", "code", figure("bytes_code", whole)],
+    ...(runs.some((run) => run.status === "over_budget") ? [["over", "over budget", (group, run) =>
+      (run ? (run.status === "over_budget" ? "yes" : "") : String(group.over))]] : []),
+    ...(runs.some((run) => !known(run.val_bpb)) ? [["lost", "unfinished", (group, run) =>
+      (run ? "" : String(group.lost))]] : []),
+    ...(differs("steps") ? [["steps", "steps", figure("steps", whole)]] : []),
+    ["train_seconds", "seconds", figure("train_seconds", whole)],
+  ];
+
+  // What the table says of every setting that the filter leaves, for its finished seeds.
+  function settingsOf(chosen) {
+    const base = Number($("baseline").value);
+    const owned = data.groups.map(() => []);
+    for (const run of chosen) owned[run.group].push(run);
+    const complete = data.groups.map((_, number) => owned[number].length === counts[number]);
+    return owned.flatMap((own, number) => {
+      if (!own.length) return [];
       const done = own.filter((run) => known(run.val_bpb) && !run.repeated);
-      const of = (key, form) => spread(done.map((run) => run[key]), form);
-      const different = (key) => [...new Set(done.map((run) => run[key]))];
-      const row = element("tr", undefined, { "data-group": number });
-      const cells = [label, done.length, of("val_bpb", fixed(4)), of("pre_quant_val_bpb", fixed(4)),
-        of("artifact_bytes", whole), done.filter((run) => run.status === "over_budget").length,
-        own.filter((run) => !known(run.val_bpb) && !run.repeated).length, different("steps").map(whole).join(", ") || "-",
-        different("hardware").join("; ") || "-"];
-      cells.forEach((text) => row.append(element("td", text)));
-      const dot = element("span", undefined, { class: "dot" });
-      dot.style.background = colour(number);
-      row.cells[0].prepend(dot);
-      body.push(row);
+      const found = { number, own, done, label: data.groups[number], n: new Set(done.map((run) => run.seed)).size,
+        over: done.filter((run) => run.status === "over_budget").length,
+        lost: own.filter((run) => !known(run.val_bpb)).length, verdict: "", why: "" };
+      for (const [key] of groupColumns) {
+        if (key in found || key === "gain") continue;
+        const values = done.map((run) => run[key]).filter(known);
+        found[key] = values.length ? mean(values) : null;
+      }
+      const told = (data.verdicts[base] ?? {})[number];
+      if (number === base) found.verdict = "baseline";
+      else if (!done.length) found.verdict = "";
+      else if (data.sets[number] !== data.sets[base]) {
+        found.verdict = "not comparable";
+        found.why = "scored on another text, with another tokenizer or protocol";
+      } else if (!complete[number] || !complete[base]) {
+        found.verdict = "filtered";
+        found.why = "verdicts are of all seeds: filter settings, not seeds, to see them";
+      } else if (told) Object.assign(found, { verdict: told.word, why: told.why, gain: told.gain, interval: told.interval });
+      return [found];
     });
-    $("groups").tBodies[0].replaceChildren(...body);
+  }
+
+  function fillGroups(groups) {
+    const sorted = [...groups].sort(by(state.groupSort, state.groupDescending));
+    markSorted("groups", state.groupSort, state.groupDescending);
+    $("groups").tBodies[0].replaceChildren(...sorted.flatMap((group) => {
+      const opened = state.opened.has(group.number);
+      const seeds = opened ? [...group.own].sort(by("seed", false)) : [];
+      return [groupRow(group, opened), ...seeds.map((run) => seedRow(group, run))];
+    }));
+    $("legend").replaceChildren(...(groups.length > NAMED_GROUPS ? [] : groups).map(({ number, label }) =>
+      hider(number, "", label)));
+  }
+
+  function hider(number, kind, label) {
+    const name = `show ${data.groups[number]}`;
+    const button = element("button", undefined, { type: "button", class: kind, "data-hide": number, title: name,
+      "aria-label": name, "aria-pressed": String(!state.hidden.has(number)) });
+    button.append(dotOf(number), label);
+    button.addEventListener("click", () => {
+      if (!state.hidden.delete(number)) state.hidden.add(number);
+      update();
+    });
+    return button;
+  }
+
+  function groupRow(group, opened) {
+    const row = element("tr", undefined, { "data-group": group.number });
+    for (const [key, , form, text] of groupColumns) {
+      const cell = element("td", undefined, { "data-key": key, class: text ? "text" : "" });
+      if (key === "label") {
+        const toggle = element("button", opened ? "▾" : "▸", { type: "button", class: "toggle",
+          "aria-expanded": String(opened), "aria-label": `seeds of ${group.label}` });
+        toggle.addEventListener("click", () => {
+          if (!state.opened.delete(group.number)) state.opened.add(group.number);
+          update();
+        });
+        cell.classList.add("label");
+        cell.append(toggle, hider(group.number, "hide", ""));
+        labelled(cell, group.label);
+      } else if (key === "verdict") {
+        const kind = { better: "better", worse: "worse", baseline: "baseline" }[group.verdict] ?? "none";
+        if (group.verdict) cell.append(element("span", group.verdict, { class: `verdict ${kind}`, title: group.why }));
+      } else cell.append(form(group, null));
+      if (key === "gain" && group.interval) {
+        cell.title = `95% interval ${group.interval.map(signed).join(" to ")}`;
+      }
+      row.append(cell);
+    }
+    return row;
+  }
+
+  function seedRow(group, run) {
+    const row = element("tr", undefined, { class: "seed", tabindex: "0", "data-seed": run.index });
+    for (const [key, , form, text] of groupColumns) {
+      const words = key === "label" ? `seed ${run.seed}${run.repeated ? ", repeated: does not count" : ""}`
+        : key === "verdict" ? (run.status === "finished" ? "" : run.status) : form(group, run);
+      row.append(element("td", words, { class: key === "label" ? "text label" : text ? "text" : "" }));
+    }
+    row.addEventListener("click", () => openRun(run, true));
+    row.addEventListener("keydown", (event) => event.key === "Enter" && openRun(run, true));
+    return row;
   }
 
   // ---- plots
@@ -188,90 +330,122 @@
 
   const title = (text) => ({ title: { text } });
 
-  function front(finished) {
+  function front(points) {
     const best = [];
-    const bySize = [...finished].sort((a, b) => a.artifact_bytes - b.artifact_bytes || a.val_bpb - b.val_bpb);
-    for (const run of bySize) {
-      if (!best.length || run.val_bpb < best[best.length - 1].val_bpb) best.push(run);
+    for (const point of [...points].sort((a, b) => a.artifact_bytes - b.artifact_bytes || a.val_bpb - b.val_bpb)) {
+      if (!best.length || point.val_bpb < best[best.length - 1].val_bpb) best.push(point);
     }
     return best;
   }
 
-  function byGroup(chosen, make) {
-    return data.groups.flatMap((label, number) => {
-      const own = chosen.filter((run) => run.group === number);
-      return own.length ? [make(own, label, number)] : [];
+  // Seeds faint, means full, and for every set of settings that compare the best means joined.
+  function drawPareto(groups) {
+    const done = groups.filter((group) => group.done.length && !state.hidden.has(group.number));
+    const seeds = done.flatMap((group) => group.done);
+    const dots = (name, some, number, text, marker) => ({
+      type: "scatter", mode: "markers", name, x: some.map((one) => one.artifact_bytes), y: some.map((one) => one.val_bpb),
+      customdata: some.map((one) => one.index ?? null), text: some.map(text),
+      hovertemplate: "%{text}<br>%{y:.4f} bpb, %{x:,.0f} bytes<extra></extra>",
+      marker: { color: some.map((one) => colour(number(one))), symbol: some.map((one) => symbol(number(one))), ...marker },
     });
-  }
-
-  function drawPareto(chosen) {
-    const finished = chosen.filter((run) => known(run.val_bpb));
-    const named = data.groups.length <= NAMED_GROUPS;
-    const dots = (own, name, shade, shape) => ({
-      type: "scatter", mode: "markers", name,
-      x: own.map((run) => run.artifact_bytes), y: own.map((run) => run.val_bpb),
-      customdata: own.map((run) => run.index),
-      text: own.map((run) =>
-        `${run.group_label}<br>seed ${run.seed}, ${whole(run.steps)} steps<br>${run.hardware}`),
-      hovertemplate: "%{text}<br>%{y:.4f} bpb, %{x:,} bytes<extra></extra>",
-      marker: { color: shade, symbol: shape, size: 9, opacity: 0.85 },
-    });
-    // Without a legend all dots are one trace: hundreds of traces take seconds.
-    const traces = named
-      ? byGroup(finished, (own, label, number) => dots(own, label, colour(number), symbol(number)))
-      : [dots(finished, "", finished.map((run) => colour(run.group)),
-        finished.map((run) => symbol(run.group)))];
-    const best = front(finished);
-    traces.push({
-      type: "scatter", mode: "lines", name: "best of each size", hoverinfo: "skip",
-      x: best.map((run) => run.artifact_bytes), y: best.map((run) => run.val_bpb),
-      line: { color: "#888888", width: 1, dash: "dot" },
-    });
-    const sizes = finished.map((run) => run.artifact_bytes);
-    const budgets = [...new Set(finished.map((run) => run.budget_bytes))]
-      .filter((budget) => budget < 1.1 * Math.max(...sizes));
-    const shapes = budgets.map((budget) => ({
-      type: "line", x0: budget, x1: budget, y0: 0, y1: 1, yref: "paper",
-      line: { color: "#d0453e", width: 1, dash: "dash" },
-    }));
+    const traces = [
+      dots("seeds", seeds, (run) => run.group, (run) => `${run.group_label}<br>seed ${run.seed}, ${whole(run.steps)} steps`,
+        { size: 6, opacity: 0.35 }),
+      dots("means", done, (group) => group.number, (group) => `${group.label}<br>mean of ${group.n} seed(s)`, { size: 11 }),
+    ];
+    const sets = [...new Set(done.map((group) => data.sets[group.number]))];
+    for (const set of sets) {
+      const best = front(done.filter((group) => data.sets[group.number] === set));
+      traces.push({
+        type: "scatter", mode: "lines", name: "best of each size", hoverinfo: "skip",
+        x: best.map((group) => group.artifact_bytes), y: best.map((group) => group.val_bpb),
+        line: { color: "#888888", width: 1, dash: "dot" },
+      });
+    }
+    $("pareto-note").textContent = !done.length ? "(no finished run)"
+      : `faint: seeds; full: means; dotted: best of each size${sets.length > 1 ? ", one line per text and protocol" : ""}`;
+    const largest = Math.max(...seeds.map((run) => run.artifact_bytes));
+    const budgets = [...new Set(seeds.map((run) => run.budget_bytes))].filter((budget) => known(budget) && budget < 1.15 * largest);
     draw("pareto", traces, {
-      shapes, showlegend: named && data.groups.length > 1,
-      xaxis: { ...title("artifact bytes"), tickformat: ",.4~s" }, yaxis: title("val_bpb"),
+      shapes: budgets.map((budget) => ({
+        type: "line", x0: budget, x1: budget, y0: 0, y1: 1, yref: "paper", line: { color: "#d0453e", width: 1, dash: "dash" },
+      })),
+      annotations: budgets.map((budget) => ({
+        x: budget, y: 1, yref: "paper", xanchor: "right", yanchor: "top", showarrow: false, text: `budget ${whole(budget)}`,
+        font: { color: getComputedStyle(document.documentElement).getPropertyValue("--bad").trim() },
+      })),
+      xaxis: { ...title("artifact bytes, code included"), tickformat: ",.4~s" }, yaxis: title("val_bpb"),
     });
   }
 
-  function drawCurves(chosen) {
-    const [key, axis] = [$("curve").value, $("axis").value];
-    const having = chosen.filter((run) => run.curves[key] && run.curves[key].y.length);
-    const some = having.slice(0, CURVES);
-    $("curves-shown").textContent = having.length > some.length
-      ? `(${some.length} of ${whole(having.length)} runs: filter to see others)` : "";
-    const named = new Set();
-    const traces = some.map((run) => {
-      const curve = run.curves[key];
-      const first = !named.has(run.group);
-      named.add(run.group);
-      return {
-        type: "scatter", mode: curve.y.length < 30 ? "lines+markers" : "lines", name: run.group_label,
-        legendgroup: run.group, showlegend: first, x: curve[axis], y: curve.y,
-        text: `${run.group_label}, seed ${run.seed}`,
-        hovertemplate: "%{text}<br>%{y:.4f} at %{x:,}<extra></extra>",
-        line: { color: colour(run.group), width: 1.5 }, marker: { size: 5 },
-      };
+  // An average that forgets: each value weighs `weight` times the one after it.
+  function smoothed(values, weight) {
+    let [sum, total] = [0, 0];
+    return values.map((value) => {
+      if (value === null) return null;
+      sum = weight * sum + value;
+      total = weight * total + 1;
+      return sum / total;
+    });
+  }
+
+  // Mean and deviation over the seeds that were measured at a step.
+  function meanCurve(curves, axis) {
+    const places = new Map();
+    for (const curve of curves) {
+      curve.step.forEach((step, place) => {
+        if (!places.has(step)) places.set(step, { x: [], y: [] });
+        if (!known(curve.y[place])) return;
+        places.get(step).x.push(curve[axis][place]);
+        places.get(step).y.push(curve.y[place]);
+      });
+    }
+    const points = [...places].sort((a, b) => a[0] - b[0]).map(([, point]) => point).filter(({ y }) => y.length);
+    return { x: points.map(({ x }) => mean(x)), y: points.map(({ y }) => mean(y)), off: points.map(({ y }) => deviation(y) ?? 0) };
+  }
+
+  function drawCurves(groups) {
+    const [key, axis, lines, weight] = [$("curve").value, $("axis").value, $("lines").value, Number($("smooth").value)];
+    const of = (run) => ({ ...run.curves[key], y: smoothed(run.curves[key].y, weight) });
+    const having = groups.filter((group) => !state.hidden.has(group.number)).map((group) => ({
+      ...group, own: group.own.filter((run) => !run.repeated && run.curves[key] && run.curves[key].y.length) }))
+      .filter((group) => group.own.length);
+    const units = lines === "mean" ? having : having.flatMap((group) => group.own);
+    const some = units.slice(0, CURVES);
+    $("curves-shown").textContent = units.length > some.length
+      ? `(${some.length} of ${whole(units.length)}: filter to see others)` : units.length ? "" : "(nothing measured)";
+    const line = (label, number, curve) => ({
+      type: "scatter", mode: curve.y.length < 30 ? "lines+markers" : "lines", name: label, x: curve.x, y: curve.y,
+      text: label, hovertemplate: "%{text}<br>%{y:.4f} at %{x:,}<extra></extra>",
+      line: { color: colour(number), width: 1.6 }, marker: { size: 4 },
+    });
+    const band = (number, { x, y, off }) => ({
+      type: "scatter", mode: "lines", name: "deviation", hoverinfo: "skip", line: { width: 0 }, fill: "toself",
+      fillcolor: `${colour(number)}30`, x: [...x, ...[...x].reverse()],
+      y: [...y.map((value, i) => value - off[i]), ...y.map((value, i) => value + off[i]).reverse()],
+    });
+    const traces = some.flatMap((unit) => {
+      if (lines === "seeds") {
+        const curve = of(unit);
+        return [line(`${unit.group_label}, seed ${unit.seed}`, unit.group, { x: curve[axis], y: curve.y })];
+      }
+      const curve = meanCurve(unit.own.map(of), axis);
+      const drawn = line(`${unit.label}, mean of ${unit.own.length}`, unit.number, curve);
+      return unit.own.length > 1 ? [band(unit.number, curve), drawn] : [drawn];
     });
     const names = { step: "steps", tokens: "tokens", seconds: "training seconds" };
     draw("curves", traces, {
-      showlegend: named.size > 1 && named.size <= NAMED_GROUPS / 2,
-      xaxis: title(names[axis]), yaxis: title(key),
+      xaxis: title(names[axis]), yaxis: { ...title(key), type: $("log").checked ? "log" : "linear" },
     });
   }
 
   function drawPasses(chosen) {
-    const some = chosen.filter((run) => Object.keys(run.by_passes).length
+    const some = chosen.filter((run) => !state.hidden.has(run.group)).filter((run) => Object.keys(run.by_passes).length
       || Object.keys(run.sampled_passes).length).slice(0, CURVES);
+    $("passes-figure").hidden = !some.length;
+    if (!some.length) return;
     const sampled = some.some((run) => !Object.keys(run.by_passes).length);
-    $("passes-kind").textContent = !some.length ? "(no such evaluation)"
-      : sampled ? "(dashed: first windows of the text only)" : "";
+    $("passes-kind").textContent = sampled ? "(dashed: first windows of the text only)" : "";
     draw("passes", some.map((run) => {
       const whole = Object.keys(run.by_passes).length > 0;
       const points = Object.entries(whole ? run.by_passes : run.sampled_passes)
@@ -351,8 +525,9 @@
       row.append(element("td", name), element("td", text, { "data-fact": name }));
       return row;
     }));
+    drawVisits(run); // makes the columns that the plot of bytes stands among
     drawBytes(run);
-    drawVisits(run);
+    remember();
     if (scroll) $("run").scrollIntoView({ behavior: "instant", block: "start" });
   }
 
@@ -381,11 +556,66 @@
 
   function update() {
     const chosen = shown();
+    const groups = settingsOf(chosen);
     fillTable(chosen);
-    fillGroups(chosen);
-      drawPareto(chosen);
-    drawCurves(chosen);
+    fillGroups(groups);
+    drawPareto(groups);
+    drawCurves(groups);
     drawPasses(chosen);
+    remember();
+  }
+
+  // ---- the state, in the address: a link shows what one saw
+
+  const fields = ["filter", "curve", "axis", "lines", "smooth", "baseline"];
+  const initial = {};
+  const asList = (set) => [...set].map((number) => data.groups[number]).sort();
+
+  function stateNow() {
+    const told = Object.fromEntries(fields.map((id) => [id, $(id).value]));
+    told.baseline = data.groups[told.baseline] ?? "";
+    return { ...told, log: $("log").checked ? "1" : "", sort: state.sort, down: state.descending ? "1" : "",
+      order: state.groupSort, orderdown: state.groupDescending ? "1" : "", hidden: asList(state.hidden),
+      opened: asList(state.opened), run: state.open === null ? "" : runs[state.open].folder };
+  }
+
+  function remember() {
+    const changed = new URLSearchParams();
+    for (const [key, value] of Object.entries(stateNow())) {
+      if (Array.isArray(value)) value.forEach((one) => changed.append(key, one));
+      else if (value !== initial[key]) changed.set(key, value);
+    }
+    const address = `#${changed}`;
+    if (address !== (location.hash || "#")) history.replaceState(null, "", address);
+  }
+
+  function recall() {
+    const told = new URLSearchParams(location.hash.slice(1));
+    const value = (key) => told.get(key) ?? initial[key];
+    for (const id of fields) $(id).value = id === "baseline" ? data.groups.indexOf(value(id)) : value(id);
+    $("log").checked = value("log") === "1";
+    const numbers = (key) => new Set(told.getAll(key).map((label) => data.groups.indexOf(label)).filter((n) => n >= 0));
+    Object.assign(state, { filter: value("filter"), sort: value("sort"), descending: value("down") === "1",
+      groupSort: value("order"), groupDescending: value("orderdown") === "1", hidden: numbers("hidden"), opened: numbers("opened") });
+    const run = runs.find((one) => one.folder === told.get("run"));
+    if (run) openRun(run, false);
+    update();
+  }
+
+  // ---- CSV of the runs that are shown
+
+  function download() {
+    const settings = Object.keys(runs[0].settings);
+    const figures = ["name", "seed", "status", "repeated", "val_bpb", "pre_quant_val_bpb", "gap", "artifact_bytes", "bytes_planned",
+      "bytes_model", "bytes_code", "budget_bytes", "params", "steps", "tokens", "train_seconds", "hardware", "protocol", "text", "folder"];
+    const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+    const line = (values) => values.map((value) => quoted(String(value ?? ""))).join(",");
+    const sorted = shown().sort(by(state.sort, state.descending));
+    const text = [line(["setting", ...settings, ...figures]), ...sorted.map((run) =>
+      line([run.group_label, ...settings.map((key) => run.settings[key]), ...figures.map((key) => run[key])]))].join("\n");
+    const link = element("a", undefined, { download: "runs.csv", href: URL.createObjectURL(new Blob([`${text}\n`], { type: "text/csv" })) });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
   function setTheme(theme) {
@@ -422,18 +652,36 @@
     state.all = true;
     fillTable(shown());
   });
-  $("curve").addEventListener("change", () => drawCurves(shown()));
-  $("axis").addEventListener("change", () => drawCurves(shown()));
+  for (const id of ["curve", "axis", "lines", "smooth", "log", "baseline"]) $(id).addEventListener("change", update);
+  $("clear").addEventListener("click", () => {
+    state.filter = $("filter").value = "";
+    update();
+  });
+  $("csv").addEventListener("click", download);
   $("theme").addEventListener("click", () => {
     setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
     redraw();
   });
-   buildTable();
-  update();
+  data.groups.forEach((label, number) => {
+    if (number in data.verdicts) $("baseline").append(element("option", label, { value: number }));
+  });
+  if (known(data.baseline)) $("baseline").value = data.baseline;
+  $("rules").textContent = `Verdicts by ${data.rules}, as recurgolf compare gives them; gain: by how much val_bpb is lower; packing: what it costs.`;
+  const machines = [...new Set(runs.filter((run) => known(run.val_bpb)).map((run) => run.hardware))];
+  $("measured").textContent = machines.length === 1 ? `Measured on ${machines[0]}.`
+    : machines.length ? `Measured on ${machines.length} kinds of hardware: ${machines.slice(0, 3).join("; ")}` : "";
+  const counts = data.groups.map(() => 0);
+  for (const run of runs) counts[run.group] += 1;
+  buildHead("runs", columns, "sort", "descending");
+  buildHead("groups", groupColumns, "groupSort", "groupDescending");
+  Object.assign(initial, stateNow());
+  recall();
+  window.addEventListener("hashchange", recall);
+  if (data.reload_seconds) setTimeout(() => location.reload(), data.reload_seconds * 1000);
   fillDifference();
   $("pareto").on("plotly_click", (event) => {
     const index = event.points[0].customdata;
-    if (index !== undefined) openRun(runs[index], true);
+    if (known(index)) openRun(runs[index], true);
   });
   performance.mark("board-ready");
   document.body.dataset.ready = "yes";
