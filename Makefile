@@ -16,7 +16,7 @@ train: setup
 	@$(BIN)/recurgolf sample "$$(ls -td outputs/demo/*/ | head -n 1)" 'The history of' --label
 
 test: setup
-	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 setup: $(READY)
 

@@ -49,8 +49,6 @@ from recurgolf.config import (
     to_dict,
     to_object,
 )
-from recurgolf.data import DataError
-from recurgolf.data.dataset import tokenizer_of
 from recurgolf.folders import plain_name
 from recurgolf.override_errors import COMPOSE_ERRORS, check_readable, explain, is_bug
 from recurgolf.overrides import (
@@ -85,6 +83,9 @@ def prepared(overrides: Sequence[str], folder: Path | None) -> Path | None:
 def with_vocabulary(overrides: Sequence[str]) -> list[str]:
     """The overrides, and with data=shards the number of pieces that their tokenizer has, unless
     one is asked for: any other number would be refused when the data are read."""
+    from recurgolf.data import DataError
+    from recurgolf.data.dataset import tokenizer_of
+
     given = {key: value for key, _, value in (o.partition("=") for o in overrides)}
     if given.get("data") != "shards" or "data.vocab_size" in given or "data.path" not in given:
         return list(overrides)

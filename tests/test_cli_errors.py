@@ -35,7 +35,6 @@ EXPORT = Path(__file__).parent / "fixtures" / "golden" / "export"
         ("lora.rank=1,2", "lora.rank=1,2 is several values"),
         ("lora=null", "a group cannot be null"),
         ("trian experiment=smoke", "unknown verb 'trian' (did you mean 'train'?)"),
-        ("plan -m lora.rank=1", "plan takes overrides"),
         ("--config-dir nowhere", "--config-dir 'nowhere' is not a folder"),
         ("experiment=smoke model.mixer.num_heads=3", "model.dim=32 is not divisible by"),
         (

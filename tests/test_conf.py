@@ -144,7 +144,8 @@ def exchanges(experiment):
 
 
 def refused_for_its_numbers(message):
-    return re.search(r"\d|'", message) and not re.search("no key|no such option|no key or", message)
+    two = re.search(r"\d|'|use one of the two", message)
+    return two and not re.search("no key|no such option|no key or", message)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -79,7 +79,8 @@ def test_a_signal_ends_two_ranks_with_a_checkpoint(tmp_path):
 def test_a_signal_ends_a_sweep(tmp_path):
     asked = small(*LONG, "seed=1,2", f"hydra.sweep.dir='{tmp_path}/sweep'")
     running = Running("-m", *asked, cwd=tmp_path)
-    assert running.until(lambda: "step     3/" in running.out)
+    log = tmp_path / "sweep" / "0" / "train.log"
+    assert running.until(lambda: log.exists() and "step     3/" in log.read_text())
     running.send(signal.SIGTERM)
     assert ends_within(running, 10).code == 143
     assert newest_is_whole(tmp_path / "sweep" / "0") >= 3

@@ -129,6 +129,7 @@ def test_a_fixed_price_buys_fewer_bytes_the_higher_it_is():
     assert sizes[1]["bytes_model"] < 0.9 * sizes[0]["bytes_model"]
 
 
+@pytest.mark.slow
 def test_a_budget_with_room_for_everything_costs_nothing():
     """Of 16 MB the smallest network takes 0.2 %: its codes become as fine as they can be."""
     roomy = train(*RATE, "budget.artifact_bytes=16000000")
