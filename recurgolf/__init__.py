@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def compose(overrides: str | Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
