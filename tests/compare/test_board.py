@@ -200,7 +200,12 @@ def test_watch_rebuilds_the_page_when_a_run_ends(tmp_path):
     out = tmp_path / "b.html"
     command = ["-m", "recurgolf", "board", tmp_path / "runs", "--out", out, "--watch", "0.2"]
     with subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell starts in the background has Ctrl-C ignored, and its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as watching:
         assert watching.stdout is not None
         try:
