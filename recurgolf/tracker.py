@@ -3,8 +3,8 @@
 W&B lives in a process of its own, fed through a bounded queue and a pipe. Its service can be slow,
 unreachable, stopped or killed: training neither waits for it nor ends with it, the local record
 stays whole, the fact is said once on stderr, and `finish` returns within a stated time. A training
-process that dies without a word closes the pipe, and the W&B run is then marked as failed. This is
-the only module that imports wandb.
+process that dies without a word closes the pipe, and the W&B run is then marked as failed. With
+`wandb_keeper.py` and `wandb_offline.py` this is the only module that imports wandb.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import hashlib
 import json
 import os
 import queue
-import re
 import secrets
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -29,15 +27,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from recurgolf.config import Checked, ConfigError, option
+from recurgolf.data.cache import cache_folder
 from recurgolf.limits import at_least
 from recurgolf.record import (
-    AXES,
     JsonlTracker,
     RunIdentity,
     SeveralTrackers,
     Tracker,
     plain,
 )
+from recurgolf.wandb_keeper import spawn_keeper
 
 NAME_LENGTH = 128
 """Characters of a name or group in W&B."""
@@ -46,7 +45,7 @@ QUEUE_EVENTS = 10_000
 
 
 class WandbTracker(Tracker):
-    """A W&B run, kept by a process of its own (`keep_wandb_run`).
+    """A W&B run, kept by a process of its own (`wandb_keeper.py`).
 
     Attributes:
         trouble: what went wrong with W&B, None while nothing did; printed to stderr once.
@@ -70,7 +69,7 @@ class WandbTracker(Tracker):
         self._service_pid: int | None = None
         self._done = False
         self._queue: queue.Queue[str | None] = queue.Queue(QUEUE_EVENTS)
-        self._process = _spawn_keeper()
+        self._process = spawn_keeper()
         self._threads = [
             threading.Thread(target=target, name=f"wandb-{target.__name__}", daemon=True)
             for target in (self._feed, self._listen)
@@ -340,7 +339,7 @@ class OnlineTracking(_WandbTracking):
 
     def check_account(self) -> None:
         super().check_account()
-        _check_key("tracker=online")
+        check_key("tracker=online")
 
     def _mode(self) -> str:
         return "online"
@@ -354,7 +353,7 @@ class WandbTracking(_WandbTracking):
     def check_account(self) -> None:
         super().check_account()
         if self._mode() == "online":
-            _check_key("WANDB_MODE=online")
+            check_key("WANDB_MODE=online")
 
     def told(self) -> list[str]:
         mode = os.environ.get("WANDB_MODE")
@@ -408,90 +407,15 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-@dataclass(frozen=True)
-class OfflineRun:
-    """A W&B run that waits in a run's folder.
+def check_key(asked: str) -> None:
+    """Refuse to upload without an account.
 
-    Attributes:
-        file: the .wandb file in `folder`.
-        synced: whether it was uploaded before.
+    Args:
+        asked: what wants to, for the message.
+
+    Raises:
+        ConfigError: there is no API key, or W&B does not take it.
     """
-
-    folder: Path
-    file: Path
-    project: str
-    entity: str
-    run_id: str
-    name: str
-
-    @property
-    def synced(self) -> bool:
-        return self.file.with_name(f"{self.file.name}.synced").exists()
-
-    @property
-    def url(self) -> str:
-        """Where it will be seen."""
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        host = host.replace("//api.wandb.ai", "//wandb.ai").rstrip("/")
-        return f"{host}/{self.entity or 'YOUR-ACCOUNT'}/{self.project}/runs/{self.run_id}"
-
-    def upload(self) -> tuple[bool, str]:
-        """Whether it went well; the address, or what W&B said."""
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "wandb", "sync", str(self.folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
-        address = re.search(r"https?://\S+/runs/\w+", text)
-        if done.returncode == 0:
-            return True, address[0] if address else self.url
-        return False, (text.strip().splitlines() or ["wandb sync said nothing"])[-1]
-
-
-def offline_runs(folder: Path) -> list[OfflineRun]:
-    """The W&B runs that wait in or below a folder, in order of their paths."""
-    found = []
-    for file in sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb")):
-        run = _run_record(file)
-        if run is not None:
-            told = (run.project, run.entity, run.run_id, run.display_name)
-            found.append(OfflineRun(file.parent, file, *told))
-    return found
-
-
-def _run_record(path: Path) -> Any:
-    """What a .wandb file says of its run, which stands in one of its first records.
-
-    The file is LevelDB's log: pieces in blocks of 32 KiB, each behind seven bytes of checksum,
-    length and type (1 whole, 2 first, 3 middle, 4 last); the file's own header takes seven more.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    block, header = 32768, struct.Struct("<IHB")
-    data, at, whole = path.read_bytes(), 7, b""
-    while at + header.size <= len(data):
-        if block - at % block < header.size:
-            at += block - at % block
-            continue
-        _, length, kind = header.unpack_from(data, at)
-        whole += data[at + header.size : at + header.size + length]
-        at += header.size + length
-        if kind in (1, 4):
-            record = Record.FromString(whole)
-            if record.WhichOneof("record_type") == "run":
-                return record.run
-            whole = b""
-    return None
-
-
-def check_key() -> None:
-    """Refuse to upload without an account. Raises ConfigError."""
-    _check_key("recurgolf sync")
-
-
-def _check_key(asked: str) -> None:
     import wandb
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import authenticate_session
@@ -519,8 +443,6 @@ def _id_from_environment() -> str | None:
     run_id = os.environ.get("WANDB_RUN_ID")
     if not run_id:
         return None
-    from recurgolf.data.cache import cache_folder  # which the keeper does not need
-
     claims = cache_folder() / "wandb_ids"
     try:
         claims.mkdir(parents=True, exist_ok=True)
@@ -536,116 +458,3 @@ def _short(text: str) -> str:
         return text
     end = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{text[: NAME_LENGTH - 9]}~{end}"
-
-
-def _spawn_keeper() -> subprocess.Popen[str]:
-    """Start `keep_wandb_run` in a session of its own, which Ctrl-C at a terminal does not reach."""
-    # Not the service of a W&B run that the user's own program may hold.
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-    # The package may lie where the interpreter does not look by itself.
-    program = "import sys; sys.path.append(sys.argv[1]); import recurgolf.tracker as t"
-    home = str(Path(__file__).resolve().parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", f"{program}; t.keep_wandb_run()", home],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-        text=True,
-        encoding="utf-8",
-    )
-
-
-def keep_wandb_run() -> None:
-    """Hold one W&B run: the main function of the process behind a WandbTracker.
-
-    Reads one JSON array [verb, content] a line from stdin and answers in the same form: `started`
-    with address, folder and service pid, `trouble` with a text, `finished`. Ends the process.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of the pipe decides, not who else dies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    commands = os.fdopen(os.dup(0), encoding="utf-8")
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):  # the service inherits these, and would hold the pipes open
-        os.dup2(null, number)
-
-    def reply(verb: str, content: Any = None) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
-            print(json.dumps([verb, content]), file=replies)
-
-    service_pid = None
-    try:
-        import wandb
-
-        run = _open_wandb_run(json.loads(commands.readline())[1], reply)
-        service_pid = _service_pid()
-        reply("started", [run.url, run.settings.sync_dir, service_pid])
-        exit_code = 1  # unless told: whoever trained is gone
-        for line in commands:
-            verb, content = json.loads(line)
-            if verb == "finish":
-                exit_code = content
-                break
-            _VERBS[verb](run, content)
-        run.finish(exit_code=exit_code)
-        reply("finished")
-        wandb.teardown()
-    except BaseException as error:
-        reply("trouble", f"stopped ({_first_line(error)})")
-        if service_pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(service_pid, signal.SIGKILL)
-    os._exit(0)  # W&B's exit hook would wait for its service, however dead
-
-
-def _open_wandb_run(start: dict[str, Any], reply: Any) -> Any:
-    """The run that `start` asks for; an offline one where the service does not answer."""
-    import wandb
-    from wandb.errors import CommError
-
-    try:
-        run = wandb.init(**start["init"], settings=wandb.Settings(**start["settings"]))
-    except CommError as error:
-        wandb.teardown()  # the id counts as taken until then
-        offline = {**start["init"], "mode": "offline", "resume": None}
-        run = wandb.init(**offline, settings=wandb.Settings(**start["settings"]))
-        reply("started", [run.url, run.settings.sync_dir, _service_pid()])
-        reply("trouble", f"cannot be reached, recording offline instead ({_first_line(error)})")
-    for name in AXES:
-        run.define_metric(name)
-    return run
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _service_pid() -> int | None:
-    """W&B's own process. There is no public way to it; a test fails where this one ends."""
-    from wandb.sdk import wandb_setup
-
-    process = wandb_setup.singleton().ensure_service()._proc
-    return None if process is None else process._process.pid
-
-
-def _log(run: Any, content: dict[str, Any]) -> None:
-    run.log(content["row"], step=content["step"])
-
-
-def _summary(run: Any, content: dict[str, Any]) -> None:
-    run.summary.update(content)
-
-
-def _artifact(run: Any, content: dict[str, Any]) -> None:
-    import wandb
-
-    name = re.sub(r"[^\w.-]+", "-", content["name"])  # what W&B allows in a name
-    artifact = wandb.Artifact(name, type="model", metadata=content["metadata"])
-    for file in content["files"]:
-        artifact.add_file(file, policy="immutable")  # read where it lies, not copied first
-    run.log_artifact(artifact)
-
-
-_VERBS = {"log": _log, "summary": _summary, "artifact": _artifact}

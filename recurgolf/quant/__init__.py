@@ -19,11 +19,12 @@ from recurgolf.quant.clip import (
 )
 from recurgolf.quant.entropy import code_entropy, fit_tail, predicted_bits, predicted_bytes
 from recurgolf.quant.gptq import GptqResult, gptq_quantize, gptq_quantize_many
+from recurgolf.quant.learned_steps import LearnedSteps
 from recurgolf.quant.lqer import LowRankCorrection
 from recurgolf.quant.qat import FileSize, Noise, NoQat, Qat, QuantAware, Snap, StraightThrough
 from recurgolf.quant.quantized_tensor import QuantizedTensor, Stored, dequantize, dequantize_state
 from recurgolf.quant.quantizer_grid import QuantizerGrid
-from recurgolf.quant.rate import LearnedSteps, Rate
+from recurgolf.quant.rate import Rate
 from recurgolf.quant.rate_models import Gaussian, Histogram, Laplace, Logistic, RateModel
 from recurgolf.quant.rtn import fake_quantize, rtn_quantize
 from recurgolf.quant.rules import Int6, Int8, NoQuant, Quant, Rule, TensorRule

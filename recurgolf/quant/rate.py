@@ -20,22 +20,18 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from recurgolf.config import REGISTRY, ConfigError, option, suggestion
 from recurgolf.limits import above, at_least, one_of
+from recurgolf.quant.learned_steps import PER_OCTAVE, LearnedSteps
 from recurgolf.quant.qat import FileSize, Qat, QuantAware
-from recurgolf.quant.quantized_tensor import QuantizedTensor, per_column, scale_shape
+from recurgolf.quant.quantized_tensor import QuantizedTensor
 from recurgolf.quant.quantizer_grid import QuantizerGrid
-from recurgolf.quant.rate_models import CODES, LIMIT, RateModel
 
-PER_OCTAVE = 8
-"""Steps are 2^(k/8): a code of a few bits in the file, where a free float16 takes eleven."""
-SMALLEST, LARGEST = -13.0, 12.0
-"""log2 of the smallest and the largest step; float16 has fewer digits below, and ends above."""
 EVERY = 8
 """Optimizer steps between two looks at the codes; tables and λ change only there."""
 AIM = 0.9975
@@ -49,50 +45,9 @@ ASCENT, DAMPING = 40.0, 2.0
 """Over the whole active part log λ moves by `ASCENT` times the logarithm of bytes / target, and by
 `DAMPING` times it at once: a file twice too large doubles λ about every fortieth of the way."""
 START_RATE = 0.05
-"""λ to begin with, in nats per token for a bit per weight: twice what 4 bits usually cost."""
+"""λ to begin with, in nats per token for a bit per weight; it soon is where the bytes want it."""
 FINEST_START = 7.0
 """Bits per weight above which nothing begins; a budget with more room than that does not bind."""
-
-
-class StepRounding(torch.autograd.Function):
-    """`step * round(w / step)` with codes from -127 to 127; steps broadcast over w.
-
-    Gradients go to w and to `log_step`, of which the steps are the rounded powers of two.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor) -> Tensor:
-        seen = (weight / step).round_().clamp_(-LIMIT, LIMIT).mul_(step)
-        # What the step's gradient needs: the value seen less the weight, step * (code - w / step).
-        ctx.save_for_backward(seen - weight)
-        ctx.shape = log_step.shape
-        return seen
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (error,) = grads, ctx.saved_tensors
-        return grad, (grad * error).sum_to_size(ctx.shape) * math.log(2), None
-
-
-class TableBits(torch.autograd.Function):
-    """Bits of `w / step + noise` under a table [255] of bits per code, summed over the weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor, table: Tensor, noise: Tensor
-    ) -> Tensor:
-        value = weight / step
-        place = noise.add_(value).add_(LIMIT).clamp_(0, 2 * LIMIT - 1e-3)
-        low = place.int()
-        slope = table.diff()[low]
-        bits = torch.addcmul(table[low], slope, place.sub_(low))
-        ctx.save_for_backward(slope / step, value.mul_(slope).sum_to_size(log_step.shape))
-        return bits.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_weight, to_step = ctx.saved_tensors
-        return grads[0] * to_weight, -grads[0] * to_step * math.log(2), None, None, None
 
 
 @option("quant/qat", "rate")
@@ -147,7 +102,15 @@ class Rate(Qat):
     learns_steps: ClassVar[bool] = True
 
     def quantizers(self, shapes: Mapping[str, Sequence[int]]) -> LearnedSteps:
-        return LearnedSteps(shapes, self)
+        return LearnedSteps(
+            shapes,
+            REGISTRY["quant/rate_model"][self.model](),
+            per=self.per,
+            group_size=self.group_size,
+            share=self.share,
+            lr=self.step_lr,
+            first_rate=self.price or START_RATE,
+        )
 
     def learns(self, shape: Sequence[int]) -> bool:
         return math.prod(shape) >= self.min_numel
@@ -171,198 +134,6 @@ class Rate(Qat):
     ) -> RateAware:
         assert file is not None and isinstance(model.quantizers, LearnedSteps)
         return RateAware(self, model, model.quantizers, file())
-
-
-class LearnedSteps(nn.Module):
-    """The steps of a model's tensors, and what is known of their codes; a part of the model.
-
-    Parameters lie beside the model's own, so that they are optimized, averaged, saved and resumed
-    like these; what carries over from step to step lies in buffers.
-
-    Attributes:
-        log_steps: tensor name, dots as colons -> log2 of its steps, [rows, groups] of a matrix,
-            [1, 1] where all share one, [1] * ndim of what is no matrix.
-        counts: [tensors, 255] how often every code from -127 to 127 came at the last look.
-        tables: [tensors, 255] bits of every code.
-        log_rate: natural logarithm of λ.
-        error: logarithm of bytes / target at the last look.
-        log_factor: log2 of the factor on all steps.
-        overhead: bits of the file beyond the entropy of the codes, when it was last packed.
-        progress: share of the active part of training that was done at the last look.
-        age: optimizer steps since it began; below 0: it has not.
-    """
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]], config: Rate):
-        super().__init__()
-        self.names, self.config = list(shapes), config
-        self.numel = sum(math.prod(shape) for shape in shapes.values())
-        self.log_steps = nn.ParameterDict()
-        for name, shape in shapes.items():
-            matrix = len(shape) == 2 and config.per != "tensor"
-            start = scale_shape(tuple(shape), config.group_size or shape[1], True) if matrix else ()
-            parameter = nn.Parameter(torch.zeros(start or [1] * len(shape)))
-            parameter.optimizer_role, parameter.optimizer_lr = "rate", config.step_lr  # type: ignore[attr-defined]
-            self.log_steps[_key(name)] = parameter
-        double = torch.float64
-        for name, value in (
-            ("counts", torch.zeros(len(self.names), CODES, dtype=double)),
-            ("tables", torch.zeros(len(self.names), CODES)),
-            ("log_rate", torch.tensor(math.log(config.price or START_RATE), dtype=double)),
-            ("error", torch.tensor(0.0, dtype=double)),
-            ("log_factor", torch.tensor(0.0, dtype=double)),
-            ("overhead", torch.tensor(0.0, dtype=double)),
-            ("progress", torch.tensor(0.0, dtype=double)),
-            ("age", torch.tensor(-1)),
-        ):
-            self.register_buffer(name, value)
-        self.counts: Tensor
-        self.tables: Tensor
-        self.log_rate: Tensor
-        self.error: Tensor
-        self.log_factor: Tensor
-        self.overhead: Tensor
-        self.progress: Tensor
-        self.age: Tensor
-
-    @property
-    def active(self) -> bool:
-        """Whether layers see the file's values."""
-        return int(self.age) >= 0
-
-    @torch.no_grad()
-    def scales(self, name: str) -> Tensor:
-        """A tensor's steps as the file will hold them: float16, shaped as its parameter."""
-        shifted = self.log_steps[_key(name)] + self.log_factor.float()
-        levels = (shifted.clamp(SMALLEST, LARGEST) * PER_OCTAVE).round()
-        return (levels / PER_OCTAVE).exp2().half()
-
-    def broadcast(self, name: str, per_step: Tensor, shape: Sequence[int]) -> Tensor:
-        """What is shaped as a tensor's steps, so that it broadcasts over the tensor."""
-        if per_step.ndim == 2 and per_step.shape[1] > 1:
-            return per_column(per_step, tuple(shape), self.config.group_size)
-        return per_step
-
-    def steps_of(self, name: str, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The parameter and the steps, as they broadcast over a tensor of this shape."""
-        free, step = self.log_steps[_key(name)], self.scales(name).float()
-        return self.broadcast(name, free, shape), self.broadcast(name, step, shape)
-
-    @torch.no_grad()
-    def start_at(self, weights: Mapping[str, Tensor], bits: float) -> None:
-        """Steps in proportion to the size of rows, so that all codes take about so many bits."""
-        low, high = -6.0, 2.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            self._start(weights, middle)
-            low, high = (middle, high) if self.look(weights) > bits else (low, middle)
-        self._start(weights, high)
-        self.look(weights)
-
-    def _start(self, weights: Mapping[str, Tensor], log_relative: float) -> None:
-        for name in self.names:
-            size = self._by_step(name, weights[name].square(), torch.mean).sqrt()
-            # What starts at zero will not stay there: as if it were small.
-            wanted = size.clamp_min(0.01) * 2.0**log_relative
-            self.log_steps[_key(name)].copy_(wanted.log2().clamp_min(SMALLEST))
-
-    def _by_step(self, name: str, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-        """Values of a tensor reduced to the shape of its steps."""
-        steps = self.log_steps[_key(name)]
-        if steps.ndim != 2 or steps.numel() == 1:
-            return reduce(values).reshape(steps.shape)
-        if steps.shape[1] == 1:
-            return reduce(values, dim=1).reshape(steps.shape)
-        parts = values.split(self.config.group_size or values.shape[1], dim=1)
-        return torch.stack([reduce(part, dim=1) for part in parts], dim=1)
-
-    @torch.no_grad()
-    def codes(self, name: str, weight: Tensor) -> Tensor:
-        """The codes of a weight, int8."""
-        _, step = self.steps_of(name, weight.shape)
-        return (weight / step).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
-
-    @torch.no_grad()
-    def look(self, weights: Mapping[str, Tensor]) -> float:
-        """Count the present codes; bits of all by the entropy of every tensor.
-
-        Steps that are too small for their largest entry grow, so that no code is beyond 127; those
-        that make zeros of all entries stay within reach of a way back.
-        """
-        for name in self.names:
-            steps = self.log_steps[_key(name)]
-            largest = self._by_step(name, weights[name].abs(), torch.amax)
-            least = largest.clamp_min(1e-9).log2() - math.log2(LIMIT - 7)
-            most = largest.clamp_min(2.0**-6).log2() + 2
-            factor = self.log_factor.float()
-            steps.copy_((steps + factor).clamp(least, torch.maximum(least, most)) - factor)
-        return self.count(weights)
-
-    @torch.no_grad()
-    def count(self, weights: Mapping[str, Tensor]) -> float:
-        """`look`, and all steps stay as they are."""
-        for row, name in zip(self.counts, self.names, strict=True):
-            codes = self.codes(name, weights[name]).flatten().int() + LIMIT
-            row.copy_(torch.bincount(codes, minlength=CODES))
-        return float(self.bits().sum())
-
-    def bits(self) -> Tensor:
-        """Bits of every tensor's codes at the last look, by their entropy; [tensors] float64."""
-        share = self.counts / self.counts.sum(1, keepdim=True).clamp_min(1)
-        return -(share * share.clamp_min(1e-300).log2()).sum(1) * self.counts.sum(1)
-
-    def fit(self) -> None:
-        """Tables of bits for the codes as they were at the last look."""
-        model: RateModel = REGISTRY["quant/rate_model"][self.config.model]()
-        self.tables.copy_(torch.stack([model.table(row) for row in self.counts.cpu()]))
-
-    def rate(self, weights: Mapping[str, Tensor], seed: int) -> Tensor:
-        """Expected bits per weight, with a gradient to weights and steps."""
-        total = torch.zeros((), device=self.counts.device)
-        noise = torch.Generator(total.device).manual_seed(seed)
-        for name, table in zip(self.names, self.tables, strict=True):
-            weight, scale = weights[name], 1.0
-            log_step, step = self.steps_of(name, weight.shape)
-            count = math.ceil(self.config.share * len(weight)) if weight.ndim == 2 else len(weight)
-            if count < len(weight):
-                first = torch.randint(
-                    len(weight) - count + 1, (), generator=noise, device=noise.device
-                )
-                part = slice(int(first), int(first) + count)
-                scale, weight = len(weight) / count, weight[part]
-                if len(step) > 1:
-                    log_step, step = log_step[part], step[part]
-            u = torch.rand(weight.shape, generator=noise, device=weight.device) - 0.5
-            total = total + scale * TableBits.apply(weight, log_step, step, table, u)
-        return total / self.numel
-
-    def seen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every tensor as the file will hold it, with a gradient."""
-        steps = {name: self.steps_of(name, weights[name].shape) for name in self.names}
-        return {name: StepRounding.apply(weights[name], *both) for name, both in steps.items()}
-
-    @torch.no_grad()
-    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
-        """The tensors of the file: the codes that training saw."""
-        found = {}
-        for name in self.names:
-            codes = self.codes(name, weights[name]).cpu()
-            grouped = self.config.group_size if codes.ndim == 2 else None
-            steps = self.log_steps[_key(name)]
-            scales = self.scales(name).cpu()
-            if codes.ndim == 2:
-                scales = scales.expand(len(codes), steps.shape[1])
-                width = grouped or codes.shape[1]
-                used = torch.stack([part.any(dim=1) for part in codes.split(width, dim=1)], dim=1)
-                # Where all is zero the step says nothing, and one value is shorter than many.
-                scales = torch.where(used, scales, scales.new_zeros(()))
-                scales = scales if grouped else scales[:, 0]
-            else:
-                scales = scales.reshape(())
-            bits = next(b for b in range(2, 9) if int(codes.abs().max()) < 2 ** (b - 1))
-            found[name] = QuantizedTensor(
-                codes, scales.contiguous(), bits, grouped, method="learned"
-            )
-        return found
 
 
 class RateAware(QuantAware):
@@ -528,10 +299,6 @@ def _octaves(excess_bits: float, numel: int) -> float:
     A bit per weight is an octave at high rates; at 2 to 3 bits, where many codes are zero, less.
     """
     return excess_bits / (0.8 * numel)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", ":")
 
 
 __all__ = ["AIM", "LearnedSteps", "Rate", "RateAware"]

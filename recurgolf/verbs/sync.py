@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.config import ConfigError
-from recurgolf.tracker import check_key, offline_runs
+from recurgolf.tracker import check_key
+from recurgolf.wandb_offline import offline_runs
 
 EXIT_FAILED = 1
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{shown}: no offline W&B run in or below (tracker=offline makes one)")
     waiting = [run for run in found if asked.again or not run.synced]
     if not asked.dry_run and waiting:
-        check_key()
+        check_key("recurgolf sync")
     failed = 0
     for run in waiting:
         if asked.dry_run:

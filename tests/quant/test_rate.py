@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 
 from recurgolf.config import ConfigError
-from recurgolf.quant import Gaussian, Histogram, Laplace, LearnedSteps, Logistic, Rate
-from recurgolf.quant.rate import PER_OCTAVE, StepRounding, TableBits
+from recurgolf.quant import Gaussian, Histogram, Laplace, Logistic, Rate
+from recurgolf.quant.learned_steps import PER_OCTAVE, StepRounding, TableBits
 from recurgolf.quant.rate_models import CODES, LIMIT
 
 ROWS, COLS = 12, 40
@@ -23,7 +23,7 @@ def weight():
 
 
 def steps_of(weight, bits=4.0, **options):
-    steps = LearnedSteps({"a.weight": weight.shape}, Rate(**options))
+    steps = Rate(**options).quantizers({"a.weight": weight.shape})
     steps.start_at({"a.weight": weight}, bits * weight.numel())
     steps.fit()
     return steps
@@ -127,7 +127,7 @@ def test_a_vector_and_a_row_of_zeros(weight):
     weight[3] = 0.0
     shapes = {"a.weight": weight.shape, "gain": (70,)}
     weights = {"a.weight": weight, "gain": torch.linspace(0.9, 1.1, 70)}
-    steps = LearnedSteps(shapes, Rate())
+    steps = Rate().quantizers(shapes)
     steps.start_at(weights, 4.0 * steps.numel)
     stored = steps.stored(weights)
     assert stored["gain"].scales.shape == ()
