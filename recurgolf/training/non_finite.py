@@ -18,7 +18,7 @@ from torch import Tensor
 from recurgolf.config import Diverged
 from recurgolf.disk import write_file, write_json
 from recurgolf.looping import LoopPlan
-from recurgolf.model.transformer import Transformer
+from recurgolf.model.transformer import TRAINING_ONLY, Transformer
 from recurgolf.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -121,13 +121,15 @@ def check_weights(model: torch.nn.Module, dtype: str = "float32") -> None:
     """Refuse weights that no score can come from.
 
     Args:
-        dtype: of weights and scales in the file, which may hold less than the model.
+        dtype: of weights and scales in the file, which may hold less than the model; what only
+            trains is not in it, and must be finite alone.
 
     Raises:
         Diverged: naming the first of them.
     """
-    most = torch.finfo(getattr(torch, dtype)).max
+    packed, trained = (torch.finfo(getattr(torch, name)).max for name in (dtype, "float32"))
     for name, tensor in model.state_dict().items():
+        most = trained if name.startswith(TRAINING_ONLY) else packed
         # Written so that NaN, which is not below anything, counts as well.
         bad = int((~(tensor.abs() <= most)).sum()) if tensor.is_floating_point() else 0
         if bad:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from smoke_runs import RunFolder, composed, small, train
 
 from recurgolf.artifact import load
-from recurgolf.config import ConfigError
+from recurgolf.config import ConfigError, Diverged
 from recurgolf.plan import make_plan
 from recurgolf.quant import QuantizedTensor, dequantize_state
+from recurgolf.training.non_finite import check_weights
 
 BUDGET = 40_000
 RATE = (
@@ -136,6 +137,21 @@ def test_a_budget_with_room_for_everything_costs_nothing():
     assert roomy.ended.code == 0
     exact = train(*RATE, "quant/qat=none", "quant=none")
     assert roomy.summary["val_bpb"] == pytest.approx(exact.summary["val_bpb"], abs=0.02)
+
+
+def test_counts_of_codes_may_be_larger_than_what_a_file_holds_of_a_weight():
+    """A table of a vocabulary has more zeros than float16 can count; it is no part of the file."""
+    model = composed(*small(*RATE)).build_model()
+    counts = model.get_buffer("quantizers.counts")
+    counts += 1e6
+    check_weights(model, "float16")
+    counts[0, 0] = torch.nan
+    with pytest.raises(Diverged, match=r"quantizers\.counts"):
+        check_weights(model, "float16")
+    counts[0, 0] = 0
+    model.embed.weight.data[3, 1] = 1e5
+    with pytest.raises(Diverged, match=r"embed\.weight are not finite in float16"):
+        check_weights(model, "float16")
 
 
 def test_the_plan_predicts_the_budget():
