@@ -133,15 +133,17 @@ class Rate(Qat):
         file: Callable[[], FileSize] | None = None,
     ) -> RateAware:
         assert file is not None and isinstance(model.quantizers, LearnedSteps)
-        return RateAware(self, model, model.quantizers, file())
+        return RateAware(self, model, model.quantizers, file(), ahead)
 
 
 class RateAware(QuantAware):
     """A model that trains at its file's values, with the price of its bytes in the loss."""
 
-    def __init__(self, config: Rate, model: nn.Module, steps: LearnedSteps, file: FileSize):
+    def __init__(
+        self, config: Rate, model: nn.Module, steps: LearnedSteps, file: FileSize, ahead: bool
+    ):
         super().__init__(config.snap, {}, {}, config.start_fraction, ahead=False)
-        self.config, self.steps, self.file = config, steps, file
+        self.config, self.steps, self.file, self._ahead = config, steps, file, ahead
         aim = config.aim(file.budget)
         self.target = None if aim is None else aim - file.code
         self.weights = {n: p for n, p in model.named_parameters() if n in set(steps.names)}
@@ -245,7 +247,12 @@ class RateAware(QuantAware):
         return math.exp(float(steps.log_rate) + damped) * steps.rate(self.weights, seed)
 
     def seen(self) -> AbstractContextManager[None]:
-        return self._swapped(self.steps.seen(self.weights)) if self.active else super().seen()
+        if self.active:
+            return self._swapped(self.steps.seen(self.weights))
+        if self._ahead:
+            # A compiled graph tells parameters from other tensors; it shall not meet both.
+            return self._swapped({name: w.view_as(w) for name, w in self.weights.items()})
+        return super().seen()
 
     @contextlib.contextmanager
     def _swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -9,6 +9,7 @@ from command_line import recurgolf
 from safetensors.torch import load_file
 from smoke_runs import RunFolder, composed, small, train
 
+from recurgolf import train as train_here
 from recurgolf.artifact import load
 from recurgolf.config import ConfigError, Diverged
 from recurgolf.plan import make_plan
@@ -119,6 +120,21 @@ def test_recomputed_and_compiled_blocks_see_the_same_values(others):
     for name, tensor in theirs.items():
         if name.startswith("model/") and ("quantizers" not in name or "log_steps" in name):
             assert float((ours[name].float() - tensor.float()).abs().max()) < 2e-3, name
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_anew_when_bytes_begin_to_count(tmp_path):
+    """On a GPU a compilation takes a minute of the clock."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    compiled = []
+    for name, steps in (("before", 4), ("through", 10)):
+        torch._dynamo.reset()
+        graphs.clear()
+        own = (*RATE, *COMPILED, f"trainer.steps={steps}", "looping=none", "lora=none")
+        run = composed(*small(*own, f"quant.qat.start_fraction={0.5 if steps == 10 else 0.95}"))
+        train_here(run, tmp_path / name, quiet=True)
+        compiled.append(graphs["unique_graphs"])
+    assert compiled[0] == compiled[1] > 0
 
 
 @pytest.mark.slow
