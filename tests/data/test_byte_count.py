@@ -31,9 +31,10 @@ def recorded_validation(recorded) -> np.ndarray:
     return np.concatenate([read_shard(path) for path in find_shards(recorded / "shards", "val")])
 
 
-@pytest.mark.parametrize(("prefix", "model_vocab"), [("", None), ("padded.", 1088)])
-def test_tables_are_the_recorded_ones(recorded, prefix, model_vocab):
+@pytest.mark.parametrize("prefix", ["", "padded."])
+def test_tables_are_the_recorded_ones(recorded, prefix):
     tables = load_file(recorded / "luts.safetensors")
+    model_vocab = len(tables[f"{prefix}base_bytes"]) if prefix else None
     ours = ByteCount.of(read_tokenizer(recorded / "tokenizer.model"), model_vocab)
     for name in ("base_bytes", "has_leading_space", "is_boundary"):
         table, expected = getattr(ours, name), tables[prefix + name]
@@ -101,7 +102,7 @@ def test_tokens_of_another_tokenizer_are_refused(recorded, recorded_export):
     path = recorded / "tokenizer.model"
     tokens = np.concatenate(read_tokenizer(path).encode(["Of another tokenizer, café."]))
     wrong = ByteCount.of(read_tokenizer(path))
-    with pytest.raises(DataError, match=r"counts 28 bytes .* decoded text has \d+"):
+    with pytest.raises(DataError, match=r"counts \d+ bytes .* decoded text has \d+"):
         wrong.check(tokens, other)
 
 

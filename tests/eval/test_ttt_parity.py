@@ -14,7 +14,7 @@ from recurgolf import importers
 from recurgolf.data import ByteCount
 from recurgolf.data.shards import read_shard
 from recurgolf.data.tokenizer import read_tokenizer
-from recurgolf.eval import ScoredModel, Text, Window, score
+from recurgolf.eval import RankShare, ScoredModel, Text, Window, score
 from recurgolf.eval.ttt import ReconstructEval, SgdEval
 from recurgolf.eval.ttt.descent import Descent
 
@@ -144,11 +144,7 @@ def test_reconstruction_has_the_recorded_loss_of_every_token(folder, case):
         assert not torch.allclose(found, losses["per_token_loss.no_ttt"], atol=1e-3)
 
 
-RECONSTRUCTED = [
-    how
-    for how in recorded("parallel_recurrent")["results"]
-    if how["use_ttt"] and how["world_size"] == 1
-]
+RECONSTRUCTED = [how for how in recorded("parallel_recurrent")["results"] if how["use_ttt"]]
 
 
 @pytest.mark.parametrize("how", RECONSTRUCTED, ids=[str(n) for n in range(len(RECONSTRUCTED))])
@@ -163,7 +159,15 @@ def test_reconstruction_scores_as_recorded(how):
         lr=settings["ttt_lr"],
         blocks=chosen_blocks(settings["ttt_layers"]),
     )
-    result = score(protocol, scored_model_of("parallel_recurrent"), validation_text())
-    assert result.val_loss == pytest.approx(how["val_loss"], rel=1e-5)
-    assert result.val_bpb == pytest.approx(how["val_bpb"], rel=1e-5)
-    assert (result.tokens, result.bytes) == (how["token_count"], how["byte_count"])
+    scored_model, text, world = (
+        scored_model_of("parallel_recurrent"),
+        validation_text(),
+        how["world_size"],
+    )
+    shares = [score(protocol, scored_model, text, share=RankShare(r, world)) for r in range(world)]
+    nats, tokens, num_bytes = (
+        sum(getattr(share, name) for share in shares) for name in ("nats", "tokens", "bytes")
+    )
+    assert (tokens, num_bytes) == (how["token_count"], how["byte_count"])
+    assert nats / tokens == pytest.approx(how["val_loss"], rel=1e-5)
+    assert nats / np.log(2) / num_bytes == pytest.approx(how["val_bpb"], rel=1e-5)

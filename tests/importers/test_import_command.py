@@ -19,7 +19,7 @@ from recurgolf.run import Run
 from recurgolf.training import checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
-SYSTEMS = ["baseline", "per_iteration_lora", "universal_rank1", "parallel_recurrent"]
+SYSTEMS = sorted(path.parents[1].name for path in GOLDEN.glob("*/eval/eval.json"))
 DATA = [
     "data=shards",
     f"data.path={GOLDEN / 'data' / 'shards'}",

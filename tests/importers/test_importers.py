@@ -218,7 +218,7 @@ def test_a_gated_delta_layer_and_its_gradients_equal_the_recording(layout, case,
     wanted = {n[5:]: t for n, t in recorded.items() if n.startswith(("grad.", "grad_input"))}
     # With adapters the recording has the factors' gradients alone.
     adapted = any(name.startswith("lora.") for name in weights)
-    assert len(wanted) >= 7 and wanted.keys() <= own.keys()
+    assert wanted and wanted.keys() <= own.keys()
     assert adapted or wanted.keys() == own.keys()
     for name, grad in wanted.items():
         atol = 1e-5 + 1e-4 * grad.abs().max().item()

@@ -27,6 +27,12 @@ def gradient_close(actual, expected):
     close(actual, expected, atol=1e-5 + 1e-4 * expected.abs().max().item())
 
 
+def of_case(recorded, number):
+    """The tensors of one case under their own names."""
+    parts = {name: name.partition(".") for name in recorded}
+    return {parts[n][2]: t for n, t in recorded.items() if parts[n][0] == str(number)}
+
+
 def rule_inputs(length, heads=(2, 4), dims=(8, 6), batch=2, decay=(0.5, 1.0), dtype=torch.float64):
     """Random q, k (normalised), v, beta, log_decay and initial state."""
     generator = torch.Generator().manual_seed(length)
@@ -87,7 +93,7 @@ def test_rule_equals_published_sums(form, seed, length, chunk, low, high, out_su
 def test_rule_and_its_gradients_equal_recordings(form):
     recorded = load_file(GOLDEN / "delta_rule/naive.safetensors")
     for case in json.loads((GOLDEN / "delta_rule/naive.json").read_text())["cases"]:
-        r = {n.split(".", 1)[1]: t for n, t in recorded.items() if n[0] == str(case["case"])}
+        r = of_case(recorded, case["case"])
         names = ["q", "k", "v", "beta", "g"]
         inputs = [r[name].requires_grad_() for name in names]
         out, state = gated_delta_rule(
@@ -109,7 +115,7 @@ def test_rule_and_its_gradients_equal_recordings(form):
 def test_rule_with_fewer_key_heads_equals_recordings(form):
     recorded = load_file(GOLDEN / "delta_rule/grouped.safetensors")
     for case in json.loads((GOLDEN / "delta_rule/grouped.json").read_text())["cases"]:
-        r = {n.split(".", 1)[1]: t for n, t in recorded.items() if n[0] == str(case["case"])}
+        r = of_case(recorded, case["case"])
         q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (r["q"], r["k"]))
         rest = (r["v"], r["beta"], r["g"], r.get("initial_state"))
         out, state = gated_delta_rule(q, k, *rest, form=form, chunk_size=case["chunk_size"])
