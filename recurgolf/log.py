@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -84,11 +85,28 @@ def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:
     return f"{minutes}:{rest:02d} left{whose}"
 
 
-def plain_console(stderr: bool = False) -> Console:
-    """A console without colours that takes no pipe for a terminal."""
-    # The kernel of a notebook sets FORCE_COLOR, which its ranks inherit.
-    terminal = None if (sys.stderr if stderr else sys.stdout).isatty() else False
-    return Console(highlight=False, soft_wrap=True, stderr=stderr, force_terminal=terminal)
+def plain_console(
+    stderr: bool = False, file: TextIO | None = None, width: int | None = None
+) -> Console:
+    """A console without colours that takes no pipe and no notebook for a terminal.
+
+    Args:
+        file: where lines go instead of the standard streams.
+        width: characters of a line where no terminal sets it; None: rich's 80.
+    """
+    stream = file or (sys.stderr if stderr else sys.stdout)
+    terminal = stream.isatty()
+    return Console(
+        highlight=False,
+        soft_wrap=True,
+        stderr=stderr,
+        file=file,
+        width=None if terminal else width,
+        # The kernel of a notebook sets FORCE_COLOR, which its ranks inherit.
+        force_terminal=None if terminal else False,
+        # There rich would ignore `file`, and show every line as an output of its own.
+        force_jupyter=False,
+    )
 
 
 class Bar:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from recurgolf.log import Bar, Log
 
 SECONDS_BETWEEN_UPDATES = 0.2
 WIDTH = 30
+_LINES: WeakKeyDictionary[Log, Any] = WeakKeyDictionary()
+"""What IPython gives to exchange the line of a log."""
 
 
 def in_notebook() -> bool:
@@ -21,31 +26,33 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-class NotebookBar:
-    """What a `Bar` uses of rich's Progress, for the one task that it has."""
+class NotebookBar(Bar):
+    """All bars of a log take turns on one line, which stays as the last one left it."""
 
-    def __init__(self, what: str, total: int):
+    def __init__(self, log: Log, what: str, total: int):
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
-        self.what, self.fields = what, {"completed": 0, "total": total, "text": ""}
-        self.last = time.monotonic()
-        self.handle = display(self._content, raw=True, display_id=True)
+        super().__init__(log, what, total)
+        self.done, self.text, self.last = 0, "", 0.0
+        if log not in _LINES:
+            _LINES[log] = display(self._content, raw=True, display_id=True)
 
-    def update(self, task: Any, **fields: Any) -> None:
-        self.fields |= fields
+    def at(self, done: int, text: str = "", line: bool = False) -> None:
+        self.done, self.text = done, text or self.text
+        if line:
+            self.log.note(text)
         if time.monotonic() - self.last >= SECONDS_BETWEEN_UPDATES:
             self._show()
 
-    def stop(self) -> None:
-        """Show where it ended; it stays there."""
+    def close(self) -> None:
         self._show()
 
     def _show(self) -> None:
         self.last = time.monotonic()
-        self.handle.update(self._content, raw=True)
+        _LINES[self.log].update(self._content, raw=True)
 
     @property
     def _content(self) -> dict[str, str]:
-        done, total = self.fields["completed"], max(1, self.fields["total"])
-        bar = ("#" * (WIDTH * done // total)).ljust(WIDTH, ".")
-        return {"text/plain": f"{self.what} [{bar}] {done}/{total} {self.fields['text']}".rstrip()}
+        total = max(1, self.total)
+        bar = ("#" * (WIDTH * self.done // total)).ljust(WIDTH, ".")
+        return {"text/plain": f"{self.what} [{bar}] {self.done}/{total} {self.text}".rstrip()}

@@ -18,27 +18,10 @@ def terminal_bar(log: Log, what: str, total: int) -> Bar:
     """A bar where the console is a terminal whose cursor moves, or a notebook; else lines."""
     console = log.console or plain_console()
     if in_notebook():
-        return InNotebook(log, what, total)
+        return NotebookBar(log, what, total)
     if not console.is_interactive:
         return Bar(log, what, total)
     return TerminalBar(log, what, total, console)
-
-
-class InNotebook(Bar):
-    """One line of output that changes in place."""
-
-    def __init__(self, log: Log, what: str, total: int):
-        super().__init__(log, what, total)
-        self.live, self.text = NotebookBar(what, total), ""
-
-    def at(self, done: int, text: str = "", line: bool = False) -> None:
-        self.text = text or self.text
-        self.live.update(None, completed=done, total=self.total, text=self.text)
-        if line:
-            self.log.note(text)
-
-    def close(self) -> None:
-        self.live.stop()
 
 
 class TerminalBar(Bar):

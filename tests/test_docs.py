@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,25 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         titles = re.findall(r"^#+ (.*)", target.read_text(), re.M) if heading else []
         assert not heading or heading in [t.lower().replace(" ", "-") for t in titles], link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_commands_may_be_typed_into_zsh(page, tmp_path):
+    """Which takes a # for a word, and refuses a * or [ that matches no file."""
+    if shutil.which("zsh") is None:
+        pytest.skip("there is no zsh: commands of the documents are not typed into it")
+    blocks = re.findall(r"^```\n(.*?)```", page.read_text(), re.S | re.M)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if re.match(r"(recurgolf|make) (?! )", line)]
+    (tmp_path / "outputs/sweeps/rank").mkdir(parents=True)
+    stubs = 'recurgolf() { print -r -- "<$*>" }; make() { print -r -- "<$*>" }\n'
+    typed = stubs + "B=(b) L=(l)\n" + "\n".join(lines) + "\nexit\n"
+    done = subprocess.run(
+        ["zsh", "-f", "-i", "-s"], input=typed, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "no matches found" not in done.stderr
+    assert len(done.stdout.splitlines()) == len(lines), done.stderr
+    assert " # " not in done.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

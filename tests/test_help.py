@@ -1,9 +1,11 @@
 """What `--help`, `--version` and the tab key say."""
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from command_line import recurgolf
@@ -69,12 +71,53 @@ def test_bash_completes_verbs_options_and_keys_in_a_moment(tmp_path):
     assert time.monotonic() - began < 0.4
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_scripts_of_other_shells_have_the_words_and_are_read_where_there_is_one(shell, tmp_path):
+def in_zsh(script: str, typed: str, folder: Path) -> str:
+    """The command that an interactive zsh runs after a line, a tab and Enter."""
+    echo = 'recurgolf() { print -r -- "<<recurgolf $*>>" }'
+    setup = f"autoload -Uz compinit; compinit -u -D\n{script}\n{echo}\nprint ready"
+    (folder / "script").write_text(setup)
+    program = f"""
+    zmodload zsh/zpty
+    zpty -b shell zsh -f -i
+    zpty -w shell {shlex.quote(f"source {folder}/script")}
+    zpty -r -m shell seen '*ready*'
+    zpty -w -n shell {shlex.quote(typed)}$'\\t\\n'
+    zpty -r -m shell seen '*>>*'
+    print -r -- "$seen"
+    zpty -d shell
+    """
+    done = subprocess.run(
+        ["zsh", "-f", "-c", program], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("<<")[2].partition(">>")[0]
+
+
+def in_fish(script: str, typed: str, folder: Path) -> str:
+    """What fish completes a line to, one candidate a line."""
+    (folder / "script").write_text(script)
+    program = f"source script; complete -C {shlex.quote(typed)}"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("shell", "completed"), [("zsh", in_zsh), ("fish", in_fish)])
+def test_other_shells_complete_verbs_options_keys_and_files(shell, completed, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}: its completion is not tried")
     script = recurgolf("completion", shell, cwd=tmp_path).finished().out
-    assert "looping=cycle" in script and "sample" in script
-    if shutil.which(shell):
-        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+    (tmp_path / "outputs").mkdir()
+    for typed, found in {
+        "recurgolf samp": "sample",
+        "recurgolf -m looping=cy": "looping=cycle",
+        "recurgolf experiment=smoke lora.ra": "lora.rank=",
+        "recurgolf sample outp": "outputs",
+    }.items():
+        seen = completed(script, typed, tmp_path)
+        assert found in seen, (typed, seen)
 
 
 def test_another_shell_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from recurgolf.compare.runs import (
 )
 from recurgolf.config import ConfigError, Diverged
 from recurgolf.disk import DamagedFile, write_file, write_json
+from recurgolf.log import plain_console
 from recurgolf.overrides import is_seed
 
 OVERRIDES = ".hydra/overrides.yaml"
@@ -176,8 +177,7 @@ def finish_sweep(folder: Path) -> Outcome:
     groups = grouped(jobs)
     write_json(folder / "sweep.json", {"jobs": jobs, "groups": [as_json(g) for g in groups]})
     # Where no terminal sets a width, a label stays in one line.
-    wide = None if sys.stdout.isatty() else 200
-    console = Console(highlight=False, soft_wrap=True, width=wide)
+    console = plain_console(width=200)
     console.print(table(groups, width=console.width))
     failed = [job for job in jobs if job["status"] != "finished"]
     for job in failed:

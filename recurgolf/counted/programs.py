@@ -25,7 +25,6 @@ def replaced(run: Run) -> dict[Target, Target]:
         "data.shard_fingerprints:check_checksums",
         "data.shard_fingerprints:checksums",
         "data.shard_fingerprints:fingerprints",
-        "notebook:NotebookBar",
         "record:JsonlTracker",
         "training.summary:Summary.read",
         "trust:check_trusted",
@@ -47,7 +46,6 @@ def replaced(run: Run) -> dict[Target, Target]:
     pairs |= {
         "config:suggestion": "no_words",
         "data.cache:remembered": "found",
-        "notebook:in_notebook": "no_words",
         "older:modern": "as_it_is",
     }
     return {

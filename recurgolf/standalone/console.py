@@ -1,7 +1,6 @@
 """Plain lines where the program has no library for a pretty terminal: the names of `rich` it uses.
 
-The exported program imports this module in rich's place. It draws no bar: `is_interactive` is
-False.
+The exported program imports this module in rich's place.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from typing import Any
 
 class Console:
     """Prints texts and tables, without markup, to a file or to stdout."""
-
-    is_interactive = False
 
     def __init__(self, file: Any = None, **style: Any):
         self.file = file
@@ -48,14 +45,6 @@ class Table:
 def escape(text: str) -> str:
     """The text: there is no markup."""
     return text
-
-
-class Progress:
-    """Never made: there is no terminal to draw on."""
-
-
-BarColumn = TextColumn = TimeRemainingColumn = TaskProgressColumn = MofNCompleteColumn = Progress
-TaskID = int
 
 
 class box:

@@ -36,7 +36,7 @@ class Nothing:
 
 
 def no_words(*given: Any) -> str:
-    """Suggests no other spelling; is in no notebook."""
+    """Suggests no other spelling."""
     return ""
 
 

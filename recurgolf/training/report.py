@@ -7,7 +7,6 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from recurgolf.artifact.ledger import Line
@@ -15,6 +14,7 @@ from recurgolf.audit import audit_at_the_end
 from recurgolf.config import kind_of
 from recurgolf.counted.code import PACKED_NAME
 from recurgolf.eval.several import write_scores
+from recurgolf.log import plain_console
 from recurgolf.run import Run
 from recurgolf.seal import seal
 from recurgolf.training.packing import ARTIFACT
@@ -50,7 +50,7 @@ def full_report(job: Job, summary: Summary, outcome: Outcome) -> None:
     ]:
         log.line(line)
     page = io.StringIO()
-    for console in filter(None, (log.console, Console(file=page, width=100))):
+    for console in filter(None, (log.console, plain_console(file=page, width=100))):
         console.print(byte_table(summary, job.plan.lines))
     log.note(page.getvalue().rstrip())
     seal(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from recurgolf.compare.runs import ABSENT, Group, seed_list
 from recurgolf.compare.statistics import MARGIN_NATS, Test
 from recurgolf.compare.sweep import table
 from recurgolf.disk import json_text
+from recurgolf.log import plain_console
 
 EPILOG = """\
   recurgolf compare outputs/sweeps/2026-11-23_20-57-15 --baseline lora.rank=0
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json_text(as_json(found)))
     else:
         # Where no terminal sets a width, a table is as wide as it likes.
-        wide = None if sys.stdout.isatty() else 200
-        show(found, Console(highlight=False, soft_wrap=True, width=wide))
+        show(found, plain_console(width=200))
     return 0
 
 

@@ -36,7 +36,8 @@ ZSH = """\
 _recurgolf() {{
   local -a words
   words=({words})
-  compadd -S '' -- $words
+  compadd -S '' -- ${{(M)words:#*=}}
+  compadd -- ${{words:#*=}}
   _files
 }}
 compdef _recurgolf recurgolf

@@ -1,17 +1,15 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
-import contextlib
 import dataclasses
-import fcntl
 import io
 import os
-import pty
 import re
-import signal
-import struct
+import shlex
+import shutil
 import subprocess
 import sys
-import termios
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ from recurgolf.log import Log, time_left
 from recurgolf.terminal import TerminalBar, terminal_bar
 from recurgolf.training.report import packing_advice
 from recurgolf.training.summary import Summary
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -95,56 +95,89 @@ def test_the_bar_of_a_terminal_keeps_its_text_between_the_lines(tmp_path, monkey
     assert (tmp_path / "train.log").read_text() == "loss 3.2 | 0:09 left\n"
 
 
-def on_a_terminal(command: list[str], cwd: Path, signal_after: str = "") -> tuple[int, str]:
-    """Run a command on a terminal of 80 x 24; its exit code and all that it wrote.
+@dataclasses.dataclass
+class Terminal:
+    """A command in a real tmux.
+
+    Attributes:
+        screens: what was on the screen, looked at again and again until the command had ended.
+        history: the last screen, with all that has scrolled out of it.
+    """
+
+    code: int
+    screens: list[str]
+    history: str
+
+
+def in_tmux(
+    command: list[str], cwd: Path, columns: int, rows: int, interrupt_at: str = ""
+) -> Terminal:
+    """Run a command in a terminal of this size, to its end.
 
     Args:
-        signal_after: when this is seen, Ctrl-C is pressed.
+        interrupt_at: when this is on the screen, Ctrl-C is pressed.
     """
-    own, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    if shutil.which("tmux") is None:
+        pytest.skip("there is no tmux: what a terminal shows is not looked at")
+    code = cwd / "code"
+    # The shell outlives a Ctrl-C that its command dies of.
+    line = f"trap : INT; {shlex.join(command)}; echo $? > {shlex.quote(str(code))}; exec sleep 300"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("COLUMNS", None)
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        command, stdin=its, stdout=its, stderr=its, cwd=cwd, env=environment, start_new_session=True
-    )
-    os.close(its)
-    seen = b""
-    with contextlib.suppress(OSError):  # the terminal's end
-        while piece := os.read(own, 65536):
-            seen += piece
-            if signal_after and signal_after.encode() in seen:
-                process.send_signal(signal.SIGINT)
-                signal_after = ""
-    os.close(own)
-    return process.wait(), seen.decode().replace("\r\n", "\n")
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path may not be long
+        tmux = ["tmux", "-f", "/dev/null", "-S", f"{folder}/socket"]
+        start = ["new-session", "-d", "-x", str(columns), "-y", str(rows), "sh", "-c", line]
+        subprocess.run([*tmux, *start], cwd=cwd, env=environment, check=True)
+
+        def captured(*how: str) -> str:
+            shot = [*tmux, "capture-pane", "-p", *how]
+            return subprocess.run(shot, capture_output=True, text=True, check=True).stdout
+
+        screens: list[str] = []
+        try:
+            while not code.exists() or not code.read_text():
+                screens.append(captured())
+                if interrupt_at and interrupt_at in screens[-1]:
+                    subprocess.run([*tmux, "send-keys", "C-c"], check=True)
+                    interrupt_at = ""
+                time.sleep(0.03)
+            return Terminal(int(code.read_text()), screens, captured("-J", "-S", "-"))
+        finally:
+            subprocess.run([*tmux, "kill-server"], check=False)
 
 
-def test_on_80_columns_the_bar_keeps_score_and_time_and_a_line_per_tenth_stays(tmp_path):
-    own = small("trainer.steps=40", "trainer.log_every=1", "hydra.run.dir=run")
-    code, seen = on_a_terminal([sys.executable, "-m", "recurgolf", *own], tmp_path)
-    assert code == 0, seen
-    bars = [part for part in re.split(r"\x1b\[2K|\r", seen) if part.startswith("training")]
-    plain = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", bar).split("\n")[0] for bar in bars]
-    with_text = [bar for bar in plain if "bpb" in bar]
-    assert with_text and all("left" in bar and len(bar) <= 80 for bar in with_text)
-    stripped = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen)
-    lines = [line for line in re.split(r"[\r\n]+", stripped) if re.match(r"step +\d+/40 ", line)]
-    steps = [int(line.split("/")[0].split()[-1]) for line in lines if "val_loss" not in line]
-    assert steps == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
-    assert all("bpb" in line and "left" in line and len(line) < 80 for line in lines[:10])
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (132, 43)])
+def test_the_bar_keeps_score_and_time_left_and_a_line_per_tenth_stays(columns, rows, tmp_path):
+    own = small("trainer.steps=120", "trainer.log_every=1", "hydra.run.dir=run")
+    seen = in_tmux([sys.executable, "-m", "recurgolf", *own], tmp_path, columns, rows)
+    assert seen.code == 0, seen.history
+    bars = [
+        [line for line in screen.splitlines() if line.startswith("training ") and "/120" in line]
+        for screen in seen.screens
+    ]
+    assert max(map(len, bars)) == 1, "one bar, on a line of its own"
+    shown = [line for lines in bars for line in lines if not re.search(r" [01]/120", line)]
+    assert shown and all("bpb" in line and "left" in line for line in shown)
+    if columns > 100:
+        assert any("loss" in line and "tok/s" in line for line in shown)
+    lines = [line for line in seen.history.splitlines() if re.match(r"step +\d+/120 ", line)]
+    lines = [line for line in lines if "val_loss" not in line]
+    steps = [int(line.split("/")[0].split()[-1]) for line in lines]
+    assert steps == list(range(12, 121, 12))
+    assert all("bpb" in line and "left" in line for line in lines)
+    assert "training [" not in seen.history and "━" not in seen.history, "the bar has gone"
     # The end leads with score, bytes and folder, in this order.
-    at = [stripped.index(word) for word in ("val_bpb  ", "bytes  ", "everything in", "training  ")]
-    assert at == sorted(at)
+    at = [seen.history.index(f"\n{word}") for word in ("val_bpb  ", "bytes  ", "everything in")]
+    assert at == sorted(at) and at[-1] < seen.history.index("\ntraining  ")
+    assert all(len(line) <= columns for screen in seen.screens for line in screen.splitlines())
 
 
 def test_the_last_line_after_a_signal_is_the_command_that_goes_on(tmp_path):
     own = small("trainer.steps=4000", "trainer.log_every=1", "hydra.run.dir=a run")
     command = [sys.executable, "-m", "recurgolf", *own]
-    code, seen = on_a_terminal(command, tmp_path, signal_after="400/4000")
-    assert code == 130
-    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen).strip().splitlines()[-1]
+    seen = in_tmux(command, tmp_path, 80, 24, interrupt_at="bpb")
+    assert seen.code == 130
+    last = seen.history.strip().splitlines()[-1]
     assert last == f"recurgolf resume '{tmp_path / 'a run'}'"
     assert list((tmp_path / "a run" / "checkpoints").iterdir())
 
