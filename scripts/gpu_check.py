@@ -1,12 +1,12 @@
 """What a machine does with this program: parity in bfloat16 and compiled, and speed.
 
-    python scripts/gpu_check.py                              ten minutes of two runs on a GPU
+    python scripts/gpu_check.py                              three runs of ten minutes on a GPU
     python scripts/gpu_check.py --device cpu --minutes 0.1   the same path where there is none
 
 First the parity cases: the loss of every network in bfloat16 and compiled against float32 as it is
-written. Then the baseline and a looped network with adapters, each for so many minutes, with what
-they make of the machine: milliseconds per step, tokens per second, model FLOPs utilisation (MFU),
-peak memory and recompilations after the clock started.
+written. Then the baseline, a looped network with adapters and the baseline with the bytes in its
+loss, each for so many minutes, with what they make of the machine: milliseconds per step, tokens
+per second, model FLOPs utilisation (MFU), peak memory and recompilations after the clock started.
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ CASES = {
 EXPERIMENTS = {
     "baseline": ["looping=none", "lora=none"],
     "looped": ["looping=middle", "looping.passes=3", "lora=rank1"],
+    "bytes in the loss": ["looping=none", "lora=none", "quant/qat=rate", "artifact/codec=ans"],
 }
 SIZES = {
     "cuda": [
         "model=parameter_golf_baseline",
         "trainer=gpu",
         "trainer.devices=1",
+        "trainer.batch_tokens=524_288",
+        "trainer.seq_len=1024",
         "trainer.grad_accum=8",
     ],
     "cpu": ["model=nano", "trainer.seq_len=64", "trainer.batch_tokens=512"],
@@ -72,10 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=SIZES, default="cuda")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each of the two runs")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of each of the three runs")
     parser.add_argument("--backend", default=None, help="of torch.compile; aot_eager on a CPU")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    parser.add_argument("overrides", nargs="*", help="overrides of both runs, such as data=shards")
+    parser.add_argument("overrides", nargs="*", help="overrides of all runs, such as data=shards")
     asked = parser.parse_intermixed_args(arguments)
     if asked.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: torch sees no GPU; --device cpu shows the same path", file=sys.stderr)
