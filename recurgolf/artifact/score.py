@@ -130,7 +130,7 @@ def main() -> None:
     dataset.byte_count.check(dataset.tokens, dataset.tokenizer)
     result = score(scorable.protocol, scorable, text_of(dataset))
     name = scorable.metadata["eval"]["kind"]
-    print(json.dumps({name: result.to_dict()}))
+    print(json.dumps({name: result.to_dict()}, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def read_weights(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor
         weights: the file, or the state dict itself.
 
     Raises:
-        ConfigError: another kind of file, or one that holds something else.
+        ConfigError: another kind of file, one that holds something else, or a value that is no
+            finite number.
     """
     path: Any = "given" if isinstance(weights, Mapping) else Path(weights)
     if isinstance(weights, Mapping):
@@ -87,7 +88,10 @@ def read_weights(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor
     elif not path.is_file():
         raise ConfigError(f"weights {path}: no such file")
     elif path.suffix == ".safetensors":
-        tensors = safetensors.torch.load_file(path)
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ConfigError(f"weights {path}: no whole .safetensors file ({error})") from None
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -100,6 +104,11 @@ def read_weights(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"weights {path}: {name!r} is a {type(tensor).__name__}, no tensor")
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise ConfigError(
+                f"weights {path}: {bad:,} of {tensor.numel():,} values in {name!r} are not finite"
+            )
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 

@@ -121,8 +121,8 @@ def check_weights(model: torch.nn.Module, dtype: str = "float32") -> None:
     """Refuse weights that no score can come from.
 
     Args:
-        dtype: of weights and scales in the file, which may hold less than the model; what only
-            trains is not in it, and must be finite alone.
+        dtype: of kept weights and of scales in the file, which may hold less than the model; what
+            only trains is not in it, and must be finite alone.
 
     Raises:
         Diverged: naming the first of them.
@@ -133,9 +133,12 @@ def check_weights(model: torch.nn.Module, dtype: str = "float32") -> None:
         # Written so that NaN, which is not below anything, counts as well.
         bad = int((~(tensor.abs() <= most)).sum()) if tensor.is_floating_point() else 0
         if bad:
+            what = "not finite"
+            if tensor.isfinite().all():
+                what = f"beyond {most:,.6g}, the most that {dtype} holds in the file"
             raise Diverged(
-                f"the run diverged: {bad:,} of {tensor.numel():,} weights in {name} are not finite "
-                f"in {dtype}; lower rates may prevent it"
+                f"the run diverged: {bad:,} of {tensor.numel():,} weights in {name} are {what}; "
+                "lower rates may prevent it"
             )
 
 

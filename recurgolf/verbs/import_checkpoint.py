@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("overrides", nargs="*", help="of the Run, as in data=shards data.path=…")
     parser.add_argument("--score", action="store_true", help="score the file: summary.json")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     check_request(asked.system, asked.weights, asked.folder)
     settings = read_config(asked.config)
     given = [f"name=imported_{asked.system}", *KEPT_EXACTLY, *asked.overrides]

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         "overrides", nargs="*", help="tracker=KIND and trainer fields that may change"
     )
     add_trust(parser)
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     run = reconfigured(Run.read(asked.folder, asked.trust), asked.overrides)
     return 0 if launch(run, asked.folder).within_budget else EXIT_OVER_BUDGET
 

@@ -10,12 +10,14 @@ from command_line import recurgolf
 from smoke_runs import train
 
 from recurgolf import seal
+from recurgolf.artifact import StoreCodec, load, pack
 from recurgolf.audit.accounts import limits_check
 from recurgolf.audit.finished_run import _limits, files_check, rescored_check
 from recurgolf.audit.isolated import Rescored, rescore
 from recurgolf.audit.scorer import Scored
 from recurgolf.audit.scoring_process import Scoring
 from recurgolf.budget import Budget
+from recurgolf.quant.quantized_tensor import dequantize_state
 from recurgolf.run import Run
 
 
@@ -193,6 +195,20 @@ def test_a_program_that_needs_what_is_not_counted(folder, facts):
 def limits_of(folder):
     config = json.loads((folder / "run.json").read_text())
     return _limits(folder, config, json.loads((folder / "summary.json").read_text()), "score")
+
+
+def test_a_score_that_is_no_number_is_printed_by_no_program(folder, facts):
+    """Weights that are finite, and whose products are not."""
+    held = load(folder / "artifact.bin")
+    name = "blocks.0.mixer.o_proj.weight"
+    tensors = {**held.tensors, name: dequantize_state(held.tensors)[name].sign() * 3e38}
+    pack(folder / "artifact.bin", held.metadata, tensors, StoreCodec())
+    found = alone(folder, facts)
+    assert not found.entry and "not JSON compliant" in found.error
+    ended = recurgolf("evaluate", folder, "--json", cwd=folder)
+    assert ended.code == 1 and "NaN" not in ended.out
+    ended = recurgolf("audit", folder, cwd=folder)
+    assert ended.code == 1 and "Traceback" not in ended.out + ended.err
 
 
 def test_an_honest_ledger_passes(folder):

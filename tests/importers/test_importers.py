@@ -119,6 +119,27 @@ def test_a_wrong_shape_is_named_with_what_was_expected(system, saved):
         importers.load(system, config, saved(wrong))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, saved):
+    config, weights, _ = source("baseline")
+    name = list(weights)[-1]
+    bad = weights[name].clone()
+    bad.view(-1)[-1] = value
+    for given in (weights | {name: bad}, saved(weights | {name: bad})):
+        words = rf"1 of {bad.numel():,} values in '{name}' are not finite"
+        with pytest.raises(ConfigError, match=words):
+            importers.load("baseline", config, given)
+
+
+def test_a_file_that_was_cut_is_no_checkpoint(saved):
+    config, weights, _ = source("baseline")
+    path = saved(weights)
+    for size in (0, 5, path.stat().st_size - 3):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ConfigError, match=r"no whole \.safetensors file"):
+            importers.load("baseline", config, path)
+
+
 def test_what_cannot_be_read_is_said(tmp_path):
     config, _, path = source("baseline")
     with pytest.raises(ConfigError, match=r"no such system .did you mean 'baseline'"):
