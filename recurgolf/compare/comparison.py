@@ -26,6 +26,7 @@ from recurgolf.config import ConfigError
 from recurgolf.eval.several import DAMAGES
 
 METRICS = ("val_bpb", "pre_quant_val_bpb")
+EQUAL = "equal within the margin"
 TESTS = {"welch": statistics.welch, "paired": statistics.paired}
 """What a verdict may rest on. The bootstrap over documents is always shown beside it: it knows
 nothing of the chance in training."""
@@ -65,7 +66,7 @@ class Verdict:
     Attributes:
         tests: by name: welch, paired (where seeds are shared), documents (where both sides kept
             their scores per document).
-        word: better | worse | level | cannot tell.
+        word: better | worse | equal within the margin | cannot tell.
         p: of the verdict's test for `better`, raised for the number of candidates.
         seeds_needed: per setting, where more seeds could decide; None where they are unknown or
             too many.
@@ -185,7 +186,7 @@ def judged(
         name: statistics.holm([getattr(v.tests[rules.test], name) for v in able])
         for name in ("p_better", "p_worse", "p_level")
     }
-    words = {"p_better": "better", "p_worse": "worse", "p_level": "level"}
+    words = {"p_better": "better", "p_worse": "worse", "p_level": EQUAL}
     for index, verdict in enumerate(able):
         verdict.p = raised["p_better"][index]
         decided = [word for name, word in words.items() if raised[name][index] < rules.alpha]
@@ -370,12 +371,8 @@ def _explain(
     among = f" among {candidates} candidates" if candidates > 1 else ""
     test = verdict.tests.get(rules.test)
     if test is not None and verdict.word != "cannot tell":
-        reasons = {
-            "better": f"by more than the margin of {margin:.4f} bpb",
-            "worse": f"by more than the margin of {margin:.4f} bpb",
-            "level": f"equal within the margin of {margin:.4f} bpb",
-        }
-        verdict.why = f"{reasons[verdict.word]}, at {rules.alpha:g}{among}"
+        by = "" if verdict.word == EQUAL else "by more than the margin "
+        verdict.why = f"{by}of {margin:.4f} bpb, at {rules.alpha:g}{among}"
         return
     deviation = _deviations(group, baseline, rules)
     if test is None and deviation is None:

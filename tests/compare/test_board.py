@@ -266,6 +266,12 @@ def test_verdicts_are_those_of_compare_against_the_baseline_one_chooses(opened, 
         assert setting(opened, other, "verdict") == told.word
         gain = setting(opened, other, "gain").replace("−", "-")
         assert gain == f"{told.tests['welch'].gain:+.4f}"
+        (said,) = opened.texts("#answer")
+        if told.word == "better":
+            words = f"lora.rank={other + 1} is better than lora.rank={base + 1} by {gain[1:]} bits"
+            assert said.startswith(words)
+        else:
+            assert said == f"No setting is better than lora.rank={base + 1}; 1 {told.word}."
     opened.choose("#baseline", "0")
     assert setting(opened, 1, "verdict") == "better"
     opened.type("#filter", "seed != 1")
@@ -348,11 +354,14 @@ def test_the_plots_draw_the_figures_of_the_runs(opened):
     assert means["y"] == [pytest.approx(statistics.fmean(BPB[rank])) for rank in ("1", "2")]
     best = opened.value(f"[0].map(_ => {drawn('pareto', 'best')})[0]")
     assert (best["x"], best["y"]) == ([900_002], [means["y"][1]])  # same size, lower
-    passes = opened.value("document.getElementById('passes').data.map(t => [t.x, t.y])")
-    assert [[1, 2], [pytest.approx(BPB["1"][0] + 0.2), BPB["1"][0]]] in passes
+    middle = opened.value(f"[0].map(_ => {drawn('passes', 'lora.rank=1, mean')})[0]")
+    assert middle["x"] == [1, 2]
+    assert middle["y"] == [pytest.approx(means["y"][0] + 0.2), pytest.approx(means["y"][0])]
     opened.choose("#curve", "train/loss")
     opened.choose("#axis", "tokens")
     opened.choose("#lines", "seeds")
+    passes = opened.value("document.getElementById('passes').data.map(t => [t.x, t.y])")
+    assert [[1, 2], [pytest.approx(BPB["1"][0] + 0.2), BPB["1"][0]]] in passes
     curve = opened.value("[0].map(i => document.getElementById('curves').data[i])[0]")
     assert curve["y"] == [3.0, 2.5, 2.25, 2.0]
     assert curve["x"] == [25 * 4096, 50 * 4096, 75 * 4096, 100 * 4096]

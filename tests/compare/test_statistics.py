@@ -220,11 +220,12 @@ def test_better_is_said_when_the_gain_exceeds_the_margin(tmp_path):
     assert mirror.word == "worse"
 
 
-def test_a_difference_within_the_margin_is_level(tmp_path):
+def test_a_difference_within_the_margin_is_called_that(tmp_path):
     close = [1.6000, 1.6001, 1.5999, 1.60005]
     sweep(tmp_path, {"1": close, "2": close[::-1]})
     (verdict,) = compare([tmp_path], "lora.rank=1").verdicts
-    assert verdict.word == "level" and "equal within the margin" in verdict.why
+    assert verdict.word == "equal within the margin"
+    assert verdict.why == f"of {MARGIN:.4f} bpb, at 0.01"
 
 
 def test_what_cannot_be_told_says_how_many_seeds_could(tmp_path):

@@ -259,8 +259,24 @@
       const seeds = opened ? [...group.own].sort(by("seed", false)) : [];
       return [groupRow(group, opened), ...seeds.map((run) => seedRow(group, run))];
     }));
+    $("answer").textContent = answer(groups);
     $("legend").replaceChildren(...(groups.length > NAMED_GROUPS ? [] : groups).map(({ number, label }) =>
       hider(number, "", label)));
+  }
+
+  // The answer in a sentence: what is better than the baseline, or that nothing is.
+  function answer(groups) {
+    const base = groups.find((group) => group.verdict === "baseline");
+    const told = groups.filter((group) => known(group.gain)).sort(by("val_bpb", false));
+    if (!base || !told.length) return "";
+    const better = told.filter((group) => group.verdict === "better");
+    const counts = new Map();
+    for (const { verdict } of told) if (verdict !== "better") counts.set(verdict, (counts.get(verdict) ?? 0) + 1);
+    const rest = [...counts].map(([word, count]) => `${count} ${word === "cannot tell" ? "cannot be told from it" : word}`).join(", ");
+    const first = !better.length ? `No setting is better than ${base.label}`
+      : `${better[0].label} is better than ${base.label} by ${better[0].gain.toFixed(4)} bits per byte`
+        + ` (95% interval ${better[0].interval.map(signed).join(" to ")})${better.length > 1 ? `, and ${better.length - 1} more are better` : ""}`;
+    return `${first}${rest ? `; ${rest}` : ""}.`;
   }
 
   function hider(number, kind, label) {
@@ -350,7 +366,7 @@
     });
     const traces = [
       dots("seeds", seeds, (run) => run.group, (run) => `${run.group_label}<br>seed ${run.seed}, ${whole(run.steps)} steps`,
-        { size: 6, opacity: 0.35 }),
+        { size: 6, opacity: 0.45 }),
       dots("means", done, (group) => group.number, (group) => `${group.label}<br>mean of ${group.n} seed(s)`, { size: 11 }),
     ];
     const sets = [...new Set(done.map((group) => data.sets[group.number]))];
@@ -362,8 +378,8 @@
         line: { color: "#888888", width: 1, dash: "dot" },
       });
     }
-    $("pareto-note").textContent = !done.length ? "(no finished run)"
-      : `faint: seeds; full: means; dotted: best of each size${sets.length > 1 ? ", one line per text and protocol" : ""}`;
+    $("pareto-note").textContent = !done.length ? "no finished run"
+      : `means; faint: seeds; dotted: best of each size${sets.length > 1 ? ", a line per text and protocol" : ""}`;
     const largest = Math.max(...seeds.map((run) => run.artifact_bytes));
     const budgets = [...new Set(seeds.map((run) => run.budget_bytes))].filter((budget) => known(budget) && budget < 1.15 * largest);
     draw("pareto", traces, {
@@ -404,58 +420,56 @@
     return { x: points.map(({ x }) => mean(x)), y: points.map(({ y }) => mean(y)), off: points.map(({ y }) => deviation(y) ?? 0) };
   }
 
-  function drawCurves(groups) {
-    const [key, axis, lines, weight] = [$("curve").value, $("axis").value, $("lines").value, Number($("smooth").value)];
-    const of = (run) => ({ ...run.curves[key], y: smoothed(run.curves[key].y, weight) });
-    const having = groups.filter((group) => !state.hidden.has(group.number)).map((group) => ({
-      ...group, own: group.own.filter((run) => !run.repeated && run.curves[key] && run.curves[key].y.length) }))
+  // Of every setting one line, its mean with a band over the seeds, or a line for every seed.
+  // `measured` gives what is known of a run: { step, …, y }.
+  function linesOf(groups, measured, axis, dashed = () => false) {
+    const having = groups.filter((group) => !state.hidden.has(group.number)).map((group) => ({ ...group,
+      own: group.own.filter((run) => !run.repeated).map((run) => ({ run, curve: measured(run) })).filter(({ curve }) => curve?.y.length) }))
       .filter((group) => group.own.length);
-    const units = lines === "mean" ? having : having.flatMap((group) => group.own);
-    const some = units.slice(0, CURVES);
-    $("curves-shown").textContent = units.length > some.length
-      ? `(${some.length} of ${whole(units.length)}: filter to see others)` : units.length ? "" : "(nothing measured)";
-    const line = (label, number, curve) => ({
-      type: "scatter", mode: curve.y.length < 30 ? "lines+markers" : "lines", name: label, x: curve.x, y: curve.y,
-      text: label, hovertemplate: "%{text}<br>%{y:.4f} at %{x:,}<extra></extra>",
-      line: { color: colour(number), width: 1.6 }, marker: { size: 4 },
-    });
-    const band = (number, { x, y, off }) => ({
-      type: "scatter", mode: "lines", name: "deviation", hoverinfo: "skip", line: { width: 0 }, fill: "toself",
-      fillcolor: `${colour(number)}30`, x: [...x, ...[...x].reverse()],
-      y: [...y.map((value, i) => value - off[i]), ...y.map((value, i) => value + off[i]).reverse()],
-    });
-    const traces = some.flatMap((unit) => {
-      if (lines === "seeds") {
-        const curve = of(unit);
-        return [line(`${unit.group_label}, seed ${unit.seed}`, unit.group, { x: curve[axis], y: curve.y })];
-      }
-      const curve = meanCurve(unit.own.map(of), axis);
-      const drawn = line(`${unit.label}, mean of ${unit.own.length}`, unit.number, curve);
-      return unit.own.length > 1 ? [band(unit.number, curve), drawn] : [drawn];
-    });
+    const units = $("lines").value === "mean"
+      ? having.map(({ label, number, own }) => ({ name: `${label}, mean of ${own.length}`, number, run: own[0].run,
+        seeds: own.length, curve: meanCurve(own.map(({ curve }) => curve), axis) }))
+      : having.flatMap(({ label, number, own }) => own.map(({ run, curve }) => ({ name: `${label}, seed ${run.seed}`, number, run,
+        seeds: 1, curve: { x: curve[axis], y: curve.y } })));
+    const traces = units.slice(0, CURVES).flatMap(({ name, number, run, seeds, curve: { x, y, off } }) => [
+      ...(seeds > 1 ? [{
+        type: "scatter", mode: "lines", name: "deviation", hoverinfo: "skip", line: { width: 0 }, fill: "toself",
+        fillcolor: `${colour(number)}30`, x: [...x, ...[...x].reverse()],
+        y: [...y.map((value, i) => value - off[i]), ...y.map((value, i) => value + off[i]).reverse()],
+      }] : []),
+      {
+        type: "scatter", mode: y.length < 30 ? "lines+markers" : "lines", name, x, y,
+        text: name, hovertemplate: "%{text}<br>%{y:.4f} at %{x:,}<extra></extra>",
+        line: { color: colour(number), width: 1.8, dash: dashed(run) ? "dash" : "solid" }, marker: { size: 4 },
+      },
+    ]);
+    const left = units.length - CURVES;
+    const note = !units.length ? "nothing measured" : left > 0 ? `${CURVES} of ${whole(units.length)}: filter to see others`
+      : units.some(({ seeds }) => seeds > 1) ? "means; bands: ± deviation over seeds" : "a line per seed";
+    return [traces, note];
+  }
+
+  function drawCurves(groups) {
+    const [key, axis, weight] = [$("curve").value, $("axis").value, Number($("smooth").value)];
+    const [traces, note] = linesOf(groups, (run) => run.curves[key] && { ...run.curves[key], y: smoothed(run.curves[key].y, weight) }, axis);
+    $("curves-note").textContent = note;
     const names = { step: "steps", tokens: "tokens", seconds: "training seconds" };
     draw("curves", traces, {
       xaxis: title(names[axis]), yaxis: { ...title(key), type: $("log").checked ? "log" : "linear" },
     });
   }
 
-  function drawPasses(chosen) {
-    const some = chosen.filter((run) => !state.hidden.has(run.group)).filter((run) => Object.keys(run.by_passes).length
-      || Object.keys(run.sampled_passes).length).slice(0, CURVES);
-    $("passes-figure").hidden = !some.length;
-    if (!some.length) return;
-    const sampled = some.some((run) => !Object.keys(run.by_passes).length);
-    $("passes-kind").textContent = sampled ? "(dashed: first windows of the text only)" : "";
-    draw("passes", some.map((run) => {
-      const whole = Object.keys(run.by_passes).length > 0;
-      const points = Object.entries(whole ? run.by_passes : run.sampled_passes)
-        .map(([passes, bpb]) => [Number(passes), bpb]).sort((a, b) => a[0] - b[0]);
-      return {
-        type: "scatter", mode: "lines+markers", x: points.map((p) => p[0]), y: points.map((p) => p[1]),
-        text: `${run.group_label}, seed ${run.seed}`, hovertemplate: "%{text}<br>%{x} passes: %{y:.4f}<extra></extra>",
-        line: { color: colour(run.group), width: 1.5, dash: whole ? "solid" : "dash" },
-      };
-    }), { xaxis: { ...title("passes"), dtick: 1 }, yaxis: title("bits per byte") });
+  function drawPasses(groups) {
+    const ofText = (run) => Object.keys(run.by_passes).length > 0;
+    const measured = (run) => {
+      const points = Object.entries(ofText(run) ? run.by_passes : run.sampled_passes).sort((a, b) => a[0] - b[0]);
+      return { step: points.map(([passes]) => Number(passes)), y: points.map(([, bpb]) => bpb) };
+    };
+    const [traces, note] = linesOf(groups, measured, "step", (run) => !ofText(run));
+    $("passes-figure").hidden = !traces.length;
+    if (!traces.length) return;
+    $("passes-note").textContent = note + (traces.some(({ line }) => line.dash === "dash") ? "; dashed: first windows" : "");
+    draw("passes", traces, { xaxis: { ...title("passes"), dtick: 1 }, yaxis: title("bits per byte") });
   }
 
   function drawBytes(run) {
@@ -561,7 +575,7 @@
     fillGroups(groups);
     drawPareto(groups);
     drawCurves(groups);
-    drawPasses(chosen);
+    drawPasses(groups);
     remember();
   }
 
@@ -666,7 +680,7 @@
     if (number in data.verdicts) $("baseline").append(element("option", label, { value: number }));
   });
   if (known(data.baseline)) $("baseline").value = data.baseline;
-  $("rules").textContent = `Verdicts by ${data.rules}, as recurgolf compare gives them; gain: by how much val_bpb is lower; packing: what it costs.`;
+  $("rules").textContent = `Verdicts are those of recurgolf compare (${data.rules}).`;
   const machines = [...new Set(runs.filter((run) => known(run.val_bpb)).map((run) => run.hardware))];
   $("measured").textContent = machines.length === 1 ? `Measured on ${machines[0]}.`
     : machines.length ? `Measured on ${machines.length} kinds of hardware: ${machines.slice(0, 3).join("; ")}` : "";
