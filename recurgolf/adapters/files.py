@@ -163,7 +163,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path.parent} is not an adapter folder: it has no {path.name}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}; expected an object")
@@ -222,7 +222,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             about = json.loads((file.metadata() or {}).get("recurgolf", "{}"))
         if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
             raise ValueError(f"its header says recurgolf={about!r}; expected names of its base")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

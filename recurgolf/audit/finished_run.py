@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -30,11 +29,15 @@ from recurgolf.config import REGISTRY, ConfigError, from_dict
 from recurgolf.counted.code import COUNTED
 from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.dataset import open_dataset, raw_text_bytes
+from recurgolf.disk import DamagedFile, read_json
 from recurgolf.seal import broken, signature_of, strangers
 from recurgolf.trust import check_trusted
 
 ROUNDING = 1e-5
 """Share by which a score may differ on another machine, or with several ranks."""
+
+FIGURES = ("steps", "train_seconds", "artifact_bytes")
+"""Of a summary, numbers that the checks calculate with; of all others they ask for equality."""
 
 Say = Callable[[str], None]
 
@@ -67,7 +70,7 @@ def audit_run(
     if not (folder / "artifact.bin").exists():
         raise ConfigError(f"{folder} has no artifact.bin: the run did not finish")
     check_trusted(config.get("plugins") or [], trust)
-    summary, chance = _read(folder / "summary.json"), chance or os.urandom(16).hex()
+    summary, chance = read_summary(folder), chance or os.urandom(16).hex()
     threads = int((summary.get("environment") or {}).get("threads") or 1)
     found: list[list[Check]] = []
     scored: dict[str, Scored] = {}
@@ -275,21 +278,37 @@ def _limits(
 
 def _run_json(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "run.json").read_text())
+        return read_json(folder / "run.json")
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a run folder: it has no run.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'run.json'} is damaged: it holds no object")
-    return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What summary.json says; nothing where there is none.
+
+    Raises:
+        DamagedFile: it is no JSON object, or what the checks look at is of another type.
+    """
+    path = folder / "summary.json"
     try:
-        found = json.loads(path.read_text())
+        summary = read_json(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
-    return found if isinstance(found, dict) else {}
+    evals = _object(path, "evals", summary.get("evals"))
+    entries = {f"evals.{name}": _object(path, name, entry) for name, entry in evals.items()}
+    where = _object(path, "environment", summary.get("environment"))
+    _object(path, "text", summary.get("text"))
+    figures = dict(_object(path, "seconds", summary.get("seconds")))
+    figures |= {name: summary[name] for name in FIGURES if name in summary}
+    figures |= {name: where[name] for name in ("threads", "ranks") if name in where}
+    figures |= {n: entry["seconds"] for n, entry in entries.items() if "seconds" in entry}
+    for name, value in figures.items():
+        if type(value) not in (int, float):
+            raise DamagedFile(f"{path} is damaged: {name} is {value!r:.40} instead of a number")
+    return summary
+
+
+def _object(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise DamagedFile(f"{path} is damaged: {name} is {value!r:.40} instead of an object")
+    return value or {}

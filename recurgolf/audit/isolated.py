@@ -111,7 +111,7 @@ def rescore(
     try:
         printed = json.loads(done.stdout.strip().splitlines()[-1])
         return Rescored(dict(printed[kind]), "", network)
-    except (ValueError, IndexError, KeyError, TypeError):
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError):
         return Rescored({}, f"{program} prints no score of {kind!r} as JSON", network)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from recurgolf.audit.check import Audit
 from recurgolf.audit.finished_run import audit_run
 from recurgolf.config import ConfigError
+from recurgolf.disk import read_json
 from recurgolf.log import Log
 from recurgolf.seal import AUDIT as FILE
 
@@ -61,7 +61,7 @@ def audit_at_the_end(folder: Path, log: Log) -> None:
 
     Where it has plugins, they are imported here and could reach the checks: another process judges.
     """
-    if not json.loads((folder / "run.json").read_text()).get("plugins"):
+    if not read_json(folder / "run.json").get("plugins"):
         audit_and_show(folder, log, trust=True)
         return
     command = [sys.executable, "-m", "recurgolf", "audit", str(folder), "--trust"]

@@ -262,8 +262,8 @@ def read_run(folder: Path) -> FoundRun:
 def foreign_summary(folder: Path) -> str:
     """What is wrong where summary.json is not of the run in run.json; empty where it is."""
     try:
-        told = json.loads((folder / "summary.json").read_text())["fingerprint"]
-        own = fingerprint_of(json.loads((folder / "run.json").read_text()))
+        told = read_json(folder / "summary.json")["fingerprint"]
+        own = fingerprint_of(read_json(folder / "run.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""  # absent, damaged or of another version: told by who reads it
     return "" if told == own else f"its summary.json is of another run ({told}, run.json: {own})"

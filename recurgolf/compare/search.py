@@ -296,7 +296,7 @@ def validation_curve(folder: Path) -> dict[str, float]:
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # The last line is being written.
         if "val/bpb" in event:
             curve[str(event["step"])] = event["val/bpb"]

@@ -184,7 +184,7 @@ class PureByteTokenizer(Tokenizer):
             self.vocab_size = int(description["vocab_size"])
             self.bos_id = int(description["config"]["bos_id"])
             self._offset = int(description["config"]["byte_offset"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(
                 f"{path}: not a pure-byte tokenizer: expected JSON with vocab_size, config.bos_id "
                 "and config.byte_offset"

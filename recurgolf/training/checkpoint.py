@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recurgolf.config import ConfigError
-from recurgolf.disk import flush, json_text
+from recurgolf.disk import flush, json_text, read_json
 from recurgolf.training.faults import full_disk, is_full_disk
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -166,7 +166,7 @@ def _put(draft: Path, target: Path) -> None:
 
 def _val_bpb(path: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((path / STATE).read_text()).get("val_bpb")
+        return read_json(path / STATE).get("val_bpb")
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.disk import read_json
 from recurgolf.record import read_jsonl
 from recurgolf.run import Run
 from recurgolf.settings import NOT_FINGERPRINTED
@@ -196,7 +196,7 @@ def check_unused(run: Run, folder: Path) -> None:
     if not path.is_file() or path.stat().st_size == 0 or _is_run_of(run, folder):
         return
     try:
-        refused = refused_changes(changes_since(run, json.loads(path.read_text())))
+        refused = refused_changes(changes_since(run, read_json(path)))
     except (ValueError, TypeError, AttributeError, KeyError):
         refused = ["all of it: its run.json is damaged"]
     if refused:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from recurgolf.config import ConfigError, kind_of
+from recurgolf.disk import read_json
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.training.summary import Summary
@@ -64,7 +65,12 @@ def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int
     if done.returncode != 0:
         log.line(f"{program} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
         return 1
-    code = compared(json.loads(done.stdout.splitlines()[-1]), run, summary, log)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])[kind_of(run.eval)]["val_bpb"]
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError):
+        log.line(f"{program} prints no score of {kind_of(run.eval)!r} as JSON")
+        return 1
+    code = compared(found, run, summary, log)
     return max(code, compared_entry(folder, run, summary, log))
 
 
@@ -86,10 +92,9 @@ def run_alone(
         )
 
 
-def compared(scores: dict[str, dict[str, float]], run: Run, summary: Summary, log: Log) -> int:
-    """Hold the printed scores against the run's; the exit code."""
-    name = kind_of(run.eval)
-    found, told = scores[name]["val_bpb"], summary.val_bpb
+def compared(found: float, run: Run, summary: Summary, log: Log) -> int:
+    """Hold the printed score against the run's; the exit code."""
+    told = summary.val_bpb
     if summary.environment.get("ranks", 1) > 1:
         # Ranks batched their windows otherwise than one process does: the last digits may differ.
         same, how = abs(found - told) <= 1e-7 * told, "to 1e-7 (the run had several ranks)"
@@ -104,7 +109,7 @@ def compared(scores: dict[str, dict[str, float]], run: Run, summary: Summary, lo
 
 def compared_entry(folder: Path, run: Run, summary: Summary, log: Log) -> int:
     """Hold submission.json against summary.json, and say how the audit stood; the exit code."""
-    entry = json.loads((folder / "submission.json").read_text())
+    entry = read_json(folder / "submission.json")
     told = {"val_bpb": summary.val_bpb, "val_loss": summary.val_loss}
     evals = summary.evals[kind_of(run.eval)]["val_bpb"]
     if evals != summary.val_bpb:

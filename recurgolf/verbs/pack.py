@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError, kind_of, to_dict
-from recurgolf.disk import write_json
+from recurgolf.disk import read_json, write_json
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{asked.source} has no checkpoint: there are no weights to pack")
     with new_folder(run, asked.folder) as job:
         repack(job, own, path, score=not asked.no_score)
-        total = json.loads((job.folder / LEDGER).read_text())["actual_bytes"]
+        total = read_json(job.folder / LEDGER)["actual_bytes"]
     return 0 if total <= run.budget.artifact_bytes else EXIT_OVER_BUDGET
 
 

@@ -210,6 +210,7 @@ def test_300_damages_are_all_named(honest, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_10000_damages_are_all_named(honest, tmp_path):
     fuzz(honest, tmp_path, 10_000)
 

@@ -101,6 +101,7 @@ def test_100_edited_headers_are_refused_or_sound(honest, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_10000_edited_headers_are_refused_or_sound(honest, tmp_path):
     fuzz(honest, tmp_path, 10_000)
 
