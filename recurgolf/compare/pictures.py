@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from recurgolf.disk import write_file
 
 COLOURS = (
     *("#3b76c4", "#d1731f", "#2e9a66", "#c24141", "#7d5bb5", "#8a6146", "#c9599b", "#6f7782"),
@@ -38,7 +41,8 @@ def write_pictures(data: Mapping[str, Any], page: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         if draw(figure.subplots(), data):
             path = page.with_name(f"{page.stem}_{name}.png")
-            figure.savefig(path)
+            figure.savefig(content := io.BytesIO())
+            write_file(path, content.getvalue())
             written.append(path)
     return written
 

@@ -265,7 +265,7 @@ def write_readable(code: PackedCode, folder: Path) -> None:
         path = folder.joinpath(*name.split("."))
         path = path / "__init__.py" if is_package else path.with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_file(path, text)
 
 
 def without_defaults(node: Any) -> Any:

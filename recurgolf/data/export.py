@@ -35,7 +35,7 @@ from recurgolf.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from recurgolf.disk import write_json
+from recurgolf.disk import write_file, write_json
 
 CACHE_VERSION = 2
 """To be raised when the same text and settings give another folder than before."""
@@ -148,15 +148,16 @@ def _tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     if settings.tokenizer:
         read_tokenizer(settings.tokenizer).check_vocab(settings.vocab_size)
-        return read_tokenizer(Path(shutil.copy(settings.tokenizer, folder)))
+        write_file(folder / settings.tokenizer.name, settings.tokenizer.read_bytes())
+        return read_tokenizer(folder / settings.tokenizer.name)
     step(f"training a tokenizer of {settings.vocab_size} pieces", 0, 1)
     texts = (*documents.validation, *documents.train) if settings.all_documents else documents.train
     model = train_tokenizer(texts, settings.vocab_size)
     path = folder / f"fineweb_{settings.vocab_size}_bpe.model"
-    path.write_bytes(model)
+    write_file(path, model)
     tokenizer = SentencePieceTokenizer(path)
     tokenizer.check_vocab(settings.vocab_size)
-    path.with_suffix(".vocab").write_text(tokenizer.vocab_lines(), encoding="utf-8", newline="\n")
+    write_file(path.with_suffix(".vocab"), tokenizer.vocab_lines())
     step(f"training a tokenizer of {settings.vocab_size} pieces", 1, 1)
     return tokenizer
 

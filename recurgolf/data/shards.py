@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurgolf.config import ConfigError, RunFailed
+from recurgolf.disk import write_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -50,9 +51,7 @@ def write_shard(path: Path, tokens: Tokens) -> None:
     """
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with path.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(np.asarray(tokens, dtype="<u2").tobytes())
+    write_file(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def count_tokens(path: Path) -> int:

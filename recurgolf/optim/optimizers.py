@@ -105,7 +105,7 @@ class Optimizers:
         norms: dict[str, Tensor] = {}
         for name, (params, limit) in self._clips().items():
             grads = [param.grad for param in params if param.grad is not None]
-            # Adapters of loops that have not begun have none; torch's norm of nothing is on the CPU.
+            # Adapters of loops that have not begun have none; the norm of nothing is on the CPU.
             norms[name] = torch.nn.utils.get_total_norm(grads or [params[0].new_zeros(1)])
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(params, limit, norms[name])

@@ -7,7 +7,6 @@ The folder holds one program that trains and scores (`train_gpt.py`: packed, cou
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +161,11 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     write_file(folder / "train_gpt.py", codes.train.source)
     write_file(folder / "score.py", codes.score.source)
     for name in (ARTIFACT, SUMMARY, "run.json"):
-        shutil.copyfile(first.folder / name, folder / name)
+        write_file(folder / name, (first.folder / name).read_bytes())
     for one in runs:
         log = one.folder / "train.log"
         if log.exists():
-            shutil.copyfile(log, folder / f"train_seed{one.run.seed}.log")
+            write_file(folder / f"train_seed{one.run.seed}.log", log.read_bytes())
     write_readable(codes.train, folder / "source")
     summaries = [one.summary for one in runs]
     entry = submission(first.run, summaries, codes, credits)
