@@ -29,6 +29,7 @@ from recurgolf.composing import (
     compose_parts,
     composed_jobs,
     explained,
+    flags_first,
     of_sweep,
     prepared,
     varied_keys,
@@ -123,7 +124,7 @@ def _plan_command(arguments: list[str]) -> int:
     """Say what a run will be; with -m, what a sweep will be."""
     if {"-m", "--multirun"} & set(arguments):
         folder = prepared([a for a in arguments if not a.startswith("-")], config_dir(arguments))
-        arguments = with_vocabulary(arguments)
+        arguments = with_vocabulary(flags_first(arguments))
         asked = command(arguments, folder)
         assert asked is not None
         print("\n".join(_ahead(asked, arguments, folder).lines()))
@@ -186,7 +187,7 @@ def _train_command(arguments: list[str]) -> int:
             )
         return _train_under_torchrun(*split_arguments(arguments, "train under torchrun"))
     folder = prepared(arguments, config_dir(arguments))
-    arguments = with_vocabulary(arguments)
+    arguments = with_vocabulary(flags_first(arguments))
     asked = command(arguments, folder)
     if asked is None or asked.run is None:
         return _train_sweep(asked, arguments, folder)

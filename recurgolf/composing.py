@@ -294,6 +294,15 @@ class Command:
     at_once: int = 1
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """A command line of Hydra's with its flags in front: between overrides it would refuse them."""
+    rest = list(arguments)
+    overrides = get_args_parser().parse_intermixed_args(rest).overrides
+    for override in overrides:
+        rest.remove(override)
+    return [*rest, *overrides]
+
+
 def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
     """What Hydra would do with a command line; None where it only prints something.
 
@@ -425,7 +434,17 @@ def hydra_initialized(folder: Path | None = None) -> Iterator[None]:
             path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
             GlobalHydra.instance().clear()
             Hydra.create_main_hydra2("recurgolf", path)
-        yield
+        try:
+            yield
+        except ValueError as error:
+            # The library that Hydra composes with takes the key for a number without a look.
+            word = re.fullmatch(r"invalid literal for int\(\) with base 10: '(.*)'", str(error))
+            if word is None:
+                raise
+            raise ConfigError(
+                f"{word[1]!r} is asked of a list, whose entries are named by their numbers, as in "
+                "quant.rules.0.bits"
+            ) from None
 
 
 def built(config: Any, path: str = "") -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recurgolf.limits import refused
@@ -150,8 +150,10 @@ def _check_limits(node: Any, values: Any, path: str) -> None:
 
 
 def key_names(config: DictConfig, parent: str) -> list[str]:
-    """Keys below a dotted path of a composed config; empty where there is no such node."""
+    """Keys below a dotted path of a composed config, numbers below a list; else nothing."""
     node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, ListConfig):
+        return [str(number) for number in range(len(node))]
     return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 

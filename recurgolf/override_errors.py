@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from hydra.errors import (
 )
 
 from recurgolf.conf import SYSTEMS, group_names, options
-from recurgolf.config import CONFIG_LIBRARY_ERRORS, ConfigError, key_names, suggestion
+from recurgolf.config import (
+    CONFIG_LIBRARY_ERRORS,
+    REGISTRY,
+    ConfigError,
+    key_names,
+    suggestion,
+)
 from recurgolf.overrides import CONFIG_DIR_FLAGS, quoted
 
 COMPOSE_ERRORS = (HydraException, *CONFIG_LIBRARY_ERRORS)
@@ -106,9 +113,9 @@ def explain(error: BaseException, folder: Path | None, config: Callable[[], Any]
     key = re.search(r"full_key: (\S+)", whole)
     override = re.search(r"[Cc]ould not override '([^']+)'", whole)
     if override and (unknown or isinstance(error, ConfigCompositionException)):
-        return _unknown_key(override.group(1), config)
+        return _unknown_key(override.group(1), config, folder)
     if unknown and key:
-        return _unknown_key(key.group(1), config)
+        return _unknown_key(key.group(1), config, folder)
     if key:
         return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
@@ -123,7 +130,7 @@ def _unknown_option(text: str, folder: Path | None) -> str:
     return f"{group}={name}: no such option{suggestion(name, options(folder).get(group, []))}"
 
 
-def _unknown_key(key: str, composed: Callable[[], Any]) -> str:
+def _unknown_key(key: str, composed: Callable[[], Any], folder: Path | None) -> str:
     if key == SYSTEMS:
         return "the pages in conf/systems are chosen by experiment=NAME, their parts by group=NAME"
     groups = group_names()
@@ -135,7 +142,12 @@ def _unknown_key(key: str, composed: Callable[[], Any]) -> str:
     top = key_names(config, "")
     if "/" in key or not parent or (parent not in top and "." not in parent):
         wrong = key if "/" in key or not parent else parent
-        hint = _elsewhere(wrong, config, groups) or suggestion(wrong, [*top, *groups])
+        hint = _elsewhere(wrong, config, folder)
+        if not hint and not get_close_matches(wrong, [*top, *groups]):
+            deeper = {re.split(r"[./]", path)[-1] for path in (*groups, *_paths(config, ""))}
+            near = get_close_matches(wrong, deeper, n=1, cutoff=0.75)
+            hint = _elsewhere(near[0], config, folder) if near else ""
+        hint = hint or suggestion(wrong, [*top, *groups])
         return f"there is no key or group {wrong!r}{hint}"
     known = key_names(config, parent)
     if not known:
@@ -143,17 +155,37 @@ def _unknown_key(key: str, composed: Callable[[], Any]) -> str:
     return f"{parent} has no key {name!r}{suggestion(name, known)}"
 
 
-def _elsewhere(word: str, config: Any, groups: Sequence[str]) -> str:
-    """Where a word that stands alone belongs: `codec` to artifact/codec, `lr` to three keys."""
+def _elsewhere(word: str, config: Any, folder: Path | None) -> str:
+    """Where a word that stands alone belongs: `codec` to artifact/codec, `bits` into every rule of
+    quant, `stride` to eval=sliding, `zstd` to artifact/codec=zstd."""
     if "." in word or "/" in word:
         return ""
-    paths = [
-        f"{part}.{name}"
-        for part in key_names(config, "")
-        for name in key_names(config, part)
-        if f"{part}/{name}" not in groups
-    ]
-    named = [path for path in (*groups, *paths) if re.split(r"[./]", path)[-1] == word]
+    known = options(folder)
+    paths = [path for path in _paths(config, "") if path.replace(".", "/") not in known]
+    named = [path for path in (*known, *paths) if re.split(r"[./]", path)[-1] == word]
     near = [path for path in paths if path.endswith(f"_{word}")]
-    found = [path for path in named or near if not path.startswith("hydra")][:4]
-    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+    having = {group: _kinds_with(word, kinds) for group, kinds in REGISTRY.items()}
+    others = [
+        f"{group.replace('/', '.')}.{word} with {group}={'|'.join(kinds)}"
+        for group, kinds in having.items()
+        if kinds
+    ]
+    options_called = [f"{group}={word}" for group, names in known.items() if word in names]
+    for some in (named, near, others, options_called):
+        found = [path for path in some if not path.startswith("hydra")][:4]
+        if found:
+            return f" (did you mean {' or '.join(map(repr, found))}?)"
+    return ""
+
+
+def _kinds_with(key: str, kinds: Mapping[str, type]) -> list[str]:
+    return [kind for kind, cls in kinds.items() if key in getattr(cls, "__dataclass_fields__", ())]
+
+
+def _paths(config: Any, parent: str) -> Iterator[str]:
+    """Every key of a composed config, dotted, the shortest first where they are siblings."""
+    for name in key_names(config, parent):
+        path = f"{parent}.{name}" if parent else name
+        yield path
+        if path != "hydra":
+            yield from _paths(config, path)

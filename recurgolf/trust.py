@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -16,11 +15,6 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from recurgolf.config import ConfigError, load_plugins
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """The flag of every verb that reads a run's folder."""
-    parser.add_argument("--trust", action="store_true", help="run plugins that are not installed")
 
 
 def check_trusted(plugins: Any, trust: bool) -> None:
@@ -90,4 +84,4 @@ def _installed() -> Sequence[str]:
     return homes
 
 
-__all__ = ["add_trust", "check_trusted", "look_in_working_folder"]
+__all__ = ["check_trusted", "look_in_working_folder"]

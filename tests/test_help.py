@@ -32,6 +32,14 @@ def test_help_of_a_group_has_every_option_and_every_key_of_every_kind(group):
     assert all(len(line) <= 100 for line in text.splitlines() if line[:8].isspace())
 
 
+@pytest.mark.parametrize("verb", [verb for verb in MODULES if verb != "control"])
+def test_help_of_a_verb_says_what_may_be_left_out(verb, tmp_path):
+    text = recurgolf(verb, "--help", cwd=tmp_path).finished().out
+    assert "default: None" not in text and "%(" not in text
+    told = {"sample": ["(default: 0.8)", "(default: a new document)"], "pack": ["(optional)"]}
+    assert all(words in text for words in told.get(verb, []))
+
+
 def test_a_key_has_type_default_and_meaning(tmp_path):
     text = recurgolf("--help", "looping", cwd=tmp_path).finished().out
     told = text.partition("  passes_eval ")[2].splitlines()[:2]

@@ -24,7 +24,7 @@ from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.training.base import FinishedRun, read_finished
 from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_trust, parser_of
 from recurgolf.verbs.own_data import check_own_data
 
 OVERRIDABLE = ("quant", "data")
@@ -33,11 +33,7 @@ OVERRIDABLE = ("quant", "data")
 
 def main(arguments: Sequence[str]) -> int:
     """Exchange low-rank adapters: save a run's, load or merge some, blend several."""
-    parser = argparse.ArgumentParser(
-        prog="recurgolf adapters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("adapters", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="save|load|merge|blend")
     save = verbs.add_parser("save", help="write a run's adapters to a folder")
     save.set_defaults(act=_save)

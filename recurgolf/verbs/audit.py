@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from recurgolf.config import ConfigError
 from recurgolf.disk import json_text
 from recurgolf.log import Log
 from recurgolf.terminal import terminal_bar
+from recurgolf.verbs import add_json, parser_of
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,21 +21,19 @@ def main(arguments: Sequence[str]) -> int:
 
     Writes audit.json into its folder. Exit code 1 if a check fails.
     """
-    parser = argparse.ArgumentParser(prog="recurgolf audit", description=main.__doc__)
+    parser = parser_of("audit", main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument(
         "--positions",
         type=int,
         default=POSITIONS,
-        help="changed texts; an audit takes about twice as many scorings (default %(default)s)",
+        help="changed texts; an audit takes about twice as many scorings",
     )
     parser.add_argument("--chance", help="look where an earlier audit did, by what it printed")
     parser.add_argument(
         "--trust", action="store_true", help="run plugins that are not installed, any score.py"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
-    )
+    add_json(parser)
     asked = parser.parse_args(arguments)
     if asked.positions < 1:
         raise ConfigError(f"--positions {asked.positions}: at least 1")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.compare.board import write_board
 from recurgolf.config import ConfigError
+from recurgolf.verbs import parser_of
 
 WATCHED = ("run.json", "metrics.jsonl", "summary.json", "failure.txt")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Make an HTML page of runs and sweeps; it opens anywhere, without a network."""
-    parser = argparse.ArgumentParser(prog="recurgolf board", description=main.__doc__)
+    parser = parser_of("board", main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="runs are found in and below them")
     parser.add_argument("--out", type=Path, help="default: board.html in the first folder")
     parser.add_argument("--baseline", help="words of a setting, as in lora.rank=0 (default: first)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from recurgolf.compare.statistics import MARGIN_NATS, Test
 from recurgolf.compare.sweep import table
 from recurgolf.disk import json_text
 from recurgolf.log import plain_console
+from recurgolf.verbs import add_json, parser_of
 
 EPILOG = """\
   recurgolf compare outputs/sweeps/2026-11-23_20-57-15 --baseline lora.rank=0
@@ -23,22 +23,15 @@ EPILOG = """\
 
 def main(arguments: Sequence[str]) -> int:
     """Compare settings over seeds, from folders of runs and sweeps."""
-    parser = argparse.ArgumentParser(
-        prog="recurgolf compare",
-        description=main.__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("compare", main.__doc__, EPILOG)
     parser.add_argument("folders", nargs="+", type=Path, help="runs are found in and below them")
     parser.add_argument("--baseline", help="a folder, or words of a setting, as in lora.rank=0")
     parser.add_argument("--seeds", help="seeds declared beforehand (1-5 or 1,2,9); others are out")
-    parser.add_argument("--metric", default=METRICS[0], help=" | ".join(METRICS))
-    parser.add_argument("--test", default="welch", help=f"for the verdict: {' | '.join(TESTS)}")
-    parser.add_argument(
-        "--margin", type=float, default=MARGIN_NATS, help="nats per token (default %(default)s)"
-    )
-    parser.add_argument("--alpha", type=float, default=0.01, help="level of the verdict (0.01)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--metric", default=METRICS[0], help=" or ".join(METRICS))
+    parser.add_argument("--test", default="welch", help=f"for the verdict: {' or '.join(TESTS)}")
+    parser.add_argument("--margin", type=float, default=MARGIN_NATS, help="nats per token")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the verdict")
+    add_json(parser)
     asked = parser.parse_args(arguments)
     rules = Rules(asked.metric, asked.margin, asked.alpha, asked.test)
     seeds = None if asked.seeds is None else seed_list(asked.seeds)

@@ -5,7 +5,6 @@ The words stand in the script, so that a tab starts no Python: make it again aft
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from recurgolf.conf import options
 from recurgolf.config import ConfigError
 from recurgolf.help import VERBS, field_keys
+from recurgolf.verbs import parser_of
 
 BASH = """\
 _recurgolf() {{
@@ -53,14 +53,13 @@ SHELLS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 def main(arguments: Sequence[str]) -> int:
     """Print a script for tab completion.
 
-    bash: eval "$(recurgolf completion bash)"; zsh: the same with zsh, behind compinit;
-    fish: recurgolf completion fish | source
+    Add the line of your shell to its start file:
+
+    eval "$(recurgolf completion bash)"      in ~/.bashrc
+    eval "$(recurgolf completion zsh)"       in ~/.zshrc, after compinit
+    recurgolf completion fish | source       in ~/.config/fish/config.fish
     """
-    parser = argparse.ArgumentParser(
-        prog="recurgolf completion",
-        description=main.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("completion", main.__doc__)
     parser.add_argument("shell", help=", ".join(SHELLS))
     parser.add_argument(
         "--config-dir", type=Path, help="a folder with YAML of your own, whose options count too"

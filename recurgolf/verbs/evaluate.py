@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from recurgolf.terminal import terminal_bar
 from recurgolf.training.job import Job
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_json, add_trust, parser_of
 from recurgolf.verbs.own_data import check_own_data
 
 EXIT_FAILED = 1
@@ -39,16 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     the first `eval=` to all. Each adds an entry to summary.json's `evals` and a file in scores/;
     the headline stays as the run made it. Exit code 1 if a score is not finite.
     """
-    parser = argparse.ArgumentParser(
-        prog="recurgolf evaluate",
-        description=main.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("evaluate", main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="of eval and data, as in eval=sliding")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
-    )
+    add_json(parser)
     add_trust(parser)
     asked = parser.parse_intermixed_args(arguments)
     finished = Run.read(asked.folder, asked.trust)

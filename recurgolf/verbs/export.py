@@ -6,7 +6,6 @@ The folder holds one program that trains and scores (`train_gpt.py`: packed, cou
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from recurgolf.settings import NOT_FINGERPRINTED
 from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_trust, parser_of
 from recurgolf.verbs.export_check import check
 from recurgolf.verbs.export_text import readme, requirements, submission
 
@@ -46,7 +45,7 @@ class Finished:
 
 def main(arguments: Sequence[str]) -> int:
     """Write a finished run, or one per seed, as a folder that trains and scores on its own."""
-    parser = argparse.ArgumentParser(prog="recurgolf export", description=main.__doc__)
+    parser = parser_of("export", main.__doc__)
     parser.add_argument(
         "folders", nargs="+", type=Path, help="RUN [RUN …] DEST; with --check: DEST"
     )

@@ -7,7 +7,6 @@ the overrides choose a quantizer, so scoring it gives the source's own score.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from recurgolf.data import DataError, Dataset
 from recurgolf.model.transformer import Transformer
 from recurgolf.training.job import Job
 from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
+from recurgolf.verbs import parser_of
 
 KEPT_EXACTLY = ("quant=none", "quant.keep_dtype=float32", "artifact/codec=none", "tracker=none")
 """What an import adds to the source's experiment; overrides stand behind it."""
@@ -27,7 +27,7 @@ KEPT_EXACTLY = ("quant=none", "quant.keep_dtype=float32", "artifact/codec=none",
 
 def main(arguments: Sequence[str]) -> int:
     """Make a run folder of a public system's checkpoint; evaluate, plan and pack take it."""
-    parser = argparse.ArgumentParser(prog="recurgolf import", description=main.__doc__)
+    parser = parser_of("import", main.__doc__)
     parser.add_argument("system", help=", ".join(importers.SYSTEMS))
     parser.add_argument("weights", type=Path, help="state dict, .safetensors or .pt")
     parser.add_argument("config", type=Path, help="the source's hyper-parameters, a JSON file")

@@ -32,7 +32,7 @@ from recurgolf.training.quantize import (
 )
 from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.summary import Summary, Trained
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_trust, parser_of
 from recurgolf.verbs.own_data import check_own_data
 
 PARTS = ("quant", "artifact", "budget", "eval")
@@ -44,7 +44,7 @@ EXIT_OVER_BUDGET = 3
 
 def main(arguments: Sequence[str]) -> int:
     """Quantize and pack a run's weights again with other options, and score the new file."""
-    parser = argparse.ArgumentParser(prog="recurgolf pack", description=main.__doc__)
+    parser = parser_of("pack", main.__doc__)
     parser.add_argument("source", type=Path, help="folder of a finished or imported run")
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("overrides", nargs="*", help="as in quant=gptq_int6 artifact/codec=best")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,14 @@ from recurgolf.run import Run
 from recurgolf.settings import TrainerConfig
 from recurgolf.training.launch import launch
 from recurgolf.training.resume import MAY_CHANGE_ON_RESUME
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_trust, parser_of
 
 EXIT_OVER_BUDGET = 3
 
 
 def main(arguments: Sequence[str]) -> int:
     """Go on with a run that was stopped, from its newest whole checkpoint."""
-    parser = argparse.ArgumentParser(prog="recurgolf resume", description=main.__doc__)
+    parser = parser_of("resume", main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the run, with its run.json")
     parser.add_argument(
         "overrides", nargs="*", help="tracker=KIND and trainer fields that may change"

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.loaded import load
-from recurgolf.trust import add_trust
+from recurgolf.verbs import add_trust, parser_of
 
 
 def main(arguments: Sequence[str]) -> int:
     """Let the model of a run, exported or imported folder go on with a text."""
-    parser = argparse.ArgumentParser(
-        prog="recurgolf sample",
-        description=main.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("sample", main.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument(
-        "prompt", nargs="?", default="", help="how the text begins (optional: a new document)"
+        "prompt", nargs="?", default="", help="how the text begins (default: a new document)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the likeliest token"
     )
-    parser.add_argument("--top-k", type=int, help="choose among so many likeliest tokens")
+    parser.add_argument("--top-k", type=int, help="of so many likeliest tokens (default: all)")
     parser.add_argument("--tokens", type=int, default=100, help="how many at most")
-    parser.add_argument("--passes", type=int, help="of the looped blocks, if not as in scoring")
+    parser.add_argument("--passes", type=int, help="of the looped blocks (default: as in scoring)")
     parser.add_argument("--seed", type=int, default=0, help="the same one gives the same text")
     parser.add_argument("--label", action="store_true", help="say first what this is")
     add_trust(parser)

@@ -10,12 +10,12 @@ adds to one that has ended. `trainer.val_every` lets beaten trials be given up e
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.config import ConfigError
 from recurgolf.overrides import split_arguments
+from recurgolf.verbs import parser_of
 
 EXIT_FAILED = 1
 
@@ -24,22 +24,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run trials, print the Pareto front."""
     from recurgolf.composing import compose, search_space
 
-    parser = argparse.ArgumentParser(
-        prog="recurgolf search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, help="where trials and study lie (outputs/search)")
-    parser.add_argument("--trials", type=int, default=20, help="how many in all (20)")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
+    parser = parser_of("search", __doc__)
+    parser.add_argument("--folder", type=Path, help="of trials and study (default: outputs/search)")
+    parser.add_argument("--trials", type=int, default=20, help="how many in all")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument(
         "--objectives",
         default="val_bpb,artifact_bytes",
-        help="what to make small, comma-separated (val_bpb,artifact_bytes)",
+        help="what to make small, comma-separated",
     )
-    parser.add_argument("--patience", type=int, default=3, help="trials before any is given up")
-    parser.add_argument("--margin", type=float, default=0.0, help="bits per byte worse than median")
-    parser.add_argument("--sampler-seed", type=int, default=0)
+    parser.add_argument("--patience", type=int, default=3, help="finished before one is given up")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        help="bits per byte worse than their median",
+    )
+    parser.add_argument("--sampler-seed", type=int, default=0, help="of what is tried")
     asked, rest = parser.parse_known_args(list(arguments))
     try:
         from recurgolf.compare.search import Search, all_failed, search, table

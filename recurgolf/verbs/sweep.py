@@ -38,7 +38,8 @@ from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.resume import check_unused
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
-from recurgolf.trust import add_trust, check_trusted
+from recurgolf.trust import check_trusted
+from recurgolf.verbs import add_trust, parser_of
 
 EXIT_FAILED, EXIT_OVER_BUDGET = 1, 3
 
@@ -65,12 +66,12 @@ class Job:
 
 def main(arguments: Sequence[str]) -> int:
     """Show a sweep's table, or run what is missing or failed in it."""
-    parser = argparse.ArgumentParser(prog="recurgolf sweep", description=main.__doc__)
+    parser = parser_of("sweep", main.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in (("show", "print the table"), ("resume", "run what is not finished")):
         action = actions.add_parser(name, help=text)
         action.add_argument("folder", type=Path, help="folder of the sweep")
-    action.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
+    action.add_argument("--jobs", type=int, default=1, help="how many at a time")
     action.add_argument("--config-dir", type=Path, help="YAML of your own, if it has moved")
     add_trust(action)
     only = actions.add_parser("job", help="run one job in this process")

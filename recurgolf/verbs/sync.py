@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from recurgolf.config import ConfigError
 from recurgolf.tracker import check_key
+from recurgolf.verbs import parser_of
 from recurgolf.wandb_offline import offline_runs
 
 EXIT_FAILED = 1
@@ -15,7 +15,7 @@ EXIT_FAILED = 1
 
 def main(arguments: Sequence[str]) -> int:
     """Upload the W&B runs that were recorded offline, and say where each is to be seen."""
-    parser = argparse.ArgumentParser(prog="recurgolf sync", description=main.__doc__)
+    parser = parser_of("sync", main.__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="of runs, or of sweeps")
     parser.add_argument("--dry-run", action="store_true", help="say what would go where")
     parser.add_argument("--again", action="store_true", help="also those uploaded before")

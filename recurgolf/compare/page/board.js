@@ -275,7 +275,7 @@
     const rest = [...counts].map(([word, count]) => `${count} ${word === "cannot tell" ? "cannot be told from it" : word}`).join(", ");
     const first = !better.length ? `No setting is better than ${base.label}`
       : `${better[0].label} is better than ${base.label} by ${better[0].gain.toFixed(4)} bits per byte`
-        + ` (95% interval ${better[0].interval.map(signed).join(" to ")})${better.length > 1 ? `, and ${better.length - 1} more are better` : ""}`;
+        + ` (95% interval ${better[0].interval.map(signed).join(" to ")})${better.length > 1 ? `; so ${better.length > 2 ? "are" : "is"} ${better.slice(1, 4).map(({ label }) => label).join(", ")}${better.length > 4 ? ` and ${better.length - 4} more` : ""}` : ""}`;
     return `${first}${rest ? `; ${rest}` : ""}.`;
   }
 
