@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,9 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script `recurgolf`; ends the process with its exit code."""
     if argv is None:
         use_unicode()
+        _settle_surroundings()
     with steady_output():
         code = _code(list(sys.argv[1:] if argv is None else argv))
     sys.exit(code)
+
+
+def _settle_surroundings() -> None:
+    """Keep what merely surrounds this process away from it and from those that it starts."""
+    # Ranks and helpers begin without the folder that this was typed in: a random.py or queue.py
+    # there must not stand in for Python's own. What plugins need of it is passed on.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    # A container's user may be in no list of users: caches would go into a folder called ~.
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 def _code(arguments: list[str]) -> int:

@@ -1,16 +1,23 @@
-"""The console is no reason to end a run: gone, closed, missing, or without Unicode."""
+"""The surroundings are no reason to end a run: a console that is gone, closed, missing or without
+Unicode; no home; modules of the user's beside the command; no compiler."""
 
 import io
 import os
+import pty
+import pwd
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from smoke_runs import small
 
 import recurgolf
+from recurgolf import cli
 from recurgolf.streams import steady_output
+from recurgolf.training import checkpoint
 
 ROOT = str(Path(recurgolf.__file__).parents[1])
 COMMAND = [sys.executable, "-m", "recurgolf"]
@@ -88,3 +95,75 @@ def test_a_locale_without_unicode_reads_the_same_files(tmp_path):
     assert plain.returncode == unicode.returncode == 0, plain.stderr
     plain.stdout.decode("ascii")
     unicode.stdout.decode("utf-8")
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint_and_a_line(tmp_path):
+    command = [*COMMAND, *small("trainer.steps=100000", "trainer.log_every=1", "hydra.run.dir=o")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execve(command[0], command, environment(TERM="xterm"))
+    log, deadline = tmp_path / "o" / "train.log", time.monotonic() + 120
+    while not (log.exists() and "step     3/" in log.read_text()):
+        assert time.monotonic() < deadline
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    newest = checkpoint.newest(tmp_path / "o" / "checkpoints")
+    assert newest is not None and checkpoint.load(newest)[1]["step"] >= 3
+    assert "SIGHUP: stopped" in log.read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_modules_called_like_pythons_own_stand_in_for_none_of_them(tmp_path, ranks):
+    """Ranks, W&B's process and the audit's are new interpreters in the folder of the command."""
+    for name in ("random", "types", "queue", "token", "copy", "select", "secrets", "logging"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('shadowed {name}')")
+    own = ("tracker=offline", "eval.audit=true") if ranks == 1 else ()
+    asked = small("trainer.steps=2", f"trainer.devices={ranks}", "hydra.run.dir=o", *own)
+    # As the console script is: Python itself fails under `-m` where a types.py lies.
+    script = tmp_path / "bin" / "recurgolf"
+    script.parent.mkdir()
+    script.write_text("from recurgolf.cli import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, str(script), *asked]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "shadowed" not in ended.stdout + ended.stderr
+    if ranks == 1:
+        assert (tmp_path / "o" / "audit.json").exists()
+
+
+def test_a_run_needs_neither_a_home_nor_unicode(tmp_path):
+    (tmp_path / "home").write_text("no folder")
+    command = [*COMMAND, *small("trainer.steps=2", "hydra.run.dir=o", "tracker=offline")]
+    places = [name for name in os.environ if name.startswith(("WANDB_", "MPLCONFIG", "XDG_"))]
+    bare = environment(HOME=str(tmp_path / "home"), PYTHONIOENCODING="ascii")
+    bare = {key: value for key, value in bare.items() if key not in places}
+    ended = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert b"Traceback" not in ended.stderr
+    assert "val_bpb" in ended.stdout.decode("ascii")
+
+
+def test_a_user_without_a_home_keeps_caches_among_temporary_files(monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setenv("HOME", "")  # so that it is put back
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert os.path.expanduser("~/x") == "~/x"
+    cli._settle_surroundings()
+    assert os.path.expanduser("~/x") == f"{tempfile.gettempdir()}/x"
+
+
+def test_compiling_without_a_compiler_is_refused_with_what_needs_none(tmp_path):
+    command = [*COMMAND, *small("trainer.steps=2", "hydra.run.dir=o", "trainer.compile=true")]
+    without = environment(CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
+    ended = subprocess.run(command, cwd=tmp_path, env=without, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "torch.compile cannot compile here" in ended.stderr
+    assert "trainer.compile_backend=aot_eager needs none" in ended.stderr

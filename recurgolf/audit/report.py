@@ -13,6 +13,7 @@ from rich.table import Table
 
 from recurgolf.audit.check import Audit
 from recurgolf.audit.finished_run import audit_run
+from recurgolf.audit.scoring_process import own_environment
 from recurgolf.config import ConfigError
 from recurgolf.disk import read_json
 from recurgolf.log import Log
@@ -64,8 +65,10 @@ def audit_at_the_end(folder: Path, log: Log) -> None:
     if not read_json(folder / "run.json").get("plugins"):
         audit_and_show(folder, log, trust=True)
         return
-    command = [sys.executable, "-m", "recurgolf", "audit", str(folder), "--trust"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "recurgolf", "audit", str(folder), "--trust"]
+    done = subprocess.run(
+        command, env=own_environment(), capture_output=True, text=True, check=False
+    )
     for line in done.stdout.splitlines():
         log.line(line)
     if not (folder / FILE).exists():

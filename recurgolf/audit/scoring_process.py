@@ -98,20 +98,21 @@ class ScoringProcess:
         return told
 
 
+def own_environment() -> dict[str, str]:
+    """An environment in which another Python finds this package, whatever else it finds."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
 @contextlib.contextmanager
 def scoring_process(folder: Path, threads: int = 1) -> Iterator[ScoringProcess]:
     """Start the process that scores a run's artifact; it ends with the block."""
     read, write = os.pipe()
-    package = str(Path(__file__).resolve().parents[2])
-    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": str(threads),
-    }
+    environment = {**own_environment(), "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory(prefix="recurgolf-audit-") as place:
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(folder), place, str(write)],
+            [sys.executable, "-P", "-c", _START, str(folder), place, str(write)],
             stdin=subprocess.PIPE,
             # What a plugin prints is no answer.
             stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
