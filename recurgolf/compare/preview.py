@@ -67,11 +67,14 @@ class SweepAhead:
             settings.setdefault(job.setting, []).append(job)
         seeds = list(dict.fromkeys(job.seed for job in self.jobs if job.seed))
         shown = ", ".join(seed.removeprefix("seed=") for seed in seeds)
-        of_seeds = f" x {len(seeds)} seeds ({shown})" if seeds else ""
+        of_seeds = f" x {counted(len(seeds), 'seed')} ({shown})" if seeds else ""
         how = f", {self.at_once} at a time" if self.at_once > 1 else ""
         where = f" by {self.elsewhere}" if self.elsewhere else ""
         wide = max(7, *(len(setting) for setting in settings))
-        text = [f"{len(self.jobs)} jobs: {len(settings)} settings{of_seeds}{how}{where}"]
+        text = [
+            f"{counted(len(self.jobs), 'job')}: {counted(len(settings), 'setting')}"
+            f"{of_seeds}{how}{where}"
+        ]
         # A setting in a line of its own where it would push the figures off a narrow terminal.
         for setting, jobs in settings.items():
             one = jobs[0]
@@ -122,6 +125,11 @@ class SweepAhead:
             left = len(self.jobs) - number
             expected = expected * took / done if expected and done else mean * left
         return "" if expected is None else f"{clock(expected)} left"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float | None) -> str:

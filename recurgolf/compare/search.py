@@ -116,7 +116,8 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
     Raises:
         ConfigError: the folder holds a search of other settings.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # It warns of every trial that fails or is interrupted, with a traceback; we say it in a line.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     asked.folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="recurgolf",
@@ -150,7 +151,8 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
             )
     except KeyboardInterrupt:
         asked.stopping.set()
-        raise
+        say("stopped; the same command goes on with this search")
+        raise KeyboardInterrupt("told") from None
     if wanted < asked.trials:
         say(f"all {len(grid)} settings of this space are tried")
     _write(study, asked)

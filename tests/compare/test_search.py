@@ -2,40 +2,63 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import time
 
 import optuna
 import pytest
-from command_line import recurgolf
+from command_line import PYTHON, Ended, recurgolf
 from optuna.trial import TrialState, create_trial
+from smoke_runs import small
 
 from recurgolf.compare.search import Search, hopeless
 from recurgolf.composing import search_space
 from recurgolf.config import ConfigError
 from recurgolf.overrides import Choice, Interval
 
-TRIALS = [
-    *("search", "experiment=smoke", "tracker=none", "trainer.steps=8", "trainer.val_every=4"),
-    *("optimizer.matrix_lr=tag(log,interval(0.001,0.1))", "model.dim=choice(16,32)"),
-    *("--folder", "found", "--patience", "0"),
-]
+
+def trials(*overrides: str) -> list[str]:
+    """A search of short runs."""
+    space = ("optimizer.matrix_lr=tag(log,interval(0.001,0.1))", "model.dim=choice(16,32)")
+    return ["search", *small(*space, *overrides), "--folder", "found", "--patience", "0"]
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A search of one trial, stopped in its second one, then as long as it takes for two."""
+    """A search that Ctrl-C stops in its second trial, then as long as it takes for two."""
     place = tmp_path_factory.mktemp("search")
-    first = recurgolf(*TRIALS, "--trials", "1", cwd=place).finished()
+    line = trials("trainer.steps=8", "trainer.val_every=4")
+    with subprocess.Popen(
+        [*PYTHON, *line, "--trials", "2"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background has Ctrl-C ignored, and its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as searching:
+        while not (place / "found/1/console.log").exists() and searching.poll() is None:
+            time.sleep(0.05)
+        searching.send_signal(signal.SIGINT)
+        first = Ended(1, *searching.communicate(timeout=60))
+        first.code = searching.returncode
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{place / 'found/study.db'}")
-    stopped = study.ask()
-    stopped.suggest_float("optimizer.matrix_lr", 0.001, 0.1, log=True)
-    stopped.suggest_categorical("model.dim", ["16", "32"])
-    second = recurgolf(*TRIALS, "--trials", "2", cwd=place).finished()
-    return place, first, second, stopped.params
+    stopped = study.trials[1].params
+    second = recurgolf(*line, "--trials", "2", cwd=place).finished()
+    return place, first, second, stopped
+
+
+def test_ctrl_c_ends_a_search_quietly(searched):
+    _, first, _, _ = searched
+    assert first.code == 130 and first.err == ""
+    assert first.out.splitlines()[-1] == "stopped; the same command goes on with this search"
+    assert "Traceback" not in first.out
 
 
 def test_trials_add_up_over_calls(searched):
     place, first, second, _ = searched
-    assert "1 finished" in first.out and "1 of 2 trials are there" in second.out
+    assert "trial 0 (" in first.out and "1 of 2 trials are there" in second.out
     found = json.loads((place / "found/search.json").read_text())["trials"]
     assert [trial["state"] for trial in found] == ["complete", "fail", "complete"]
     for trial in (found[0], found[2]):
@@ -65,7 +88,7 @@ def test_the_front_is_what_nothing_beats(searched):
 
 
 def test_another_search_in_the_same_folder_is_refused(searched):
-    other = [one.replace("steps=8", "steps=9") for one in TRIALS]
+    other = trials("trainer.steps=9", "trainer.val_every=4")
     why = recurgolf(*other, "--trials", "4", cwd=searched[0]).refused()
     assert "holds a search with fixed" in why and "--folder" in why
 
@@ -105,8 +128,8 @@ def test_only_what_is_beaten_in_everything_is_given_up(tmp_path):
     assert hopeless(small, {}, 1000, asked) is None
 
 
-@pytest.mark.parametrize("name", ["it's", "f%20a", "q?1"])
-def test_a_search_in_a_folder_of_any_name_tries_every_setting_once(tmp_path, name):
+def test_a_search_in_a_folder_of_any_name_tries_every_setting_once(tmp_path):
+    name = "it's f%20a q?1"
     line = ["search", "experiment=smoke", "data.files=/nowhere.txt", "data=text", "lora.rank=1,2"]
     ended = recurgolf(*line, "--trials", "5", "--folder", str(tmp_path / name), cwd=tmp_path)
     assert ended.code == 1, "every trial failed"
