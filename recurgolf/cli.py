@@ -1,6 +1,6 @@
 """The command line: verbs that compose a Run, and the way to those that need none.
 
-This module, `composing.py` and `override_errors.py` are the only importers of Hydra.
+This module, `composing.py`, `multirun.py` and `override_errors.py` are the only importers of Hydra.
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
 from recurgolf import __version__
-from recurgolf.composing import (
-    Command,
-    built,
-    check_sweep,
-    command,
-    compose,
-    compose_parts,
-    composed_jobs,
-    explained,
-    flags_first,
-    of_sweep,
-    prepared,
-    varied_keys,
-    with_vocabulary,
-)
+from recurgolf.composing import built, compose, compose_parts, explained, prepared, with_vocabulary
 from recurgolf.conf import conf_folder, options
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.folders import claimed
 from recurgolf.help import VERBS, group_help, help_text
+from recurgolf.multirun import (
+    Command,
+    check_sweep,
+    command,
+    composed_jobs,
+    flags_first,
+    of_sweep,
+    varied_keys,
+)
 from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
 from recurgolf.overrides import config_dir, group_of, quoted, split_arguments
 from recurgolf.streams import steady_output, use_unicode

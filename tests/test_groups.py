@@ -9,7 +9,7 @@ from smoke_runs import small
 from recurgolf import compose
 from recurgolf.compare.board import board_data
 from recurgolf.compare.runs import FoundRun
-from recurgolf.composing import of_sweep, sweep_jobs, varied_keys
+from recurgolf.multirun import of_sweep, sweep_jobs, varied_keys
 from recurgolf.tracker import _id_from_environment, _short
 from recurgolf.training.report import result_lines
 from recurgolf.training.summary import Summary

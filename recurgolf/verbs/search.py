@@ -22,7 +22,8 @@ EXIT_FAILED = 1
 
 def main(arguments: Sequence[str]) -> int:
     """Run trials, print the Pareto front."""
-    from recurgolf.composing import compose, search_space
+    from recurgolf.composing import compose
+    from recurgolf.multirun import search_space
 
     parser = parser_of("search", __doc__)
     parser.add_argument("--folder", type=Path, help="of trials and study (default: outputs/search)")

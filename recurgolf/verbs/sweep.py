@@ -113,7 +113,8 @@ def jobs_of(folder: Path, config_dir: Path | None = None, trust: bool = False) -
     Raises:
         ConfigError: not a sweep's folder, or plugins that are not trusted.
     """
-    from recurgolf.composing import named_plugins, plugin_modules, sweep_jobs, varied_keys
+    from recurgolf.composing import named_plugins, plugin_modules
+    from recurgolf.multirun import sweep_jobs, varied_keys
 
     path = folder / JOBS_FILE
     if not path.is_file():
@@ -146,7 +147,8 @@ def _run_of(
     place: Path, overrides: list[str], varied: list[str], own: Path | None, trust: bool
 ) -> Run | ConfigError:
     """The Run that a job's folder has recorded, else that of its overrides; why there is none."""
-    from recurgolf.composing import compose, of_sweep
+    from recurgolf.composing import compose
+    from recurgolf.multirun import of_sweep
 
     try:
         if read_overrides(place) == overrides and _has_content(place / "run.json"):

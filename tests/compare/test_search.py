@@ -13,8 +13,8 @@ from optuna.trial import TrialState, create_trial
 from smoke_runs import small
 
 from recurgolf.compare.search import Search, hopeless
-from recurgolf.composing import search_space
 from recurgolf.config import ConfigError
+from recurgolf.multirun import search_space
 from recurgolf.overrides import Choice, Interval
 
 

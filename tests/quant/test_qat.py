@@ -1,12 +1,14 @@
 """Quantization-aware training sees what the export makes, in training alone, from its start on."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from smoke_runs import composed
 
 from recurgolf.config import ConfigError
+from recurgolf.log import Log
 from recurgolf.model.linear import Linear
 from recurgolf.quant import (
     MaxClip,
@@ -201,10 +203,10 @@ def test_it_compiles_as_one_graph_and_beginning_changes_nothing_in_it(kind):
     assert not torch.allclose(seen, net.eval()(x))
 
 
-def test_what_would_change_nothing_is_refused(tmp_path):
+def test_what_would_change_nothing_is_refused():
     run = composed(*OVERRIDES[:1], "quant=none", "quant/qat=noise")
     with pytest.raises(ConfigError, match="code no weight"):
-        prepare_quantization(Job.watched(run, tmp_path), run.build_model())
+        prepare_quantization(Job.watched(run, Path(), log=Log(None, False)), run.build_model())
     with pytest.raises(ConfigError, match="loops no block"):
         composed(*OVERRIDES[:1], "looping=none", "lora=none", "quant/qat=noise")
 

@@ -11,8 +11,6 @@ import recurgolf
 from recurgolf.budget import PHASES, Budget, Cap
 from recurgolf.config import ConfigError
 from recurgolf.training.clock import Caps, Clock
-from recurgolf.training.job import Job
-from recurgolf.training.trainer import Trainer
 
 
 @pytest.mark.serial
@@ -101,10 +99,9 @@ def test_a_run_that_the_clock_will_cut_short_says_so_long_before_and_what_it_use
     assert used["seconds"] == 2
 
 
-def test_warm_up_restores_averages_random_states_and_optimizers(tmp_path):
-    asked = small("averaging=ema", "trainer.warmup_steps=2", "optimizer.lora_warmup_steps=5")
-    trainer = Trainer(Job.watched(recurgolf.compose(asked), tmp_path))
-    trainer.setup()
+def test_warm_up_restores_averages_random_states_and_optimizers(tmp_path, trainer_in):
+    late = "optimizer.lora_warmup_steps=5"
+    trainer = trainer_in(tmp_path, "averaging=ema", "trainer.warmup_steps=2", late)
     before = {k: v.clone() for k, v in trainer.state.model.state_dict().items()}
     averages = {k: v.clone() for k, v in trainer.state.averager.state_dict().items()}
     rng, loader = torch.get_rng_state(), trainer.state.loader.state_dict()
@@ -125,23 +122,20 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_nothing_is_compiled_after_the_clock_starts(tmp_path):
+def test_nothing_is_compiled_after_the_clock_starts(tmp_path, trainer_in):
     """Adapters that begin halfway, gains, a falling rate, a validation: all graphs are there."""
     compiled = ("trainer.compile=true", "trainer.compile_backend=eager", "trainer.warmup_steps=1")
     late = ("looping.start_fraction=0.5", "lora.visits=repeats", "model.visit_gains=true")
-    asked = small(*compiled, *late, "trainer.steps=6", "trainer.val_every=4")
+    asked = (*compiled, *late, "trainer.steps=6", "trainer.val_every=4")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    (tmp_path / "compiled").mkdir()
-    trainer = Trainer(Job.watched(recurgolf.compose(asked), tmp_path / "compiled"))
-    trainer.setup()
+    trainer = trainer_in(tmp_path / "compiled", *asked)
     trainer.warm_up()
     warm = graphs()
     assert warm >= 2
     trainer.fit()
     assert graphs() == warm
-    plain = Trainer(Job.watched(recurgolf.compose(small(*late, "trainer.steps=6")), tmp_path))
-    plain.setup()
+    plain = trainer_in(tmp_path, *late, "trainer.steps=6")
     plain.fit()
     for name, tensor in plain.state.model.state_dict().items():
         torch.testing.assert_close(

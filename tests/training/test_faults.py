@@ -116,13 +116,6 @@ def command_of(pid: int) -> str:
     return ""
 
 
-def trainer_in(folder: Path, *overrides: str) -> Trainer:
-    folder.mkdir(exist_ok=True)
-    trainer = Trainer(Job.watched(recurgolf.compose(small(*overrides)), folder))
-    trainer.setup()
-    return trainer
-
-
 @contextlib.contextmanager
 def no_file_larger_than(size: int):
     """A limit of the kernel's, which hits files as a full disk does."""
@@ -134,7 +127,7 @@ def no_file_larger_than(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_was_needed(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_was_needed(tmp_path, trainer_in):
     trainer = trainer_in(tmp_path / "run", "trainer.steps=2")
     trainer.job.guard.save(trainer.job, trainer.state)
     trainer.fit()
@@ -190,7 +183,7 @@ def poisoned(trainer: Trainer, step: int, name: str) -> None:
     dict(trainer.state.model.named_parameters())[name].register_hook(spoil)
 
 
-def test_a_non_finite_state_stops_the_run_with_the_batch_and_a_report(tmp_path):
+def test_a_non_finite_state_stops_the_run_with_the_batch_and_a_report(tmp_path, trainer_in):
     trainer = trainer_in(tmp_path / "run", "trainer.steps=6", "trainer.grad_accum=2")
     healthy = trainer.state.optimizers.step
 
@@ -213,14 +206,14 @@ def test_a_non_finite_state_stops_the_run_with_the_batch_and_a_report(tmp_path):
     assert trainer.step == 3
 
 
-def test_a_non_finite_gradient_is_traced_to_its_parameter(tmp_path):
+def test_a_non_finite_gradient_is_traced_to_its_parameter(tmp_path, trainer_in):
     trainer = trainer_in(tmp_path / "run", "trainer.steps=6")
     poisoned(trainer, 3, "blocks.0.mlp.up_proj.weight")
     with pytest.raises(RunFailed, match=r"step 3: .*fault was in the gradients alone"):
         trainer.fit()
 
 
-def test_skipping_leaves_the_weights_alone_counts_and_has_a_limit(tmp_path):
+def test_skipping_leaves_the_weights_alone_counts_and_has_a_limit(tmp_path, trainer_in):
     trainer = trainer_in(
         tmp_path / "run", "trainer.non_finite=skip", "trainer.max_skipped=1", "trainer.steps=5"
     )
@@ -257,11 +250,9 @@ def shard_folder(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("change", ["cut", "emptied", "gone", "rewritten"])
-def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change):
+def test_a_shard_that_changes_during_the_run_ends_it_by_name(tmp_path, change, trainer_in):
     run = recurgolf.compose([*shard_folder(tmp_path), "trainer.log_every=1"])
-    (tmp_path / "run").mkdir()
-    trainer = Trainer(Job.watched(run, tmp_path / "run"))
-    trainer.setup()
+    trainer = trainer_in(tmp_path / "run", run=run)
     shard = trainer.job.dataset.train_shards[0]
     content = shard.read_bytes()
     if change == "gone":
@@ -294,7 +285,7 @@ def test_contents_tell_data_apart_and_do_not_mind_a_copy(tmp_path):
         run.data.prepare().check_contents(before)
 
 
-def test_memory_that_is_not_there_ends_in_advice(tmp_path):
+def test_memory_that_is_not_there_ends_in_advice(tmp_path, trainer_in):
     """A real allocation that fails: 2^50 bytes."""
     trainer = trainer_in(tmp_path / "run")
     with pytest.raises(RuntimeError) as error:
