@@ -133,6 +133,8 @@ def _unknown_option(text: str, folder: Path | None) -> str:
 def _unknown_key(key: str, composed: Callable[[], Any], folder: Path | None) -> str:
     if key == SYSTEMS:
         return "the pages in conf/systems are chosen by experiment=NAME, their parts by group=NAME"
+    if key.startswith("hydra."):
+        return f"Hydra has no key {key!r}"
     groups = group_names()
     parent, _, name = key.rpartition(".")
     config = composed()

@@ -46,8 +46,8 @@ def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
         groups: names of the config groups, `model/mixer` where nested.
 
     Raises:
-        ConfigError: a group set to null, added with +, or written with dots; a sweep by Slurm on a
-            machine without it.
+        ConfigError: nothing in front of the sign =; a group set to null, added with +, or written
+            with dots; a sweep by Slurm on a machine without it.
     """
     if (
         "hydra/launcher=slurm" in overrides
@@ -60,6 +60,8 @@ def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
         )
     for override in overrides:
         group, _, value = override.partition("=")
+        if not group.strip("+~ "):
+            raise ConfigError(f"{override!r}: no key stands in front of the sign =")
         if "." in group and "=" in override and group.replace(".", "/") in groups:
             slashed = group.replace(".", "/")
             raise ConfigError(f"{override}: {slashed} is a group; write {slashed}={value}")

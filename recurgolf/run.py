@@ -92,7 +92,7 @@ class Run:
     def __post_init__(self) -> None:
         if wrong := refused(Run, vars(self), ""):
             raise ConfigError(wrong)
-        if not self.name or "/" in self.name:
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise ConfigError(f"name={self.name!r}: a word without slashes")
         if self.model.vocab_size < self.data.vocab_size:
             raise ConfigError(

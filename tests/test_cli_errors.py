@@ -37,6 +37,8 @@ EXPORT = Path(__file__).parent / "fixtures" / "golden" / "export"
         ("hydra/launcher=job -m seed=1,2", "hydra/launcher=job: no such option (there are: "),
         ("hydra/launcher=slrm seed=1,2 -m", "hydra/launcher=slrm: no such option (did you mean"),
         ("-m hydra/launcher=slrm seed=1,2", "hydra/launcher=slrm: no such option (did you mean"),
+        ("=3", "'=3': no key stands in front of the sign ="),
+        ("hydra.nope=3", "Hydra has no key 'hydra.nope'"),
         ("+foo=1", "+foo: no part of a run reads this key"),
         ("+lora.rnk=1", "+lora.rnk: no part of a run reads this key"),
         ("lora.rank=abc", "lora.rank: Value 'abc'"),

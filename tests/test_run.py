@@ -49,7 +49,7 @@ def test_tags_tell_the_kind_of_every_part():
     assert {"looping:cycle", "averaging:none", "data:embedded", "lora:1"} <= set(RUN.tags())
 
 
-@pytest.mark.parametrize("name", ["", "a/b"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\tb"])
 def test_a_name_is_a_word(name):
     with pytest.raises(ConfigError, match="a word without slashes"):
         recurgolf.compose([f"name='{name}'"])

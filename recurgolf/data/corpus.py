@@ -259,7 +259,11 @@ def _plain(path: Path) -> IO[bytes]:
 
 def _read_plain(data: bytes, path: Path, separator: str | None, encoding: str) -> Iterator[str]:
     """Parts of a plain text; refuses JSON lines, whose syntax nobody wants to train on."""
+    if data[257:262] == b"ustar":
+        raise DataError(f"{path}: a tar archive, which is not read; unpack it")
     text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding).replace("\r\n", "\n")
+    if text.count("\0") > len(text) // 10:  # UTF-16 without its mark, or no text at all
+        raise DataError(f"{path}: not {encoding} text, for it is full of NUL characters")
     lines = (line for line in io.StringIO(text) if line.strip())
     if all(map(_is_json_object, islice(lines, 2))) and text.strip():
         raise DataError(
