@@ -87,9 +87,12 @@ def serve() -> None:
     import recurgolf.cli
     import recurgolf.training.launch
     import recurgolf.verbs.evaluate
+    from recurgolf.counted.code import code_of, training_code_of
 
     torch.set_num_threads(1)
-    recurgolf.compose(["experiment=smoke"])  # Hydra's parser takes half a second the first time.
+    # What every process does once: Hydra's parser, and the code that goes into the programs.
+    run = recurgolf.compose(["experiment=smoke", "data=text", "data.files=x", "tracker=none"])
+    training_code_of(run, code_of(run))
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

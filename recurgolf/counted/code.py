@@ -9,6 +9,7 @@ the entry point and from the classes that the Run uses (see `tree_shaking.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,12 +17,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurgolf.artifact.decode import DECODERS, library
 from recurgolf.config import REGISTRY, kind_of
 from recurgolf.counted.programs import LIBRARIES, replaced
-from recurgolf.counted.tree_shaking import Shaker, Target, module_source, named_options
+from recurgolf.counted.tree_shaking import Shaken, Shaker, Target, module_source, named_options
 from recurgolf.disk import write_file
 
 if TYPE_CHECKING:
@@ -197,26 +198,25 @@ def pack_code(
         for decoder in map(DECODERS.get, kinds)
         if decoder is not None and decoder.__module__ != DECODER_TABLE.module
     }
-    packages = {target.module.partition(".")[0] for target in {entry, *classes}}
-    shaker = Shaker(
-        packages,
-        whole=packages - {"recurgolf"},
-        libraries=LIBRARIES,
-        replaced=without,
-        tables={DECODER_TABLE: {*kinds, *HEADER}} if kinds else {},
-        strings=set(texts_of(parts)),
+    options = frozenset(
+        (group, kind, Target(cls.__module__, cls.__qualname__))
+        for group, known in REGISTRY.items()
+        for kind, cls in known.items()
     )
-    shaker.reach({entry, *classes})
-    # What kept code names by text brings code that may name more.
-    while True:
-        named = set(named_options(shaker, REGISTRY)) - shaker.seen
-        if not named:
-            break
-        classes |= named
-        shaker.reach(named)
-    shaken = shaker.result()
+    named = {name for group, kind, _ in options for name in (group, kind)}
+    needs = _Needs(
+        entry,
+        frozenset(classes),
+        frozenset((without or {}).items()),
+        frozenset({*kinds, *HEADER} if kinds else ()),
+        frozenset(named & set(texts_of(parts))),
+        options,
+    )
+    packages = needs.packages
+    # The modules of others may change, and be loaded again, as long as this process lives.
+    shake = _shaken if packages == {"recurgolf"} else _shaken.__wrapped__
+    shaken, at_once = shake(needs, _state_of_sources())
     # An option is known once its module has been loaded: 2 for those, 1 for packages.
-    at_once = {target.module for target in classes}
     marks = {name: package + 2 * (name in at_once) for name, (package, _) in shaken.code.items()}
     head = json.dumps([marks, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
     boot = _BOOT.format(entry=entry.module)
@@ -234,6 +234,61 @@ def pack_code(
     used = {name for _, text in shaken.code.values() for name in libraries_of(text)}
     libraries = sorted({"brotli", *used} - packages - set(sys.stdlib_module_names))
     return PackedCode(source, list(shaken.code), shaken.raw_bytes, libraries)
+
+
+class _Needs(NamedTuple):
+    """What decides which code a program carries.
+
+    Attributes:
+        decoded: codecs whose decoders it has; empty: all.
+        strings: names of groups and kinds that the run holds as texts.
+        options: group, kind and class of all that is registered.
+    """
+
+    entry: Target
+    classes: frozenset[Target]
+    without: frozenset[tuple[Target, Target]]
+    decoded: frozenset[str]
+    strings: frozenset[str]
+    options: frozenset[tuple[str, str, Target]]
+
+    @property
+    def packages(self) -> set[str]:
+        return {target.module.partition(".")[0] for target in {self.entry, *self.classes}}
+
+
+# Half a second, and a run asks three times: before it starts, for its plan, at its end.
+@functools.lru_cache(maxsize=16)
+def _shaken(needs: _Needs, sources: int) -> tuple[Shaken, set[str]]:
+    """The code of a program, and the modules that it loads at once.
+
+    Args:
+        sources: state of the files that it is made of.
+    """
+    classes, packages = set(needs.classes), needs.packages
+    shaker = Shaker(
+        packages,
+        whole=packages - {"recurgolf"},
+        libraries=LIBRARIES,
+        replaced=dict(needs.without),
+        tables={DECODER_TABLE: needs.decoded} if needs.decoded else {},
+        strings=needs.strings,
+    )
+    shaker.reach({needs.entry, *classes})
+    # What kept code names by text brings code that may name more.
+    while True:
+        named = set(named_options(shaker, REGISTRY)) - shaker.seen
+        if not named:
+            break
+        classes |= named
+        shaker.reach(named)
+    return shaker.result(), {target.module for target in classes}
+
+
+def _state_of_sources() -> int:
+    """Other than before where a file of this package was written since."""
+    files = Path(__file__).parents[1].rglob("*.py")
+    return hash(frozenset((str(path), path.stat().st_mtime_ns) for path in files))
 
 
 def _as_text(blob: bytes) -> str:
