@@ -6,9 +6,10 @@ With `composing.py`, `override_errors.py` and `cli.py` the only importer of Hydr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,8 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
     except ConfigError:
         jobs = []
     if len(jobs) > 1 and "${hydra.job.num}" not in as_written(told.hydra.sweep)["subdir"]:
-        of_hydra = [str(item) for item in told.hydra.overrides.hydra]
+        # As they were typed: what they refer to differs from job to job.
+        of_hydra = as_written(told.hydra.overrides)["hydra"]
         _check_apart([[*of_hydra, *job] for job in jobs], name, folder)
     return Command("hydra.sweep.dir", *place, None, jobs, name, launcher, at_once)
 
@@ -213,16 +215,23 @@ def _place(told: Any, part: str) -> tuple[Path, bool]:
 
     A name with the time in it is meant to be new; the package's own is plain as well.
     """
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(told)
-    try:
+    with _asked_of(told):
         path = Path(str(told.hydra[part].dir))
-    finally:
-        HydraConfig.instance().cfg = before
     pattern = as_written(told.hydra[part])["dir"]
     if pattern.startswith("outputs/${name}/"):
         path = Path(*map(plain_name, path.parts))
     return path, "${now:" in pattern
+
+
+@contextlib.contextmanager
+def _asked_of(told: Any) -> Iterator[None]:
+    """Inside, `${hydra:...}` is answered from this config."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(told)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def _check_apart(jobs: Sequence[Sequence[str]], name: str, folder: Path | None) -> None:
@@ -236,7 +245,8 @@ def _check_apart(jobs: Sequence[Sequence[str]], name: str, folder: Path | None) 
         for number, overrides in enumerate(jobs):
             own = [*overrides, f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
             told = _of_hydra(name, own, RunMode.RUN)
-            subdir = str(told.hydra.sweep.subdir)
+            with _asked_of(told):
+                subdir = str(told.hydra.sweep.subdir)
             if subdir in seen:
                 raise ConfigError(
                     f"hydra.sweep.subdir sends jobs {seen[subdir]} and {number} into one folder, "

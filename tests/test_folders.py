@@ -64,6 +64,16 @@ def test_two_jobs_in_one_folder_are_refused(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("subdir", "folders"),
+    [("x_${seed}", {"x_1", "x_2"}), ("${hydra:job.num}_${seed}", {"0_1", "1_2"})],
+)
+def test_folders_of_jobs_may_be_named_after_what_varies(tmp_path, subdir, folders):
+    asked = ["-m", *small(*SHORT), "seed=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}"]
+    recurgolf(*asked, cwd=tmp_path).finished()
+    assert {path.parent.name for path in tmp_path.glob("s/*/summary.json")} == folders
+
+
 def test_a_summary_of_another_run_is_as_good_as_absent(tmp_path, capsys):
     folder = write_run(tmp_path / "run", 1, 2.0)
     assert read_run(folder).summary is not None
