@@ -274,6 +274,15 @@ def test_the_command_says_what_failed_and_ends_with_1(folder):
     assert seal.audit_state(folder) == "failed: limits, rescored, files"
 
 
+def test_an_audit_that_cannot_be_kept_is_shown_all_the_same(folder):
+    """A folder stands where the file would go, so that the system itself refuses the write."""
+    (folder / "audit.json").mkdir()
+    ended = recurgolf("audit", folder, cwd=folder.parent)
+    assert ended.code == 0, ended.out + ended.err
+    assert "audit: passed" in ended.out
+    assert f"audit.json is not kept in {folder}" in " ".join(ended.out.split())
+
+
 def test_a_program_of_another_version_and_foreign_plugins_need_trust(folder):
     with (folder / "score.py").open("a") as file:
         file.write("# edited\n")
