@@ -17,8 +17,22 @@ from recurgolf.quant.rate_models import CODES, LIMIT, RateModel
 
 PER_OCTAVE = 8
 """Steps are 2^(k/8): a code of a few bits in the file, where a free float16 takes eleven."""
+TOKENS = "embed.weight"
+"""The table of tokens, whose rows keep a code: a row of zeros is a state of length zero, and every
+norm that it meets multiplies the gradient by 1 / sqrt(norm_eps), to 1e9 and beyond."""
 SMALLEST, LARGEST = -13.0, 12.0
 """log2 of the smallest and the largest step; float16 has fewer digits below, and ends above."""
+
+
+def rounded(weight: Tensor, step: Tensor, rows_stay: bool) -> Tensor:
+    """Codes from -127 to 127, as floats; `rows_stay`: in every row at least the largest entry's."""
+    codes = (weight / step).round_().clamp_(-LIMIT, LIMIT)
+    if rows_stay:
+        largest = weight.abs().argmax(dim=1, keepdim=True)
+        sign = torch.where(weight.gather(1, largest) < 0, -1.0, 1.0).to(codes.dtype)
+        gone = ~codes.any(dim=1, keepdim=True)
+        codes.scatter_(1, largest, torch.where(gone, sign, codes.gather(1, largest)))
+    return codes
 
 
 class StepRounding(torch.autograd.Function):
@@ -28,8 +42,10 @@ class StepRounding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor) -> Tensor:
-        seen = (weight / step).round_().clamp_(-LIMIT, LIMIT).mul_(step)
+    def forward(
+        ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor, rows_stay: bool
+    ) -> Tensor:
+        seen = rounded(weight, step, rows_stay).mul_(step)
         # What the step's gradient needs: the value seen less the weight, step * (code - w / step).
         ctx.save_for_backward(seen - weight)
         ctx.shape = log_step.shape
@@ -38,7 +54,7 @@ class StepRounding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (error,) = grads, ctx.saved_tensors
-        return grad, (grad * error).sum_to_size(ctx.shape) * math.log(2), None
+        return grad, (grad * error).sum_to_size(ctx.shape) * math.log(2), None, None
 
 
 class TableBits(torch.autograd.Function):
@@ -74,7 +90,6 @@ class LearnedSteps(nn.Module):
         counts: [tensors, 255] how often every code from -127 to 127 came at the last look.
         tables: [tensors, 255] bits of every code.
         log_rate: natural logarithm of λ.
-        error: logarithm of bytes / target at the last look.
         log_factor: log2 of the factor on all steps.
         overhead: bits of the file beyond the entropy of the codes, when it was last packed.
         progress: share of the active part of training that was done at the last look.
@@ -114,7 +129,6 @@ class LearnedSteps(nn.Module):
             ("counts", torch.zeros(len(self.names), CODES, dtype=double)),
             ("tables", torch.zeros(len(self.names), CODES)),
             ("log_rate", torch.tensor(math.log(first_rate), dtype=double)),
-            ("error", torch.tensor(0.0, dtype=double)),
             ("log_factor", torch.tensor(0.0, dtype=double)),
             ("overhead", torch.tensor(0.0, dtype=double)),
             ("progress", torch.tensor(0.0, dtype=double)),
@@ -124,7 +138,6 @@ class LearnedSteps(nn.Module):
         self.counts: Tensor
         self.tables: Tensor
         self.log_rate: Tensor
-        self.error: Tensor
         self.log_factor: Tensor
         self.overhead: Tensor
         self.progress: Tensor
@@ -185,7 +198,7 @@ class LearnedSteps(nn.Module):
     def codes(self, name: str, weight: Tensor) -> Tensor:
         """The codes of a weight, int8."""
         _, step = self.steps_of(name, weight.shape)
-        return (weight / step).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+        return rounded(weight, step, name == TOKENS).to(torch.int8)
 
     @torch.no_grad()
     def look(self, weights: Mapping[str, Tensor]) -> float:
@@ -244,7 +257,10 @@ class LearnedSteps(nn.Module):
     def seen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor as the file will hold it, with a gradient."""
         steps = {name: self.steps_of(name, weights[name].shape) for name in self.names}
-        return {name: StepRounding.apply(weights[name], *both) for name, both in steps.items()}
+        return {
+            name: StepRounding.apply(weights[name], *both, name == TOKENS)
+            for name, both in steps.items()
+        }
 
     @torch.no_grad()
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:

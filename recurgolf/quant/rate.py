@@ -8,8 +8,8 @@ forward pass sees `step * round(w / step)`; the gradient passes straight through
 
 where the bits of a code come from a table fitted to the tensor's present codes (`rate_models.py`),
 read between its entries at `w / step + u`, u uniform in [-1/2, 1/2): noise stands in for rounding,
-so that the rate has a gradient (arXiv 1611.01704, 1906.06624). λ follows the bytes of the file
-(dual ascent), late in training one factor on all steps does the last percent, and the codes of the
+so that the rate has a gradient (arXiv 1611.01704, 1906.06624). One factor on all steps keeps the
+bytes of the file at their target, λ follows what it has to do (dual ascent), and the codes of the
 file are those that training saw: nothing is fitted afterwards.
 """
 
@@ -36,15 +36,14 @@ EVERY = 8
 """Optimizer steps between two looks at the codes; tables and λ change only there."""
 AIM = 0.9975
 """Share of the target that is aimed at: the middle of the half percent below it."""
-SETTLING = 0.8
-"""Share of the active part of training after which λ rests and a factor on all steps takes over."""
-MEASURED_AT = (0.05, 0.25, 0.5, SETTLING, 0.9, 0.97)
+MEASURED_AT = (0.05, 0.25, 0.5, 0.8, 0.9, 0.97)
 """Shares of the active part at which the file is really packed, to learn what it takes besides the
 entropy of its codes."""
-ASCENT, DAMPING = 40.0, 2.0
-"""Over the whole active part log λ moves by `ASCENT` times the logarithm of bytes / target, and by
-`DAMPING` times it at once: a file twice too large doubles λ about every fortieth of the way."""
-START_RATE = 0.05
+FASTEST = 0.25
+"""Octaves that all steps may move together at one look."""
+ASCENT = 4.0
+"""log λ moves by so many times what all steps had to move to keep the bytes at their target."""
+START_RATE = 0.01
 """λ to begin with, in nats per token for a bit per weight; it soon is where the bytes want it."""
 FINEST_START = 7.0
 """Bits per weight above which nothing begins; a budget with more room than that does not bind."""
@@ -68,7 +67,7 @@ class Rate(Qat):
     """What shares a step: a row, `group_size` columns of a row, or the whole tensor."""
     group_size: Annotated[int | None, at_least(1)] = None
     """Columns of a group, with per=group."""
-    step_lr: Annotated[float, at_least(0)] = 0.02
+    step_lr: Annotated[float, at_least(0)] = 0.05
     """Rate of log2 of the steps, under AdamW and the run's schedule, without decay."""
     min_numel: Annotated[int, at_least(1)] = 64
     """Tensors with fewer entries stay floats."""
@@ -176,7 +175,7 @@ class RateAware(QuantAware):
             if any(float(steps.progress) < at <= done for at in MEASURED_AT):
                 self._measure(bits)
             if self.target is not None:
-                self._follow(bits, done)
+                self._follow(bits)
             steps.progress.fill_(done)
             steps.fit()
         steps.age += 1
@@ -197,17 +196,19 @@ class RateAware(QuantAware):
     def _measure(self, bits: float) -> None:
         self.steps.overhead.fill_(8 * self.file.measure(self.steps.stored(self.weights)) - bits)
 
-    def _follow(self, bits: float, done: float) -> None:
-        """λ after the bytes; near the end all steps after them."""
-        steps, wanted = self.steps, 8 * AIM * (self.target or 1)
-        excess = bits + float(steps.overhead) - wanted
-        error = math.log(max(1 + excess / wanted, 1e-3))
-        steps.error.fill_(min(max(error, -1.0), 1.0))
-        settling = done >= SETTLING
-        change = (0.5 if settling else 1.0) * ASCENT * (done - float(steps.progress))
-        steps.log_rate.add_(change * float(steps.error)).clamp_(-12.0, 6.0)
-        if settling:
-            steps.log_factor.add_(min(max(_octaves(excess, steps.numel), -0.06), 0.06))
+    def _follow(self, bits: float) -> None:
+        """All steps by one factor to where the bytes are met, and λ after it.
+
+        Bytes that would drift below their target show a price that is too high, and above it one
+        that is too low: where nothing drifts, λ is what a bit is worth to the text.
+        """
+        steps = self.steps
+        most = FINEST_START * steps.numel + float(steps.overhead)
+        excess = bits + float(steps.overhead) - min(8 * AIM * (self.target or 0), most)
+        # A bit per weight is an octave at high rates; at 2 to 3 bits, with many zeros, less.
+        octaves = min(max(excess / (0.8 * steps.numel), -FASTEST), FASTEST)
+        steps.log_factor.add_(octaves)
+        steps.log_rate.add_(ASCENT * octaves).clamp_(-12.0, 6.0)
 
     def settle(self) -> bool:
         """One factor on all steps until the packed file is within half a percent of its target.
@@ -242,9 +243,8 @@ class RateAware(QuantAware):
         if not self.active:
             return None
         steps = self.steps
-        damped = DAMPING * float(steps.error) if self.config.price is None else 0.0
         seed = self.file.seed + 1_000_003 * int(steps.age)
-        return math.exp(float(steps.log_rate) + damped) * steps.rate(self.weights, seed)
+        return math.exp(float(steps.log_rate)) * steps.rate(self.weights, seed)
 
     def seen(self) -> AbstractContextManager[None]:
         if self.active:
@@ -298,14 +298,6 @@ class RateAware(QuantAware):
             f"learned steps of {count} tensors and bytes in the loss from {self.start_fraction:g} "
             f"of training on, for {aim}"
         )
-
-
-def _octaves(excess_bits: float, numel: int) -> float:
-    """log2 of the factor on all steps that takes off so many bits.
-
-    A bit per weight is an octave at high rates; at 2 to 3 bits, where many codes are zero, less.
-    """
-    return excess_bits / (0.8 * numel)
 
 
 __all__ = ["AIM", "LearnedSteps", "Rate", "RateAware"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from smoke_runs import composed
 
 from recurgolf.config import ConfigError
 from recurgolf.quant import Gaussian, Histogram, Laplace, Logistic, Rate
@@ -35,7 +36,7 @@ def test_rounding_passes_the_gradients_of_learned_step_size_quantization(weight)
     log_step = torch.linspace(-5, -2, ROWS, dtype=torch.float64)[:, None].requires_grad_()
     upstream = torch.randn(ROWS, COLS, dtype=torch.float64)
     step = torch.exp2(log_step)
-    seen = StepRounding.apply(w, log_step, step.detach())
+    seen = StepRounding.apply(w, log_step, step.detach(), False)
     ours = torch.autograd.grad(seen, (w, log_step), upstream)
     rounding = ((w / step).round().clamp(-127, 127) - w / step).detach()
     theirs = torch.autograd.grad(step * (w / step + rounding), (w, log_step), upstream)
@@ -133,6 +134,36 @@ def test_a_vector_and_a_row_of_zeros(weight):
     assert stored["gain"].scales.shape == ()
     assert stored["a.weight"].scales[3] == 0 and not stored["a.weight"].codes[3].any()
     assert (stored["a.weight"].dequantize() - steps.seen(weights)["a.weight"]).abs().max() == 0
+
+
+def test_no_row_of_the_token_table_vanishes():
+    """Its norm would multiply gradients by 1 / sqrt(norm_eps): 1e9 from one token in a batch."""
+    table = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    table[7:9] *= 1e-3
+    steps = Rate(per="tensor").quantizers({"embed.weight": table.shape})
+    steps.start_at({"embed.weight": table}, 2.0 * table.numel())
+    seen = steps.seen({"embed.weight": table})["embed.weight"].detach()
+    assert seen.any(dim=1).all()
+    largest = table[7].abs().argmax()
+    step = float(steps.scales("embed.weight"))
+    assert seen[7].count_nonzero() == 1
+    assert float(seen[7, largest]) == pytest.approx(math.copysign(step, table[7, largest]))
+    assert torch.equal(steps.stored({"embed.weight": table})["embed.weight"].dequantize(), seen)
+
+
+def test_a_token_without_a_code_would_have_gradients_of_any_size():
+    model = composed("experiment=smoke", "lora=none", "quant/qat=rate").build_model()
+    steps, weights = model.quantizers, dict(model.named_parameters())
+    weights = {name: weights[name] for name in steps.names}
+    with torch.no_grad():
+        weights["embed.weight"][3] *= 1e-6
+    steps.start_at(weights, 3.0 * steps.numel)
+    values = steps.seen(weights)
+    tokens = torch.arange(33)[None]
+    plan = composed("experiment=smoke", "lora=none").plan(1.0)
+    loss = torch.func.functional_call(model, values, (tokens[:, :-1], plan, tokens[:, 1:]))
+    loss.backward()
+    assert float(weights["blocks.0.mixer.q_proj.weight"].grad.norm()) < 1e3
 
 
 def test_no_weight_outgrows_its_codes(weight):
