@@ -11,7 +11,7 @@ ELSEWHERE = {
     "disk.py": "the writer itself",
     "record.py": "turns NaN into words that it reads back, and allows none in JSON",
     "run.py": "a Run, whose limits let only finite numbers in; digests",
-    "tracker.py": "a pipe between two processes of this program",
+    "wandb_tracker.py": "a pipe between two processes of this program",
     "wandb_keeper.py": "the other end of that pipe",
     "seal.py": "digests",
     "artifact/container.py": "allows no NaN in a header",

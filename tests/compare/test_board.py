@@ -529,7 +529,7 @@ def test_it_is_legible_on_every_screen(opened, width, dark):
     opened.size(1500, 1000)
 
 
-def test_a_thousand_runs_open_within_two_seconds_of_work(sweep, tmp_path):
+def test_a_thousand_runs_open_within_three_seconds_of_work(sweep, tmp_path):
     """The page's own thread, as other programs on the machine do not count."""
     plotly = pytest.importorskip("plotly.offline")
     if installed() is None:
@@ -561,7 +561,7 @@ def test_a_thousand_runs_open_within_two_seconds_of_work(sweep, tmp_path):
         shown.size(1500, 1000)
         shown.count_work()
         shown.open(path)
-        assert shown.work_seconds() < 2.0
+        assert shown.work_seconds() < 3.0
         assert shown.texts("#counts") == [
             "1,000 of 1,000 runs, 1,000 of them finished, 200 setting(s)"
         ]

@@ -181,8 +181,8 @@ def test_the_ready_example_has_attention_in_every_fourth_block_and_adapters_in_t
             "mixer_pattern=.* 4 entries for 3 blocks",
         ),
         (
-            ["model.mixer_pattern=[mixer,{kind:attention,num_heads:2}]"],
-            r"heads of this hybrid are \[64, 96\] wide; model.rope.dims=0",
+            ["model.mixer_pattern=[mixer,{kind:attention,num_heads:4}]"],
+            r"heads of this hybrid are \[32, 64\] wide; model.rope.dims=0",
         ),
         (
             [*HYBRID, "model.value_embed.dim=8", "model.value_embed.visits=[1]"],
