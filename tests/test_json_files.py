@@ -2,11 +2,9 @@
 that a user may have damaged, through one reader."""
 
 import ast
-from pathlib import Path
 
-import recurgolf
+from source_code import modules_with
 
-PACKAGE = Path(recurgolf.__file__).parent
 ELSEWHERE = {
     "disk.py": "the writer itself",
     "record.py": "turns NaN into words that it reads back, and allows none in JSON",
@@ -45,35 +43,31 @@ READ_ELSEWHERE = {
 }
 
 
-def uses_in(path, *names):
-    """What is called `json.<name>` in a module, with its call where it is one."""
-    tree = ast.parse(path.read_text())
-    calls = {node.func: node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    return [
-        calls.get(node, node)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
+def of_json(node, *names):
+    """Whether this is `json.<name>`."""
+    return (
+        isinstance(node, ast.Attribute)
         and node.attr in names
         and isinstance(node.value, ast.Name)
         and node.value.id == "json"
-    ]
+    )
+
+
+def reads_a_file(node):
+    """Whether this is `json.loads(path.read_text())` or its like."""
+    return (
+        isinstance(node, ast.Call)
+        and of_json(node.func, "load", "loads")
+        and any(
+            isinstance(inner, ast.Attribute) and inner.attr.startswith("read_")
+            for inner in ast.walk(node)
+        )
+    )
 
 
 def test_nothing_else_writes_json():
-    found = {
-        str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if uses_in(p, "dump", "dumps")
-    }
-    assert found == set(ELSEWHERE)
+    assert modules_with(lambda node: of_json(node, "dump", "dumps")) == set(ELSEWHERE)
 
 
 def test_nothing_else_reads_a_json_file():
-    found = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
-        for call in uses_in(path, "load", "loads")
-        if any(
-            isinstance(node, ast.Attribute) and node.attr.startswith("read_")
-            for node in ast.walk(call)
-        )
-    }
-    assert found == set(READ_ELSEWHERE)
+    assert modules_with(reads_a_file) == set(READ_ELSEWHERE)

@@ -1,11 +1,9 @@
 """Files are written beside their place, synced and renamed by one writer; nobody else opens any."""
 
 import ast
-from pathlib import Path
 
-import recurgolf
+from source_code import modules_with
 
-PACKAGE = Path(recurgolf.__file__).parent
 OTHERS = {
     "disk.py": "the writer itself",
     "audit/isolated.py": "a temporary folder",
@@ -56,13 +54,7 @@ def writes(call: ast.Call) -> bool:
 
 
 def test_nobody_else_opens_a_file_for_writing():
-    found = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and writes(node)
-    }
-    assert found == set(OTHERS)
+    assert modules_with(lambda node: isinstance(node, ast.Call) and writes(node)) == set(OTHERS)
 
 
 def test_the_search_knows_the_ways_of_writing():

@@ -45,8 +45,8 @@ ASCENT = 4.0
 """log λ moves by so many times what all steps had to move to keep the bytes at their target."""
 START_RATE = 0.01
 """λ to begin with, in nats per token for a bit per weight; it soon is where the bytes want it."""
-FINEST_START = 7.0
-"""Bits per weight above which nothing begins; a budget with more room than that does not bind."""
+FINEST = 7.0
+"""Bits per weight beyond which steps get no finer; a budget with more room does not bind."""
 
 
 @option("quant/qat", "rate")
@@ -175,14 +175,14 @@ class RateAware(QuantAware):
             if any(float(steps.progress) < at <= done for at in MEASURED_AT):
                 self._measure(bits)
             if self.target is not None:
-                self._follow(bits)
+                self._follow(bits, self.target)
             steps.progress.fill_(done)
             steps.fit()
         steps.age += 1
 
     def _begin(self) -> None:
         steps, target = self.steps, self.target
-        finest = FINEST_START * steps.numel
+        finest = FINEST * steps.numel
         if target is None:
             steps.start_at(self.weights, 0.6 * finest)
         else:
@@ -196,15 +196,15 @@ class RateAware(QuantAware):
     def _measure(self, bits: float) -> None:
         self.steps.overhead.fill_(8 * self.file.measure(self.steps.stored(self.weights)) - bits)
 
-    def _follow(self, bits: float) -> None:
+    def _follow(self, bits: float, target: int) -> None:
         """All steps by one factor to where the bytes are met, and λ after it.
 
         Bytes that would drift below their target show a price that is too high, and above it one
         that is too low: where nothing drifts, λ is what a bit is worth to the text.
         """
         steps = self.steps
-        most = FINEST_START * steps.numel + float(steps.overhead)
-        excess = bits + float(steps.overhead) - min(8 * AIM * (self.target or 0), most)
+        most = FINEST * steps.numel + float(steps.overhead)
+        excess = bits + float(steps.overhead) - min(8 * AIM * target, most)
         # A bit per weight is an octave at high rates; at 2 to 3 bits, with many zeros, less.
         octaves = min(max(excess / (0.8 * steps.numel), -FASTEST), FASTEST)
         steps.log_factor.add_(octaves)
@@ -223,7 +223,7 @@ class RateAware(QuantAware):
         move = 1 / PER_OCTAVE
         for _ in range(16):
             size, factor = self.file.measure(steps.stored(self.weights)), float(steps.log_factor)
-            fine = steps.count(self.weights) > FINEST_START * steps.numel
+            fine = steps.count(self.weights) > FINEST * steps.numel
             if size <= target and (size > 0.995 * target or fine):
                 return True
             if size > target:
