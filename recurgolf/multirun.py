@@ -24,7 +24,7 @@ from hydra.types import RunMode
 
 from recurgolf.composing import built, hydra_initialized
 from recurgolf.conf import group_names
-from recurgolf.config import ConfigError, as_written
+from recurgolf.config import ConfigError, as_written, without
 from recurgolf.folders import plain_name
 from recurgolf.override_errors import check_readable
 from recurgolf.overrides import Choice, Interval, check_overrides, is_seed
@@ -169,11 +169,13 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
         return None
     name, overrides = asked.config_name or "config", list(asked.overrides)
     with hydra_initialized(folder):
-        told = _of_hydra(name, overrides, RunMode.MULTIRUN)
-        multirun = asked.multirun or told.hydra.mode == RunMode.MULTIRUN
-        if not multirun:
-            run = built(hydra.compose(name, overrides))
-            return Command("hydra.run.dir", *_place(told, "run"), run, [])
+        several = asked.multirun or any(o.is_sweep_override() for o in _parsed(overrides))
+        told = _of_hydra(name, overrides, RunMode.MULTIRUN if several else RunMode.RUN)
+        if not asked.multirun and told.hydra.mode != RunMode.MULTIRUN:
+            place = _place(told, "run")
+            # Of several values Hydra says what is wrong.
+            run = built(hydra.compose(name, overrides) if several else without(told, "hydra"))
+            return Command("hydra.run.dir", *place, run, [])
         params = told.hydra.sweeper.get("params") or {}
         place = _place(told, "sweep")
         launcher, at_once = _launcher(told.hydra.launcher)
