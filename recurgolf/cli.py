@@ -33,6 +33,7 @@ from recurgolf.multirun import (
     composed_jobs,
     flags_first,
     of_sweep,
+    run_single,
     varied_keys,
 )
 from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
@@ -198,22 +199,22 @@ def _train_command(arguments: list[str]) -> int:
     asked = command(arguments, folder)
     if asked is None or asked.run is None:
         return _train_sweep(asked, arguments, folder)
+    run, new = asked.run, asked.new or not asked.folder.exists()
     outcomes: list[Summary | Exception] = []
-    new = asked.new or not asked.folder.exists()
 
     def job(config: Any) -> None:
         from recurgolf.training.launch import launch, remove_shell
 
         output = Path(HydraConfig.get().runtime.output_dir)
         try:
-            outcomes.append(launch(built(config), output))
+            outcomes.append(launch(run, output))
         except Exception as error:
             # Kept for later: Hydra would print its own account of it.
             if new and isinstance(error, ConfigError):
                 remove_shell(output)
             outcomes.append(error)
 
-    _by_hydra(job, [*arguments, *_own_folder(asked)])
+    run_single(asked, _own_folder(asked), job)
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
@@ -233,7 +234,7 @@ def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | Non
         return 0
     ahead, varied = _ahead(asked, arguments, folder), varied_keys(_given(arguments))
     own = _own_folder(asked)
-    place = Path(own[0].partition("=")[2].strip("'")) if own else asked.folder
+    place = own or asked.folder
     if ahead.jobs:
         print("\n".join([*ahead.lines(), f"  in {place}"]), flush=True)
 
@@ -242,7 +243,7 @@ def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | Non
 
     SweepTable.exit_code = EXIT_FAILED
     try:
-        _by_hydra(job, [*arguments, *own])
+        _by_hydra(job, [*arguments, *([f"{asked.key}={quoted(str(own))}"] if own else [])])
     except (KeyboardInterrupt, SystemExit):
         again = f"recurgolf sweep resume {shlex.quote(str(place))}"
         print(f"recurgolf: the sweep was stopped; continue with\n{again}", file=sys.stderr)
@@ -277,16 +278,16 @@ def _sweep_job(config: Any, ahead: SweepAhead, varied: Sequence[str]) -> float |
 
 
 def _by_hydra(job: Callable[[Any], Any], arguments: Sequence[str]) -> None:
-    """Have Hydra make the folders, compose and run the job or jobs."""
+    """Have Hydra make the folders, compose and run the jobs."""
     with _hydra_environment(list(arguments)):
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
 
 
-def _own_folder(asked: Command) -> list[str]:
+def _own_folder(asked: Command) -> Path | None:
     """Have the run or sweep a folder that is no other one's, before Hydra writes into it.
 
     Returns:
-        Overrides that name it.
+        The folder, where it is to be a new one; None: the one that was named.
 
     Raises:
         ConfigError: the folder that was named is another one's.
@@ -295,12 +296,12 @@ def _own_folder(asked: Command) -> list[str]:
     from recurgolf.training.resume import check_unused
 
     if asked.new:
-        return [f"{asked.key}={quoted(str(claimed(asked.folder)))}"]
+        return claimed(asked.folder)
     if asked.run is not None:
         check_unused(asked.run, asked.folder)
     else:
         check_new_sweep(asked.folder, asked.jobs)
-    return []
+    return None
 
 
 @contextlib.contextmanager

@@ -7,15 +7,19 @@ With `composing.py`, `override_errors.py` and `cli.py` the only importer of Hydr
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +31,7 @@ from recurgolf.conf import group_names
 from recurgolf.config import ConfigError, as_written, without
 from recurgolf.folders import plain_name
 from recurgolf.override_errors import check_readable
-from recurgolf.overrides import Choice, Interval, check_overrides, is_seed
+from recurgolf.overrides import Choice, Interval, check_overrides, is_seed, quoted
 
 if TYPE_CHECKING:
     from recurgolf.run import Run
@@ -124,6 +128,17 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
+class Composed(ConfigLoaderImpl):
+    """Hydra's loader when it has composed already: whoever asks gets that config."""
+
+    def __init__(self, path: ConfigSearchPath, config: Any):
+        super().__init__(path)
+        self.config = config
+
+    def load_configuration(self, *asked: Any, **more: Any) -> Any:
+        return copy.deepcopy(self.config)
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """What the command line asks Hydra for, before Hydra writes anything.
@@ -137,6 +152,7 @@ class Command:
         config: name of the config that is composed.
         launcher: what runs the jobs: `basic`, `joblib`, `submitit`, or the name of another.
         at_once: how many jobs run at a time, as far as that is known.
+        loader: holds the config of a single run.
     """
 
     key: str
@@ -147,6 +163,7 @@ class Command:
     config: str = "config"
     launcher: str = "basic"
     at_once: int = 1
+    loader: Composed | None = None
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
@@ -167,15 +184,25 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
     asked = get_args_parser().parse_args(list(arguments))
     if asked.cfg or asked.info or asked.hydra_help or asked.shell_completion:
         return None
+    for flag in ("config_path", "experimental_rerun"):
+        if getattr(asked, flag) is not None:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} of Hydra is not supported; --config-dir=FOLDER adds "
+                "YAML of your own, and `recurgolf resume FOLDER` continues a run"
+            )
     name, overrides = asked.config_name or "config", list(asked.overrides)
     with hydra_initialized(folder):
         several = asked.multirun or any(o.is_sweep_override() for o in _parsed(overrides))
         told = _of_hydra(name, overrides, RunMode.MULTIRUN if several else RunMode.RUN)
         if not asked.multirun and told.hydra.mode != RunMode.MULTIRUN:
-            place = _place(told, "run")
-            # Of several values Hydra says what is wrong.
-            run = built(hydra.compose(name, overrides) if several else without(told, "hydra"))
-            return Command("hydra.run.dir", *place, run, [])
+            if several:
+                hydra.compose(name, overrides)  # says what is wrong with several values
+            loader = Composed(GlobalHydra.instance().config_loader().get_search_path(), told)
+            asking = loader.load_configuration()  # Hydra makes it read-only when it is asked
+            place = _place(asking, "run")
+            return Command(
+                "hydra.run.dir", *place, built(without(asking, "hydra")), [], loader=loader
+            )
         params = told.hydra.sweeper.get("params") or {}
         place = _place(told, "sweep")
         launcher, at_once = _launcher(told.hydra.launcher)
@@ -189,6 +216,22 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
         of_hydra = as_written(told.hydra.overrides)["hydra"]
         _check_apart([[*of_hydra, *job] for job in jobs], name, folder)
     return Command("hydra.sweep.dir", *place, None, jobs, name, launcher, at_once)
+
+
+def run_single(asked: Command, folder: Path | None, job: Callable[[Any], Any]) -> None:
+    """Have Hydra make the folder of a single run, keep its config there and call the job.
+
+    Its `main` does the same, but composes twice more: to learn that it is a single run, and to run.
+
+    Args:
+        folder: to use in place of the one that the config names.
+    """
+    assert asked.loader is not None
+    told = asked.loader.config
+    if folder is not None:
+        told.hydra.run.dir = str(folder)
+        told.hydra.overrides.hydra.append(f"{asked.key}={quoted(str(folder))}")
+    Hydra(told.hydra.job.name, asked.loader).run(told.hydra.job.config_name, job, [])
 
 
 def _launcher(node: Any) -> tuple[str, int]:

@@ -68,6 +68,7 @@ EXPORT = Path(__file__).parent / "fixtures" / "golden" / "export"
         ("experiment=smoke hydra.run.dir=/dev/null/x", "/dev/null/x: Not a directory"),
         ("-m experiment=smoke lora.rank=1,x", "lora.rank: Value 'x'"),
         ("-m experiment=smoke looping=cycle,cycel", "looping=cycel: no such option"),
+        ("experiment=smoke --config-path /x", "--config-path of Hydra is not supported"),
         ("evaluate .", "is not a run folder: it has no run.json"),
     ],
 )

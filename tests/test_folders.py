@@ -5,12 +5,16 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 from command_line import recurgolf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from run_folders import write_run
 from smoke_runs import small
 
+from recurgolf.cli import main
 from recurgolf.compare.runs import read_run
 from recurgolf.folders import claimed, plain_name
+from recurgolf.run import Run
 
 SHORT = ("trainer.steps=2",)
 
@@ -27,6 +31,30 @@ def test_a_name_is_given_once_however_many_ask_at_the_same_moment(tmp_path):
 )
 def test_names_need_no_quotes(text, name):
     assert plain_name(text) == name
+
+
+def test_a_single_run_is_composed_once_and_hydra_keeps_what_it_composed(tmp_path, monkeypatch):
+    load, loaded = ConfigLoaderImpl.load_configuration, []
+
+    def counted(self, config_name, overrides, *rest, **more):
+        loaded.append(overrides)
+        return load(self, config_name, overrides, *rest, **more)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(small(*SHORT, "hydra.run.dir=o_${seed}_${now:%Y}"))
+    assert end.value.code == 0
+    assert len(loaded) == 1
+    (folder,) = tmp_path.glob("o_1337_2*")
+    kept = {
+        n: yaml.safe_load((folder / f".hydra/{n}.yaml").read_text()) for n in ("hydra", "config")
+    }
+    assert kept["hydra"]["hydra"]["run"]["dir"] == folder.name
+    assert kept["hydra"]["hydra"]["runtime"]["output_dir"] == str(folder)
+    assert kept["hydra"]["hydra"]["overrides"]["task"] == small(*SHORT)
+    ran = Run.read(folder)
+    assert (ran.trainer.steps, ran.seed) == (2, kept["config"]["seed"]) == (2, 1337)
 
 
 def test_another_run_in_a_used_folder_is_refused_and_the_same_one_keeps_the_old_result(tmp_path):

@@ -221,7 +221,7 @@ def pack_code(
     head = json.dumps([marks, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
     boot = _BOOT.format(entry=entry.module)
     text = "\0".join([boot, head, *(source for _, source in shaken.code.values())])
-    blob = library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
+    blob = _compressed(text)
     source = _STUB.format(
         doc=doc,
         text=_as_text(blob),
@@ -234,6 +234,12 @@ def pack_code(
     used = {name for _, text in shaken.code.values() for name in libraries_of(text)}
     libraries = sorted({"brotli", *used} - packages - set(sys.stdlib_module_names))
     return PackedCode(source, list(shaken.code), shaken.raw_bytes, libraries)
+
+
+# A tenth of a second, and a run asks for the same program before it starts and at its end.
+@functools.lru_cache(maxsize=4)
+def _compressed(text: str) -> bytes:
+    return library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
 
 
 class _Needs(NamedTuple):
