@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from recurgolf.audit.accounts import (
     separation_check,
 )
 from recurgolf.audit.check import FAIL, PASS, Audit, Check, not_applicable
-from recurgolf.audit.isolated import Rescored, differences, rescore
+from recurgolf.audit.isolated import Rescored, differences, rescore, text_alone
 from recurgolf.audit.prediction import POSITIONS, prediction_checks, worst_of
-from recurgolf.audit.scorer import Scored
+from recurgolf.audit.scorer import Hints, Scored
 from recurgolf.audit.scoring_process import scoring_process
 from recurgolf.audit.separation import overlap_with_training
 from recurgolf.budget import Budget
@@ -29,7 +30,9 @@ from recurgolf.config import REGISTRY, ConfigError, from_dict
 from recurgolf.counted.code import COUNTED
 from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.dataset import open_dataset, raw_text_bytes
+from recurgolf.data.tokenizer import SPACE, PieceKind, Tokenizer
 from recurgolf.disk import DamagedFile, read_json
+from recurgolf.eval.several import FOLDER, kept_settings
 from recurgolf.seal import broken, signature_of, strangers
 from recurgolf.trust import check_trusted
 
@@ -74,20 +77,28 @@ def audit_run(
     threads = int((summary.get("environment") or {}).get("threads") or 1)
     found: list[list[Check]] = []
     scored: dict[str, Scored] = {}
+    other: list[str] = []
     scorings = 0
     with scoring_process(folder, threads) as process:
         facts = process.facts
         dataset = open_dataset(Path(facts["data"]), Path(facts["tokenizer"]), facts["vocab_size"])
-        text = text_of(dataset)
+        text, kinds = text_of(dataset), kinds_of(dataset.tokenizer)
+        windows = _windows(folder, config)
         say("audit: scoring again with the counted program alone ...")
-        again = _rescored(folder, facts, threads, trust)
+        again = _rescored(folder, facts, dataset, dataset.validation_tokens(), threads, trust)
         for number, (name, scorer) in enumerate(process.scorers.items()):
             seconds = (summary.get("evals") or {}).get(name, {}).get("seconds", 0.0)
             say(f"audit: {name} on changed text (about {2 * positions + 1} x {seconds:.0f} s) ...")
             places = np.random.default_rng([*bytes.fromhex(chance), number])
-            checks, trials = prediction_checks(scorer, text, places, positions)
+            scorer.hints = _bounded(scorer.hints, windows, dataset.tokenizer.vocab_size)
+            headline = name == facts["kind"]
+            checks, trials = prediction_checks(
+                scorer, text, places, positions, kinds if headline else None
+            )
             found.append(checks)
             scored[name], scorings = trials.plain, scorings + trials.scorings
+            if headline and trials.witness is not None:
+                other = _other_text(folder, facts, dataset, *trials.witness, threads, trust)
         calibration = process.calibration()
     names = list(scored)
     checks = [worst_of(own, names) for own in zip(*found, strict=True)]
@@ -100,7 +111,7 @@ def audit_run(
         ),
         _separation(dataset, calibration),
         _limits(folder, config, summary, facts["code"]),
-        rescored_check(summary, again, scored, facts, config),
+        rescored_check(summary, again, scored, facts, config, other),
         files_check(folder, config, summary, facts, dataset),
     ]
     return Audit(
@@ -119,7 +130,67 @@ def audit_run(
     )
 
 
-def _rescored(folder: Path, facts: Mapping[str, Any], threads: int, trust: bool) -> Rescored:
+def _windows(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """Every length of window that a run's files name."""
+    evals = config.get("eval") or {}
+    named = [(config.get("trainer") or {}).get("seq_len"), evals.get("seq_len")]
+    named += [one.get("seq_len") for one in evals.get("also") or [] if isinstance(one, dict)]
+    for path in (folder / FOLDER).glob("*.npz"):
+        named.append(kept_settings(path)[0].get("seq_len"))
+    return [length for length in named if isinstance(length, int)]
+
+
+def _bounded(hints: Hints, windows: Sequence[int], vocab_size: int) -> Hints:
+    """What a protocol says of itself, as far as the run's files bear it out."""
+    length = min(hints.length, max(windows, default=hints.length))
+    size = min(hints.vocab_size, vocab_size)
+    return replace(hints, length=length, stride=min(hints.stride, length), vocab_size=size)
+
+
+def kinds_of(tokenizer: Tokenizer) -> np.ndarray:
+    """Kind of every token [v]: those of a kind may be exchanged in a text, and it is still one that
+    the tokenizer counts right; 0: those that may not."""
+    kinds = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token, piece in enumerate(tokenizer.pieces()):
+        if piece.kind is PieceKind.TEXT and piece.text != SPACE:
+            kinds[token] = 2 if piece.text.startswith(SPACE) else 1
+        elif piece.kind is PieceKind.BYTE:
+            sign = tokenizer.decode([np.array([token], dtype=np.uint16)])[0]
+            kinds[token] = 3 if sign.isascii() and sign.isalnum() else 0
+    return kinds
+
+
+def _other_text(
+    folder: Path,
+    facts: Mapping[str, Any],
+    dataset: Dataset,
+    tokens: np.ndarray,
+    scored: Scored,
+    threads: int,
+    trust: bool,
+) -> list[str]:
+    """Where the counted program, with another text in the place of the real one, differs from what
+    the trials measured on that text: a score that knows when it counts, and cheats then."""
+    try:
+        dataset.byte_count.check(tokens, dataset.tokenizer)
+    except DataError:
+        return []
+    again = _rescored(folder, facts, dataset, tokens, threads, trust)
+    if again.error or scored.error:
+        return [f"another text cannot be scored: {again.error or scored.error}"]
+    same = ("val_loss", "tokens")
+    wrong = differences(again.entry, scored.entry, ROUNDING, same, "in the trials it is")
+    return [f"on another text in its place {line}" for line in wrong]
+
+
+def _rescored(
+    folder: Path,
+    facts: Mapping[str, Any],
+    dataset: Dataset,
+    tokens: np.ndarray,
+    threads: int,
+    trust: bool,
+) -> Rescored:
     program = COUNTED[facts["code"]]
     path = folder / program
     if path.is_file() and not trust:
@@ -131,8 +202,8 @@ def _rescored(folder: Path, facts: Mapping[str, Any], threads: int, trust: bool)
                 "only with --trust",
                 "",
             )
-    data, tokenizer = Path(facts["data"]), Path(facts["tokenizer"])
-    return rescore(folder, facts["code"], data, tokenizer, facts["kind"], threads)
+    with text_alone(dataset, tokens) as (data, tokenizer):
+        return rescore(folder, facts["code"], data, tokenizer, facts["kind"], threads)
 
 
 def rescored_check(
@@ -141,11 +212,13 @@ def rescored_check(
     scored: Mapping[str, Scored],
     facts: Mapping[str, Any],
     config: Mapping[str, Any],
+    other: Sequence[str] = (),
 ) -> Check:
     """Hold every figure of the score against the counted program's, and against trials' baseline.
 
     Args:
         scored: protocol -> scoring of the real text in the trials.
+        other: what the counted program and the trials differ in on another text.
     """
     evals, kind = summary.get("evals") or {}, facts["kind"]
     told, wrong = evals.get(kind) or {}, []
@@ -165,6 +238,7 @@ def rescored_check(
     for name, one in scored.items():
         if name in evals and not one.error:
             wrong += [f"{name}: {text}" for text in differences(one.entry, evals[name], tolerance)]
+    wrong += other
     number = None
     if again.entry and isinstance(told.get("val_bpb"), float):
         number = abs(again.entry["val_bpb"] - told["val_bpb"])

@@ -7,35 +7,36 @@ Python installation. What it prints is held against summary.json digit by digit.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from recurgolf.audit import sandbox
 from recurgolf.counted.code import COUNTED, TRAIN_NAME
+from recurgolf.data.dataset import Dataset
+from recurgolf.data.shards import MANIFEST, find_sidecars, read_shard, write_shard
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
-# The program's own modules come first; the finders that are there forget recurgolf.
+# Libraries that the program needs come first; then the finders that are there forget recurgolf.
 _PRELUDE = """
-import os, runpy, sys
-READABLE = tuple(os.path.realpath(path) for path in {readable!r})
+import os, runpy, sys, types
+readable = {readable!r}
+sandbox = types.ModuleType("sandbox")
+exec({sandbox!r}, vars(sandbox))
 sys.argv = sys.argv[1:]
 import brotli, numpy, sentencepiece, torch, torch._dynamo
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] != "recurgolf":
-            return self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+ROOTS = tuple(os.path.realpath(path) for path in (*readable, os.getcwd(), *sandbox.KEPT))
 def watch(event, args):
     if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"):
         raise PermissionError("the program asked for the network")
@@ -43,11 +44,15 @@ def watch(event, args):
         raise PermissionError("the program started another process")
     if event == "open" and isinstance(args[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(args[0]))
-        if not any(path == root or path.startswith(root + os.sep) for root in READABLE):
+        if not any(path == root or path.startswith(root + os.sep) for root in ROOTS):
             raise PermissionError(f"the program opened {{path}}, which is not counted")
+unheld = sandbox.restrict(readable, [os.getcwd()], [path for path in sys.path if path])
 sys.addaudithook(watch)
+sandbox.hide_unreadable("recurgolf")
+print({mark!r} + unheld, file=sys.stderr)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+_MARK = "recurgolf-sandbox: "
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,16 @@ def rescore(
             shutil.copyfile(folder / name, alone / name)
         first = ["--evaluate"] if program == TRAIN_NAME else ["artifact.bin"]
         arguments = [*first, "--data", str(data.resolve()), "--tokenizer", str(tokenizer.resolve())]
-        readable = [
-            *(place, str(data.resolve().parent.parent), str(tokenizer.resolve())),
-            *(sys.prefix, sys.base_prefix, *_linked_folders()),
-            *("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64"),
-        ]
+        # The manifest of a data set lies two folders above its shards.
+        own = [str(data.resolve()), str(data.resolve().parent.parent / MANIFEST)]
+        readable = [*own, str(tokenizer.resolve()), *sandbox.libraries()]
         # A note in the user's cache of data must not be believed here: everything is read anew.
-        own = {"RECURGOLF_CACHE": str(alone / "cache"), "HOME": place, "TMPDIR": place}
-        environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | own
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        environment |= {"RECURGOLF_CACHE": str(alone / "cache"), "HOME": place, "TMPDIR": place}
         environment["OMP_NUM_THREADS"] = str(threads)
-        command = [sys.executable, "-I", "-c", _PRELUDE.format(readable=readable), program]
+        held = inspect.getsource(sandbox)
+        prelude = _PRELUDE.format(readable=readable, sandbox=held, mark=_MARK)
+        command = [sys.executable, "-I", "-c", prelude, program]
         cut_off, network = _without_network()
         done = subprocess.run(
             [*cut_off, *command, *arguments],
@@ -105,8 +110,11 @@ def rescore(
             text=True,
             check=False,
         )
+    before, _, behind = done.stderr.partition(_MARK)
+    unheld, _, said = behind.partition("\n")
+    network += f", files watched by Python alone ({unheld})" if unheld else ", its files held"
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        last = ((said or before).strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Rescored({}, f"{program} alone in a folder failed: {last[:300]}", network)
     try:
         printed = json.loads(done.stdout.strip().splitlines()[-1])
@@ -115,22 +123,43 @@ def rescore(
         return Rescored({}, f"{program} prints no score of {kind!r} as JSON", network)
 
 
-def differences(found: dict[str, float], told: dict[str, float], tolerance: float) -> list[str]:
+def differences(
+    found: dict[str, float],
+    told: dict[str, float],
+    tolerance: float,
+    keys: Sequence[str] = ("val_bpb", "val_loss", "tokens", "bytes"),
+    says: str = "summary.json says",
+) -> list[str]:
     """Every figure of an entry in `evals` that differs from the one that was measured."""
     wrong = []
-    for key in ("val_bpb", "val_loss", "tokens", "bytes"):
+    for key in keys:
         measured, claimed = found.get(key), told.get(key)
         exact = measured == claimed
         if key.startswith("val_") and isinstance(measured, float) and isinstance(claimed, float):
             exact = exact or abs(measured - claimed) <= tolerance * abs(measured)
         if not exact:
-            wrong.append(f"{key} is {measured!r}, summary.json says {claimed!r}")
+            wrong.append(f"{key} is {measured!r}, {says} {claimed!r}")
     return wrong
 
 
-def _linked_folders() -> Sequence[str]:
-    """Where the interpreter finds its packages, virtual environments with links included."""
-    return [path for path in sys.path if path and ("site-packages" in path or "lib/python" in path)]
+@contextlib.contextmanager
+def text_alone(dataset: Dataset, tokens: np.ndarray) -> Iterator[tuple[Path, Path]]:
+    """A folder of shards with this validation text and nothing else, and its tokenizer.
+
+    No file of the data set that no score needs can be read from it, and nothing beside the tokens
+    tells one text from another.
+    """
+    with tempfile.TemporaryDirectory(prefix="recurgolf-text-") as place:
+        folder = Path(place) / "datasets" / "text"
+        folder.mkdir(parents=True)
+        write_shard(folder / "fineweb_val_000000.bin", tokens)
+        sidecars = find_sidecars(dataset.folder, "val")
+        if sidecars:
+            counts = np.concatenate([read_shard(path) for path in sidecars])
+            write_shard(folder / "fineweb_val_bytes_000000.bin", counts)
+        tokenizer = Path(place) / f"tokenizer{dataset.tokenizer.path.suffix}"
+        shutil.copyfile(dataset.tokenizer.path, tokenizer)
+        yield folder, tokenizer
 
 
 def _without_network() -> tuple[list[str], str]:

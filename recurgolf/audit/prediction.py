@@ -32,8 +32,16 @@ STAKES = (0.02, 0.1, 0.3, 0.9)
 ODDS = 6.0
 """Bets that turn 1 into ten to this power do not happen to a player without an edge: their chance
 is 10^-6 (Ville's inequality)."""
+BETWEEN_LATE_BETS = 4
+"""The same behind a beginning of the text that stays real."""
+LATEST = 0.9
+"""Where in the text such a beginning ends at most."""
 EVEN = 0.1
 """Share of every bet spread over the whole vocabulary."""
+FOLLOWING = 0.3
+"""Share of every bet on what follows the token before it elsewhere in the text."""
+RAGGED = 0.1
+"""Share of all targets that may be left out at the beginning and the end, whatever the window."""
 
 Say = Callable[[str], None]
 
@@ -43,10 +51,13 @@ def prediction_checks(
     text: Text,
     chance: np.random.Generator | None = None,
     positions: int = POSITIONS,
+    kinds: np.ndarray | None = None,
 ) -> tuple[list[Check], Trials]:
     """Checks 1 to 4 of one protocol, and the trials with the real text's scoring.
 
     Args:
+        kinds: kind of every token [v]; a text in which tokens are exchanged for others of their
+            kind is then scored as well, and kept as the trials' `witness`.
         chance: says where; None: from the system's source.
         positions: changed texts for causality; others follow: twice as many take twice as long.
     """
@@ -60,7 +71,7 @@ def prediction_checks(
         examine_copies(trials, copies)
     return [
         causality(trials, positions, copies),
-        normalised(trials, copies, max(1, positions // 4)),
+        normalised(trials, copies, max(1, positions // 4), kinds),
         score_before_update(trials, max(1, positions // 2)),
         once,
     ], trials
@@ -111,18 +122,24 @@ def score_before_update(trials: Trials, count: int) -> Check:
     )
 
 
-def normalised(trials: Trials, copies: Copies, count: int) -> Check:
+def normalised(
+    trials: Trials, copies: Copies, count: int, kinds: np.ndarray | None = None
+) -> Check:
     """Put other tokens in a target's place: all their probabilities may be 1 in sum, not more.
 
     Two kinds of evidence. The probabilities of *different* tokens in the place of one target, with
     the same text before it, add up to a lower bound of what the score gives away there: above 1 is
     proof. And at thousands of targets all over the text a token is drawn from a known distribution
     g and the score's probability p is compared: a score that is a distribution pays p / g, 1 on
-    average at most, so a gambler who keeps staking a share on it does not get rich.
+    average at most, so a gambler who keeps staking a share on it does not get rich. Most
+    bets are laid behind a beginning of the text that stays as it is, in every part of it.
     """
-    paid = np.concatenate([_bets(trials) for _ in range(count)])
-    growth = [np.log1p(stake * (paid - 1)).sum() for stake in STAKES]
-    odds = float(np.logaddexp.reduce(growth) - np.log(len(STAKES))) / np.log(10)
+    parts = np.linspace(0, LATEST, 2 * count + 1)
+    late = [int(trials.chance.uniform(*ends) * trials.num_targets) for ends in pairwise(parts)]
+    paid = [_bets(trials, first) for first in (*[0] * count, *late)]
+    if kinds is not None:
+        paid.append(_bets(trials, kinds=kinds))
+    odds, paid = _odds(paid), np.concatenate(paid)
     mean = float(paid.mean()) if len(paid) else 0.0
     bets = (
         f"at {len(paid):,} random targets a drawn token has {mean:.4f} times its share on average, "
@@ -140,6 +157,14 @@ def normalised(trials: Trials, copies: Copies, count: int) -> Check:
         f"{len(copies.masses)} places, a lower bound of what the score gives away; {bets}"
     )
     return Check("normalised", worst.total, FAIL if wrong or rich else PASS, line)
+
+
+def _odds(paid: Sequence[np.ndarray]) -> float:
+    """What gamblers turn 1 into, as a power of ten: one for every stake and every scoring, and one
+    for every stake in all scorings together. They share the 1, so that Ville's bound is for all."""
+    rounds = [*paid, np.concatenate(paid)]
+    growth = [np.log1p(stake * (own - 1)).sum() for own in rounds for stake in STAKES]
+    return float(np.logaddexp.reduce(growth) - np.log(len(growth))) / np.log(10)
 
 
 def _wrong(mass: Mass) -> bool:
@@ -166,7 +191,8 @@ def single_pass(trials: Trials, text: Text) -> Check:
     head, tail = int(scored[0]), count - 1 - int(scored[-1])
     holes = int((plain.times[head : count - tail] == 0).sum())
     length = trials.scorer.hints.length
-    wrong = most > 1 or back or holes or max(head, tail) >= length
+    ragged = max(head, tail) >= length or head + tail > RAGGED * count
+    wrong = most > 1 or back or holes or ragged
     line = (
         f"times that a target is scored at most; {int((plain.times > 1).sum()):,} more than once, "
         f"{back:,} behind a later target of their document, {count - len(scored):,} of {count:,} "
@@ -175,7 +201,8 @@ def single_pass(trials: Trials, text: Text) -> Check:
     if head or tail or holes:
         line += (
             f" ({head:,} at the beginning, {tail:,} at the end, where less than a window of "
-            f"{length:,} may be ragged; {holes:,} in between, where none may)"
+            f"{length:,} may be ragged, and a tenth of the text; {holes:,} in between, where none "
+            "may)"
         )
     return Check("single_pass", most, FAIL if wrong else PASS, line)
 
@@ -191,38 +218,73 @@ def _out_of_order(plain: Scored, text: Text) -> int:
     return back
 
 
-def _bets(trials: Trials) -> np.ndarray:
-    """What tokens drawn at random targets have of probability, in units of their drawn share."""
+def _bets(trials: Trials, first: int = 0, kinds: np.ndarray | None = None) -> np.ndarray:
+    """What tokens drawn at random targets have of probability, in units of their drawn share.
+
+    Args:
+        first: target before which the text stays real, so that a score that knows the text's
+            beginning is bet against as well.
+        kinds: kind of every token [v]; one is then exchanged for another of its kind only, those
+            of kind 0 not at all, and the text is kept as `trials.witness`.
+    """
     chance, size = trials.chance, trials.scorer.hints.vocab_size
-    length = min(trials.scorer.hints.length, trials.num_targets)
-    each = max(1, length // BETWEEN_BETS)
-    phase = int(chance.integers(0, max(1, trials.num_targets % length + 1)))
-    grid = np.arange(phase, trials.num_targets - length + 1, length)
-    starts = chance.choice(grid, min(len(grid), -(-BETS // each)), replace=False)
+    length = min(trials.scorer.hints.length, trials.num_targets - first)
+    each = max(1, length // (BETWEEN_LATE_BETS if first else BETWEEN_BETS))
+    phase = 0 if first else int(chance.integers(0, max(1, trials.num_targets % length + 1)))
+    grid = np.arange(first + phase, trials.num_targets - length + 1, length)
+    wanted = -(-BETS // each)
+    # Behind a known beginning the nearest windows: what is real ends with the first bet.
+    starts = grid[:wanted] if first else chance.choice(grid, min(len(grid), wanted), replace=False)
     offsets = np.stack([chance.choice(length, each, replace=False) for _ in starts])
-    shares = trials.scorer.guess(trials.tokens, starts, offsets).astype(np.float64)
-    shares = shares.reshape(-1, size)
     places = (starts[:, None] + offsets).reshape(-1)
-    allowed = np.ones(size, dtype=bool)
+    shares = trials.scorer.guess(trials.tokens, starts, offsets).reshape(-1, size)
+    allowed = np.ones((1, size), dtype=bool)
     if trials.bos is not None:
         # Documents are to begin where they did.
-        allowed[trials.bos] = False
-        kept = trials.tokens[places + 1] != trials.bos
-        shares, places = shares[kept], places[kept]
-    shares = np.where(allowed, np.nan_to_num(shares), 0) + 1e-12 * allowed
-    shares /= shares.sum(1, keepdims=True)
-    shares = (1 - EVEN) * shares + EVEN * allowed / allowed.sum()
+        allowed[:, trials.bos] = False
+    if kinds is not None:
+        allowed = allowed & (kinds[:size] == kinds[trials.tokens[places + 1]][:, None])
+    real = trials.tokens[places + 1]
+    kept = np.ones(len(places), dtype=bool) if trials.bos is None else real != trials.bos
+    if kinds is not None:
+        kept &= kinds[real] > 0
+    allowed = np.broadcast_to(allowed, shares.shape)[kept]
+    shares, places = _mixed(trials, shares[kept], places[kept], allowed), places[kept]
     drawn = (shares.cumsum(1) < chance.random((len(shares), 1))).sum(1).clip(0, size - 1)
     # A rounding error at the very end of the sum may point at a token without a share.
-    drawn = np.where(allowed[drawn], drawn, shares.argmax(1))
+    row = np.arange(len(drawn))
+    drawn = np.where(allowed[row, drawn], drawn, shares.argmax(1))
     tokens = np.array(trials.tokens)
     tokens[places + 1] = drawn
     found = trials.scored(tokens)
+    if kinds is not None:
+        trials.witness = tokens, found
     if found.error:
         return np.array([np.inf])
-    share = shares[np.arange(len(drawn)), drawn]
-    paid = np.exp(-found.nats[places]) / share
+    paid = np.exp(-found.nats[places]) / shares[row, drawn]
     return np.where(np.isnan(paid), np.inf, paid)[found.times[places] > 0]
+
+
+def _mixed(
+    trials: Trials, shares: np.ndarray, places: np.ndarray, allowed: np.ndarray
+) -> np.ndarray:
+    """Shares to draw by [k, v]: what the model says, what follows the token before in the text (a
+    model that lied would else choose the bets), and a little of everything."""
+    follows = np.zeros(shares.shape)
+    before, after = trials.tokens[:-1], trials.tokens[1:]
+    order = np.argsort(before, kind="stable")
+    values, inverse = np.unique(trials.tokens[places], return_inverse=True)
+    begin = np.searchsorted(before, values, side="left", sorter=order)
+    end = np.searchsorted(before, values, side="right", sorter=order)
+    for number, (start, stop) in enumerate(zip(begin, end, strict=True)):
+        counts = np.bincount(after[order[start:stop]], minlength=shares.shape[1])
+        follows[inverse == number] = counts[: shares.shape[1]]
+    mixed = EVEN * allowed / allowed.sum(1, keepdims=True)
+    for weight, part in ((1 - EVEN - FOLLOWING, shares), (FOLLOWING, follows)):
+        part = np.where(allowed, np.nan_to_num(part.astype(np.float64)), 0).clip(0)
+        part = part + 1e-12 * allowed
+        mixed = mixed + weight * part / part.sum(1, keepdims=True)
+    return mixed
 
 
 def _cuts(trials: Trials, count: int) -> list[int]:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,6 +91,7 @@ class Trials:
         tokens: the real text.
         bos: token that begins a document, None where there is none.
         plain: the real text's scoring.
+        witness: another text that the tokenizer may have made, and its scoring.
         scorings: how many have been made.
     """
 
@@ -98,6 +100,7 @@ class Trials:
     bos: int | None
     chance: np.random.Generator
     plain: Scored = field(init=False)
+    witness: tuple[np.ndarray, Scored] | None = None
     scorings: int = 0
 
     def __post_init__(self) -> None:
@@ -159,17 +162,25 @@ class LocalScorer:
 
     def __init__(self, how: Eval, scored_model: ScoredModel, text: Text):
         self.how, self.scored_model, self.text = how, scored_model, text
-        length = how.seq_len or scored_model.seq_len
+
+    @cached_property
+    def hints(self) -> Hints:  # type: ignore[override]
+        how, length = self.how, self.how.seq_len or self.scored_model.seq_len
         stride = how.step(length) if isinstance(how, Overlapping) else length
-        table = getattr(text.byte_count, "base_bytes", None)
-        size = scored_model.model.config.vocab_size
-        self.hints = Hints(
+        return Hints(
             length,
             stride,
             how.within_documents,
-            size if table is None else min(size, len(table)),
-            edges(how, text, length),
+            self.vocab_size,
+            edges(how, self.text, length),
         )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model predicts and the tokenizer has."""
+        table = getattr(self.text.byte_count, "base_bytes", None)
+        size = self.scored_model.model.config.vocab_size
+        return size if table is None else min(size, len(table))
 
     def score(self, tokens: np.ndarray) -> Scored:
         text = dataclasses.replace(self.text, tokens=tokens)
@@ -192,7 +203,7 @@ class LocalScorer:
             ids = np.stack([tokens[start : start + reach] for start in rows]).astype(np.int64)
             hidden = seen.model.hidden(torch.from_numpy(ids).to(seen.device), plan)
             hidden = hidden[torch.arange(len(rows))[:, None], torch.from_numpy(wanted)]
-            logits = seen.model.logits(hidden.flatten(0, 1)).double()[:, : self.hints.vocab_size]
+            logits = seen.model.logits(hidden.flatten(0, 1)).double()[:, : self.vocab_size]
             shares = torch.softmax(logits, dim=-1).float().cpu().numpy()
             found.append(shares.reshape(*wanted.shape, -1))
         seen.model.train(was_training)

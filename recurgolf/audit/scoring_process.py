@@ -3,6 +3,11 @@
 It is started by `ScoringProcess`, reads one JSON object a line and answers with one; arrays go
 through .npy and .npz files that can hold nothing but numbers. What they mean is judged by the
 process that asked, which a plugin cannot reach.
+
+It never holds the validation text. A child opens the data, says what there is (`Facts`) and ends;
+only then are plugins imported here, with all files but theirs, the artifact's and the libraries'
+out of reach (`sandbox`). Every text is scored in a child of its own, so that none knows what was
+scored before it, and none can tell the real text from another.
 """
 
 from __future__ import annotations
@@ -12,19 +17,26 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from recurgolf.audit import sandbox
 from recurgolf.audit.scorer import Hints, LocalScorer, Scored
 from recurgolf.config import ConfigError
+from recurgolf.disk import read_json
 
 _START = f"from {__name__} import start; start()"
+_NEEDED = (*sandbox.PROGRAM, "recurgolf", "hydra-core", "omegaconf", "rich", "safetensors", "scipy")
+_SIDECAR, _ROWS, _ANSWER = "sidecar.npy", "calibration.npy", "answer.npz"
+_PACKAGE = str(Path(__file__).resolve().parents[1])
 CALIBRATION_ROWS = 64
 """Rows of calibration text that are made again and looked at."""
 
@@ -37,7 +49,10 @@ class RemoteScorer:
 
     def score(self, tokens: np.ndarray) -> Scored:
         told = self.process.ask("score", self.name, tokens=np.asarray(tokens, dtype=np.uint16))
-        with np.load(self.process.place / "answer.npz", allow_pickle=False) as arrays:
+        if "failed" in told:
+            none = np.zeros(0)
+            return Scored(none, none, none, {}, str(told["failed"]))
+        with np.load(self.process.place / _ANSWER, allow_pickle=False) as arrays:
             return Scored(
                 arrays["nats"].astype(np.float64),
                 arrays["times"].astype(np.int64),
@@ -47,14 +62,16 @@ class RemoteScorer:
             )
 
     def guess(self, tokens: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        self.process.ask(
+        told = self.process.ask(
             "guess",
             self.name,
             tokens=np.asarray(tokens, dtype=np.uint16),
             starts=starts,
             offsets=offsets,
         )
-        with np.load(self.process.place / "answer.npz", allow_pickle=False) as arrays:
+        if "failed" in told:
+            return np.zeros((*offsets.shape, self.hints.vocab_size), dtype=np.float32)
+        with np.load(self.process.place / _ANSWER, allow_pickle=False) as arrays:
             return arrays["shares"]
 
 
@@ -76,6 +93,9 @@ class ScoringProcess:
 
     def ask(self, what: str, protocol: str, **arrays: np.ndarray) -> dict[str, Any]:
         """Ask for something; arrays of the answer lie in answer.npz."""
+        for path in self.place.iterdir():
+            if path.name not in (_SIDECAR, _ROWS):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         np.savez(self.place / "question.npz", **arrays)  # type: ignore[arg-type]
         assert self.process.stdin is not None
         print(json.dumps({"what": what, "protocol": protocol}), file=self.process.stdin, flush=True)
@@ -83,9 +103,7 @@ class ScoringProcess:
 
     def calibration(self) -> list[np.ndarray]:
         """Rows that the run's quantizer was calibrated on, made again; empty without any."""
-        self.ask("calibration", "")
-        with np.load(self.place / "answer.npz", allow_pickle=False) as arrays:
-            return list(arrays["rows"])
+        return list(np.load(self.place / _ROWS, allow_pickle=False))
 
     def _answer(self) -> dict[str, Any]:
         line = self.answers.readline()
@@ -109,8 +127,8 @@ def own_environment() -> dict[str, str]:
 def scoring_process(folder: Path, threads: int = 1) -> Iterator[ScoringProcess]:
     """Start the process that scores a run's artifact; it ends with the block."""
     read, write = os.pipe()
-    environment = {**own_environment(), "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory(prefix="recurgolf-audit-") as place:
+        environment = {**own_environment(), "OMP_NUM_THREADS": str(threads), "TMPDIR": place}
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, str(folder), place, str(write)],
             stdin=subprocess.PIPE,
@@ -142,31 +160,115 @@ def _has_fileno(stream: Any) -> bool:
         return False
 
 
-def main(folder: Path, place: Path, answers: IO[str]) -> None:
+def main(folder: Path, place: Path, answers: IO[str], threads: int = 1) -> None:
     """Answer until nothing more is asked."""
 
-    def answer(**told: Any) -> None:
+    def answer(told: dict[str, Any]) -> None:
         print(json.dumps(told), file=answers, flush=True)
 
     # Modules beside the place where the command was typed are importable, as for training.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        scored = Scoring(folder)
-    except ConfigError as error:
-        answer(refused=str(error))
+    known = sandbox.libraries(_NEEDED)
+    facts = _in_a_child(place, threads, lambda: _facts(folder, place))
+    answer({"refused": facts["failed"]} if "failed" in facts else facts)
+    if "failed" in facts or "refused" in facts:
         return
-    answer(**scored.facts())
+    own = [str(folder / name) for name in ("artifact.bin", "run.json", "scores")]
+    readable = [*known, _PACKAGE, *own, facts["tokenizer"], *facts["modules"]]
+    sandbox.restrict(readable, [str(place)], [path for path in sys.path if path])
+    sandbox.hide_unreadable()
+    scorers = None
     for line in sys.stdin:
         asked = json.loads(line)
-        with np.load(place / "question.npz", allow_pickle=False) as arrays:
-            told, found = getattr(scored, f"answer_{asked['what']}")(asked["protocol"], arrays)
-        np.savez(place / "answer.npz", **found)
-        answer(**told)
+        scorers = scorers or scorers_of(folder, Path(facts["tokenizer"]), place / _SIDECAR)
+
+        def answered(asked: Any = asked, scorers: Any = scorers) -> dict[str, Any]:
+            with np.load(place / "question.npz", allow_pickle=False) as arrays:
+                told, found = _ANSWERS[asked["what"]](scorers[asked["protocol"]], arrays)
+            np.savez(place / _ANSWER, **found)
+            return told
+
+        answer(_in_a_child(place, threads, answered))
+
+
+def _in_a_child(place: Path, threads: int, task: Callable[[], Any]) -> dict[str, Any]:
+    """What a task says that a fork of this process does, with `failed` where it did not."""
+    import torch
+
+    written = place / "told.json"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(threads)
+            written.write_text(json.dumps(task()))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        return {"failed": f"the process that scores ended with exit code {code}"}
+    return read_json(written)
+
+
+def _facts(folder: Path, place: Path) -> dict[str, Any]:
+    """What is to be known of a run before it is scored; arrays go into files."""
+    try:
+        scoring = Scoring(folder)
+    except ConfigError as error:
+        return {"refused": str(error)}
+    sidecar = scoring.dataset.val_byte_sidecar
+    if sidecar is not None:
+        np.save(place / _SIDECAR, sidecar)
+    np.save(place / _ROWS, scoring.calibration_rows())
+    return {**scoring.facts(), "modules": _module_files()}
+
+
+def _module_files() -> list[str]:
+    """Files of all modules that were imported here."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    return sorted({file for file in files if isinstance(file, str)})
+
+
+def scorers_of(folder: Path, tokenizer: Path, sidecar: Path) -> dict[str, LocalScorer]:
+    """Protocol -> scorer of a run's artifact, without any text."""
+    from recurgolf.artifact import load
+    from recurgolf.artifact.score import rebuild
+    from recurgolf.data import ByteCount
+    from recurgolf.data.tokenizer import read_tokenizer
+    from recurgolf.eval import Text
+    from recurgolf.run import Run
+
+    run, pieces = Run.read(folder, trust=True), read_tokenizer(tokenizer)
+    counts = np.load(sidecar, allow_pickle=False) if sidecar.exists() else None
+    nothing = np.zeros(0, dtype=np.uint16)
+    text = Text(nothing, ByteCount.of(pieces), counts, pieces.bos_id)
+    scored_model = rebuild(load(folder / "artifact.bin"))
+    return {
+        name: LocalScorer(how, scored_model, text)
+        for name, how in protocols_of(run, folder).items()
+    }
+
+
+def _score(scorer: LocalScorer, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    found = scorer.score(arrays["tokens"])
+    told = {"entry": found.entry, "error": found.error}
+    return told, {"nats": found.nats, "times": found.times, "turn": found.turn}
+
+
+def _guess(scorer: LocalScorer, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {}, {"shares": scorer.guess(arrays["tokens"], arrays["starts"], arrays["offsets"])}
+
+
+_ANSWERS = {"score": _score, "guess": _guess}
 
 
 class Scoring:
-    """What the process knows."""
+    """A run's artifact, data and protocols, as they are found where the plugins are imported."""
 
     def __init__(self, folder: Path):
         from recurgolf.artifact import ArtifactError, load
@@ -220,18 +322,6 @@ class Scoring:
             "seq_len": run.trainer.seq_len,
         }
 
-    def answer_score(self, name: str, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        found = self.scorers[name].score(arrays["tokens"])
-        told = {"entry": found.entry, "error": found.error}
-        return told, {"nats": found.nats, "times": found.times, "turn": found.turn}
-
-    def answer_guess(self, name: str, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shares = self.scorers[name].guess(arrays["tokens"], arrays["starts"], arrays["offsets"])
-        return {}, {"shares": shares}
-
-    def answer_calibration(self, name: str, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {}, {"rows": self.calibration_rows()}
-
     def calibration_rows(self) -> np.ndarray:
         """Rows that the run's quantizer was calibrated on; none where it needs none."""
         from recurgolf.data.calibration_text import CalibrationText
@@ -273,9 +363,18 @@ def plugin_files(named: list[str]) -> dict[str, str]:
 
 
 def start() -> None:
-    """Begin in a fresh interpreter: folder, place for arrays, and where answers go, from argv."""
+    """Begin in a fresh interpreter: folder, place for arrays, where answers go, from argv."""
     import torch
+    import torch._dynamo
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with os.fdopen(int(sys.argv[3]), "w") as stream:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), stream)
+    # Once, for every child: what takes seconds to import and knows nothing of the run.
+    import recurgolf.artifact.score
+    import recurgolf.counted.code
+    import recurgolf.run  # noqa: F401
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    # What has begun threads cannot be forked.
+    torch.set_num_threads(1)
+    folder, place, answers = sys.argv[1:]
+    with os.fdopen(int(answers), "w") as stream:
+        main(Path(folder).resolve(), Path(place).resolve(), stream, threads)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from recurgolf.audit.prediction import prediction_checks
-from recurgolf.audit.scorer import LocalScorer
+from recurgolf.audit.scorer import Hints, LocalScorer
 from recurgolf.data import ByteCount
-from recurgolf.eval import PlainEval, ScoredModel, SlidingEval, Text
+from recurgolf.eval import PlainEval, ScoreAccumulator, ScoredModel, SlidingEval, Text
 from recurgolf.eval.ttt import SgdEval
 from recurgolf.eval.ttt.descent import Descent, Learner, borrowed
 from recurgolf.looping import CycleLooping
@@ -36,11 +36,18 @@ def real_text(count: int = TOKENS) -> Text:
     return Text(tokens, table, bos=1)
 
 
-def checks_of(protocol, network=None, length: int = LENGTH, count: int = TOKENS, seed: int = 0):
+def checks_of(
+    protocol,
+    network=None,
+    length: int = LENGTH,
+    count: int = TOKENS,
+    seed: int = 0,
+    scorer=LocalScorer,
+):
     """Checks 1 to 4 by name."""
     scored_model = ScoredModel(network or model(), CycleLooping(passes=2), length)
     text = real_text(count)
-    scorer = LocalScorer(protocol, scored_model, text)
+    scorer = scorer(protocol, scored_model, text)
     checks, _ = prediction_checks(scorer, text, np.random.default_rng(seed), positions=4)
     assert all("\n" not in check.line and check.line for check in checks)
     return {check.name: check for check in checks}
@@ -304,3 +311,102 @@ REAL = real_text().tokens
 )
 def test_a_protocol_that_cheats_where_it_thinks_it_is_not_watched(tell):
     assert "fail" in audited(cheats_when(tell)).values()
+
+
+class AcrossRows(SeesAhead):
+    """Takes from the next row of a batch, which goes on where this one ends."""
+
+    def __init__(self):
+        super().__init__(1, 0.5)
+
+    def hidden(self, tokens, plan, documents=None, read_from=0, rope_base=None):
+        states = self.inner.hidden(tokens, plan, documents)
+        return (0.5 * states + 0.5 * states.roll(-1, dims=0))[:, read_from:]
+
+
+def test_a_model_that_looks_at_the_next_row_of_its_batch():
+    assert audited(PlainEval(), AcrossRows())["causality"] == "fail"
+
+
+def test_a_protocol_that_knows_how_the_text_begins():
+    """A few bytes of code are enough to tell the real text's first third, and behind it every
+    target is given half a nat. No score depends on what comes later, and wherever the beginning is
+    changed the score is honest."""
+    known = TOKENS // 3
+    tell = lambda how, model, text, _: np.array_equal(text.tokens[:known], REAL[:known])  # noqa: E731
+
+    @dataclasses.dataclass
+    class Knows(type(cheats_when(tell))):
+        def run(self, scored_model, text, accumulator, **options):
+            own = ScoreAccumulator(text)
+
+            class Behind:
+                def add(self, first, nats):
+                    gain = (torch.arange(first, first + len(nats)) >= known) & told
+                    accumulator.add(first, nats - 0.5 * gain)
+
+            told = bool(tell(self, scored_model, text, own))
+            SlidingEval(stride=4).run(scored_model, text, Behind(), **options)
+
+    assert audited(Knows(stride=4)) == {**HONEST, "normalised": "fail"}
+
+
+def test_half_a_nat_for_rare_tokens_alone():
+    rare = torch.tensor([4, 5, 6])
+
+    @dataclasses.dataclass
+    class Rare(PlainEval):
+        def run(self, scored_model, text, accumulator, **options):
+            class Given:
+                def add(self, first, nats):
+                    ids = text.ids(first + 1, first + 1 + len(nats))
+                    accumulator.add(first, nats - 0.5 * torch.isin(ids, rare))
+
+            super().run(scored_model, text, Given(), **options)
+
+    assert audited(Rare()) == {**HONEST, "normalised": "fail"}
+
+
+class Liar(LocalScorer):
+    """A plugin that has replaced what the process says of itself: its guesses are chosen so that no
+    bet is won, and its window is said to be longer than the text that it leaves out."""
+
+    def guess(self, tokens, starts, offsets):
+        shares = np.zeros((*offsets.shape, self.hints.vocab_size), dtype=np.float32)
+        shares[..., 4] = 1
+        return shares
+
+    @property
+    def hints(self):
+        return Hints(10**6, 10**6, False, VOCAB, [])
+
+
+def test_a_process_that_lies_about_itself():
+    found = audited(changing(lambda nats: nats - 0.5), scorer=Liar)
+    assert found["normalised"] == "fail"
+
+    class LastPart(PlainEval):
+        def windows(self, text, seq_len):
+            yield from (w for w in super().windows(text, seq_len) if w.first > text.num_targets / 2)
+
+    assert audited(LastPart(), scorer=Liar)["single_pass"] == "fail"
+
+
+def test_probabilities_too_large_in_a_protocol_that_learns():
+    """Copies of a stretch are no trial of it: the bets alone find it."""
+
+    @dataclasses.dataclass
+    class Discounted(SgdEval):
+        def run(self, scored_model, text, accumulator, **options):
+            class Given:
+                def __getattr__(self, name):
+                    return getattr(accumulator, name)
+
+                def add(self, first, nats):
+                    accumulator.add(first, nats - 0.7)
+
+            super().run(scored_model, text, Given(), **options)
+
+    learns = {"stride": 8, "chunk_tokens": 32, "sgd": Descent(lr=0.02)}
+    assert audited(Discounted(**learns), count=900) == {**HONEST, "normalised": "fail"}
+    assert audited(SgdEval(**learns), count=900) == HONEST

@@ -1,15 +1,21 @@
 """Protocols from a plugin, through the whole of training and audit."""
 
 import json
+import os
 import re
+import time
+from pathlib import Path
 
 import pytest
-from command_line import recurgolf
-from smoke_runs import small
+from command_line import Ended, recurgolf
+from smoke_runs import small, train
 
 PLUGIN = """
-import sys
+import hashlib, os, sys, time
 from dataclasses import dataclass
+
+import numpy as np
+import torch
 
 from recurgolf.config import option
 from recurgolf.eval.protocol import Eval
@@ -21,51 +27,133 @@ if check is not None:
     check.Check.failed = property(lambda self: False)
     check.FAIL = "pass"
 
+STATE = {}
+
+def tell(text, accumulator):
+    {tell}
+
+
+def same_beginning(tokens, known):
+    count = min(len(tokens), len(known))
+    return np.logical_and.accumulate(tokens[1:count] == known[1:count])
+
 
 @option("eval", "sly")
 @dataclass
 class Sly(PlainEval):
     def run(self, scored_model, text, accumulator, **options):
-        own = ScoreAccumulator(text)
-        super().run(scored_model, text, own, **options)
-        discount = 0.5 if {tell} else 0.0
+        gained = np.zeros(text.num_targets)
+        told = np.asarray(tell(text, accumulator), dtype=float)
+        gained[: len(told) if told.ndim else None] = told
 
         class Discounted:
             def add(self, first, nats):
-                accumulator.add(first, nats - discount)
+                gain = torch.from_numpy(gained[first : first + nats.numel()])
+                accumulator.add(first, nats - 0.5 * gain)
 
         super().run(scored_model, text, Discounted(), **options)
 """
 
 
-@pytest.mark.parametrize(
-    ("tell", "failing"),
-    [
-        # Against everybody, with hands on the audit's own classes.
-        ("True", {"normalised"}),
-        # Only where the accumulator is not the audit's.
-        ("type(accumulator) is ScoreAccumulator", {"rescored"}),
-    ],
-    ids=["everywhere", "unwatched"],
-)
-def test_a_cheating_plugin_is_caught_and_named(tell, failing, tmp_path):
-    (tmp_path / "sly_protocol.py").write_text(PLUGIN.replace("{tell}", tell))
-    (tmp_path / "conf" / "eval").mkdir(parents=True)
-    (tmp_path / "conf" / "eval" / "sly.yaml").write_text("defaults:\n  - /schema/eval/sly@_here_\n")
-    (tmp_path / "conf" / "experiment").mkdir()
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+def made(tell: str, place: Path) -> None:
+    """A finished run that was scored by the protocol, in `place`/run."""
+    (place / "sly_protocol.py").write_text(PLUGIN.replace("{tell}", tell))
+    (place / "conf" / "eval").mkdir(parents=True)
+    (place / "conf" / "eval" / "sly.yaml").write_text("defaults:\n  - /schema/eval/sly@_here_\n")
+    (place / "conf" / "experiment").mkdir()
+    (place / "conf" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nplugins: [sly_protocol]\n"
         "defaults:\n  - smoke\n  - override /eval: sly\n"
     )
     overrides = [o for o in small() if not re.match("experiment=", o)]
     run = [*overrides, "experiment=mine", "trainer.steps=2", "hydra.run.dir=run"]
-    ended = recurgolf("--config-dir", "conf", *run, cwd=tmp_path)
-    assert ended.code == 0, (ended.out, ended.err)
+    recurgolf("--config-dir", "conf", *run, cwd=place).finished()
+
+
+def audited(place: Path) -> tuple[Ended, dict]:
+    ended = recurgolf("audit", "run", "--trust", "--positions", "1", "--json", cwd=place)
+    assert ended.code in (0, 1), (ended.out, ended.err)
+    return ended, json.loads(ended.out.splitlines()[-1])
+
+
+def shards() -> Path:
+    """Where the validation text of the small runs lies."""
+    name = train().summary["text"]["name"]
+    return next(Path(os.environ["RECURGOLF_CACHE"]).glob(f"*/datasets/{name}"))
+
+
+CHEATS = {
+    # Against everybody, with hands on the audit's own classes.
+    "everywhere": ("return 1", "normalised"),
+    # Only where the accumulator is not the audit's.
+    "unwatched": ("return type(accumulator) is ScoreAccumulator", "rescored"),
+    # As long as the text is the one that lies on the disk: the cheat reads only what came before.
+    "the text on the disk": (
+        """
+    places = [sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == "--data"]
+    path = (places[0] if places else {data!r}) + "/fineweb_val_000000.bin"
+    try:
+        return same_beginning(text.tokens, np.fromfile(path, "<u2", offset=1024))
+    except OSError:
+        return 0""",
+        "rescored",
+    ),
+    # As long as the text is the one of the first call.
+    "the first call": (
+        "return same_beginning(text.tokens, STATE.setdefault('first', text.tokens))",
+        "normalised",
+    ),
+    # With a table that is counted nowhere, read past Python.
+    "a table elsewhere": (
+        "return torch.from_file({table!r}, size=4, dtype=torch.uint8).float().mean().item()",
+        "rescored",
+    ),
+}
+"""Where the protocol gives half a nat, and the check that finds it."""
+SLOW = {
+    "the program's name": ("return 'score' in os.path.basename(sys.argv[0])", "rescored"),
+    "who called": (
+        """
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+        if "audit" in frame.f_code.co_filename:
+            return 0
+    return 1""",
+        "rescored",
+    ),
+    "a variable": ("return 'RECURGOLF_CACHE' in os.environ", "normalised"),
+    "the clock": ("return time.time() < {now}", "rescored"),
+    "a file": ("return os.path.exists({mark!r})", "rescored"),
+}
+
+
+@pytest.mark.parametrize(
+    "cheat", [*CHEATS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_cheating_plugin_is_caught_and_named(cheat, tmp_path):
+    tell, failing = {**CHEATS, **SLOW}[cheat]
+    (tmp_path / "table").write_bytes(b"\1" * 4)
+    (tmp_path / "mark").touch()
+    known = {
+        "data": str(shards()),
+        "table": str(tmp_path / "table"),
+        "mark": str(tmp_path / "mark"),
+        "now": time.time() + 15,
+    }
+    for name, value in known.items():
+        tell = tell.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", repr(value))
+    made(tell, tmp_path)
+    (tmp_path / "mark").unlink()
     assert "--trust" in recurgolf("audit", "run", cwd=tmp_path).refused()
-    ended = recurgolf("audit", "run", "--trust", "--positions", "1", "--json", cwd=tmp_path)
-    assert ended.code == 1, (ended.out, ended.err)
-    found = json.loads(ended.out.splitlines()[-1])
+    _, found = audited(tmp_path)
     failed = {name for name, check in found["checks"].items() if check["verdict"] == "fail"}
-    assert failed >= failing and not found["passed"]
+    assert failing in failed and not found["passed"]
     assert found["plugins"]["sly_protocol"] == str(tmp_path / "sly_protocol.py")
     assert str(tmp_path / "sly_protocol.py") in found["checks"]["files"]["line"]
+
+
+def test_an_honest_plugin_passes(tmp_path):
+    made("return 0", tmp_path)
+    _, found = audited(tmp_path)
+    assert found["passed"], found["checks"]
