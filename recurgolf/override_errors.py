@@ -102,7 +102,7 @@ def explain(error: BaseException, folder: Path | None, config: Callable[[], Any]
     texts = [str(e) for e in chain]
     whole = "\n".join(texts)
     if isinstance(error, MissingConfigException):
-        return _unknown_option(whole, folder)
+        return _unknown_option(whole, error.options or (), folder)
     several = re.search(r"Ambiguous value for argument '([^']+)'", whole)
     if several:
         key, _, values = several.group(1).partition("=")
@@ -122,12 +122,14 @@ def explain(error: BaseException, folder: Path | None, config: Callable[[], Any]
     return " ".join(lines[:2])
 
 
-def _unknown_option(text: str, folder: Path | None) -> str:
+def _unknown_option(text: str, found: Sequence[str], folder: Path | None) -> str:
     match = re.search(r"[Cc]ould not (?:find|load) '([^']+)'", text)
     if match is None:
         return text.splitlines()[0]
     group, _, name = match.group(1).rpartition("/")
-    return f"{group}={name}: no such option{suggestion(name, options(folder).get(group, []))}"
+    # Hydra knows the launchers that are installed beside ours.
+    known = [*options(folder).get(group, []), *found]
+    return f"{group}={name}: no such option{suggestion(name, known)}"
 
 
 def _unknown_key(key: str, composed: Callable[[], Any], folder: Path | None) -> str:

@@ -144,7 +144,7 @@ class Run:
             for name, parameter in model.named_parameters()
             if not name.startswith(TRAINING_ONLY)
         }
-        model.quantizers = self.quant.qat.quantizers(self.quant.learned(shapes))
+        model.quantizers = self.quant.qat.quantizers(self.quant.learned(shapes), self.trainer.steps)
         if self.trainer.trainable == "lora":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith("adapters."))

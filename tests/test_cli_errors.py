@@ -34,7 +34,14 @@ EXPORT = Path(__file__).parent / "fixtures" / "golden" / "export"
         ("lr=0.1", "(did you mean 'optimizer.matrix_lr' or"),
         ("stride=32 eval=plain", "(did you mean 'eval.stride with eval=sliding|document"),
         ("mixr=attention", "(did you mean 'model/mixer'?)"),
-        ("hydra/launcher=job -m seed=1,2", "hydra/launcher=job: no such option (there are: "),
+        (
+            "hydra/launcher=xyz -m seed=1,2",
+            "hydra/launcher=xyz: no such option (there are: basic, ",
+        ),
+        (
+            "hydra/launcher=jobli -m seed=1,2",
+            "hydra/launcher=jobli: no such option (did you mean 'joblib'?)",
+        ),
         ("hydra/launcher=slrm seed=1,2 -m", "hydra/launcher=slrm: no such option (did you mean"),
         ("-m hydra/launcher=slrm seed=1,2", "hydra/launcher=slrm: no such option (did you mean"),
         ("=3", "'=3': no key stands in front of the sign ="),

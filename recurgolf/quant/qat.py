@@ -114,7 +114,9 @@ class Qat(Checked):
     learns_steps: ClassVar[bool] = False
     """Whether the steps of the file are its own instead of those of quant's rules."""
 
-    def quantizers(self, shapes: Mapping[str, Sequence[int]]) -> nn.Module | None:
+    def quantizers(
+        self, shapes: Mapping[str, Sequence[int]], training_steps: int
+    ) -> nn.Module | None:
         """Parameters that it brings into the model for the tensors that `Quant.learned` names;
         they are `model.quantizers`. None: none."""
         return None

@@ -45,6 +45,9 @@ ASCENT = 4.0
 """log λ moves by so many times what all steps had to move to keep the bytes at their target."""
 START_RATE = 0.01
 """λ to begin with, in nats per token for a bit per weight; it soon is where the bytes want it."""
+REACH = 25.0
+"""Octaves that Adam could move a quantizer's step in all of training: how far they have to go does
+not depend on how long it takes."""
 FINEST = 7.0
 """Bits per weight beyond which steps get no finer; a budget with more room does not bind."""
 
@@ -67,8 +70,9 @@ class Rate(Qat):
     """What shares a step: a row, `group_size` columns of a row, or the whole tensor."""
     group_size: Annotated[int | None, at_least(1)] = None
     """Columns of a group, with per=group."""
-    step_lr: Annotated[float, at_least(0)] = 0.05
-    """Rate of log2 of the steps, under AdamW and the run's schedule, without decay."""
+    step_lr: Annotated[float | None, at_least(0)] = None
+    """Rate of log2 of the steps, under AdamW and the run's schedule, without decay; null: 25
+    octaves over the optimizer steps that have bytes in their loss, at most 0.15."""
     min_numel: Annotated[int, at_least(1)] = 64
     """Tensors with fewer entries stay floats."""
     share: Annotated[float, above(0, at_most=1)] = 1.0
@@ -100,14 +104,17 @@ class Rate(Qat):
 
     learns_steps: ClassVar[bool] = True
 
-    def quantizers(self, shapes: Mapping[str, Sequence[int]]) -> LearnedSteps:
+    def quantizers(self, shapes: Mapping[str, Sequence[int]], training_steps: int) -> LearnedSteps:
+        own = self.step_lr
+        if own is None:
+            own = min(REACH / max((1 - self.start_fraction) * training_steps, 1.0), 0.15)
         return LearnedSteps(
             shapes,
             REGISTRY["quant/rate_model"][self.model](),
             per=self.per,
             group_size=self.group_size,
             share=self.share,
-            lr=self.step_lr,
+            lr=own,
             first_rate=self.price or START_RATE,
         )
 

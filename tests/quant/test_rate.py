@@ -24,7 +24,7 @@ def weight():
 
 
 def steps_of(weight, bits=4.0, **options):
-    steps = Rate(**options).quantizers({"a.weight": weight.shape})
+    steps = Rate(**options).quantizers({"a.weight": weight.shape}, 100)
     steps.start_at({"a.weight": weight}, bits * weight.numel())
     steps.fit()
     return steps
@@ -124,11 +124,26 @@ def test_it_begins_at_the_bits_it_is_given(weight, bits):
     assert entropy == pytest.approx(bits, abs=0.25) and entropy <= bits
 
 
+@pytest.mark.parametrize(
+    ("options", "training_steps", "rate"),
+    [
+        ({}, 2500, 0.02),
+        ({"start_fraction": 0.0}, 2500, 0.01),
+        ({"start_fraction": 0.8}, 2500, 0.05),
+        ({}, 20, 0.15),
+        ({"step_lr": 0.3}, 2500, 0.3),
+    ],
+)
+def test_steps_can_move_as_far_in_a_short_training_as_in_a_long_one(options, training_steps, rate):
+    steps = Rate(**options).quantizers({"a.weight": (4, 40)}, training_steps)
+    assert steps.log_steps["a:weight"].optimizer_lr == pytest.approx(rate)
+
+
 def test_a_vector_and_a_row_of_zeros(weight):
     weight[3] = 0.0
     shapes = {"a.weight": weight.shape, "gain": (70,)}
     weights = {"a.weight": weight, "gain": torch.linspace(0.9, 1.1, 70)}
-    steps = Rate().quantizers(shapes)
+    steps = Rate().quantizers(shapes, 100)
     steps.start_at(weights, 4.0 * steps.numel)
     stored = steps.stored(weights)
     assert stored["gain"].scales.shape == ()
@@ -140,7 +155,7 @@ def test_no_row_of_the_token_table_vanishes():
     """Its norm would multiply gradients by 1 / sqrt(norm_eps): 1e9 from one token in a batch."""
     table = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     table[7:9] *= 1e-3
-    steps = Rate(per="tensor").quantizers({"embed.weight": table.shape})
+    steps = Rate(per="tensor").quantizers({"embed.weight": table.shape}, 100)
     steps.start_at({"embed.weight": table}, 2.0 * table.numel())
     seen = steps.seen({"embed.weight": table})["embed.weight"].detach()
     assert seen.any(dim=1).all()

@@ -13,7 +13,9 @@
   const colour = (n) => colours[n % colours.length];
   const symbol = (n) => symbols[Math.floor(n / colours.length) % symbols.length];
   const known = (value) => value !== null && value !== undefined;
-  const fixed = (digits) => (value) => (known(value) ? value.toFixed(digits) : "-");
+  // Adding 0 turns the -0 of a cost that rounds to nothing into 0.
+  const fixed = (digits) => (value) =>
+    known(value) ? (Number(value.toFixed(digits)) + 0).toFixed(digits) : "-";
   const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en-US") : "-");
   const plain = (value) => (known(value) ? String(value) : "-");
 
