@@ -30,6 +30,7 @@ from recurgolf.quant.quantized_tensor import code_range, dequantize
 from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import checked_scales, round_to_grid
 from recurgolf.quant.rules import TensorRule
+from recurgolf.quant.state import dequantize_state, quantize_state
 
 Rules = Mapping[str, TensorRule]
 Measure = Callable[[Rules], int]
@@ -143,7 +144,7 @@ def fill(
     """
     groups = tabulate(state, rules, grams or {}, steps)
     if damage is not None:
-        groups = [weighed(group, state, rules, damage) for group in groups]
+        groups = [weighed(group, state, rules, damage, grams or {}) for group in groups]
     if not groups:
         raise ConfigError(
             "quant.fill_budget=true, but no rule quantizes any matrix: nothing to fill"
@@ -204,15 +205,23 @@ def tabulate(
     return groups
 
 
-def weighed(group: Group, state: Mapping[str, Tensor], rules: Rules, damage: Damage) -> Group:
-    """A group whose errors are what the network suffers when this group alone is rounded."""
+def weighed(
+    group: Group,
+    state: Mapping[str, Tensor],
+    rules: Rules,
+    damage: Damage,
+    grams: Mapping[str, Tensor],
+) -> Group:
+    """A group whose errors are what the network suffers when this group alone is quantized.
+
+    By the method of its rules: what GPTQ saves differs between layers, most where inputs are
+    correlated and nothing in the token table.
+    """
+    own = {name: state[name] for name in group.names}
     ratios = []
     for step in PROBES:
         found = ruled(rules, [group], [_nearest(group, step)])
-        values = {
-            name: _rounded(state[name].detach().cpu().float(), found[name].grid)
-            for name in group.names
-        }
+        values = dequantize_state(quantize_state(own, found, grams))
         ratios.append(max(damage(values), 1e-12) / max(_nearest(group, step).error, 1e-30))
     places = np.log([_nearest(group, step).step for step in PROBES])
     errors = [
@@ -225,15 +234,6 @@ def weighed(group: Group, state: Mapping[str, Tensor], rules: Rules, damage: Dam
 
 def _nearest(group: Group, step: float) -> Choice:
     return min(group.choices, key=lambda choice: abs(math.log(choice.step / step)))
-
-
-def _rounded(weight: Tensor, grid: QuantizerGrid | None) -> Tensor:
-    assert grid is not None
-    codes, found = round_to_grid(weight, grid)
-    scales = checked_scales(found, weight)
-    return dequantize(
-        codes.to(torch.int8), scales, group_size=grid.group_size, symmetric=grid.symmetric
-    )
 
 
 def choices_for(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,3 +168,31 @@ def test_groups_that_the_output_feels_more_get_the_finer_steps():
     grids = {name: one.grid for name, one in found.rules.items()}
     steps = {n: g.clip.k / g.range[1] for n, g in grids.items()}  # type: ignore[union-attr]
     assert steps["quiet.weight"] / steps["loud.weight"] == pytest.approx(10, rel=0.35)
+
+
+def test_what_gptq_saves_in_a_layer_is_spent_on_the_others():
+    """Bytes fall by as much for every octave of a step, and errors with its square: where bytes
+    are spent best, GPTQ leaves both layers the same error. Rounded, it would not."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(96, 64, generator=generator) for name in ("white", "correlated")}
+    _, rules, _ = trained()
+    both = {name: replace(rules["embed.weight"], method="gptq") for name in state}
+    mixed = torch.randn(64, 6, generator=generator)
+    correlated = mixed @ mixed.T + 0.05 * torch.eye(64)
+    grams = {"white": torch.eye(64), "correlated": correlated * 64 / correlated.trace()}
+
+    def errors(values):
+        changes = {name: (value - state[name]).double() for name, value in values.items()}
+        return {n: float(((c @ grams[n].double()) * c).sum()) for n, c in changes.items()}
+
+    def size(found):
+        return len(pack_bytes({}, quantize_state(state, found, grams))[0])
+
+    found = fill(
+        state, both, 7_000, size, grams=grams, damage=lambda values: sum(errors(values).values())
+    )
+    left = errors(dequantize_state(quantize_state(state, found.rules, grams)))
+    assert left["correlated"] / left["white"] == pytest.approx(1, rel=0.35)
+    rounded = {name: replace(rule, method="rtn") for name, rule in found.rules.items()}
+    left = errors(dequantize_state(quantize_state(state, rounded)))
+    assert left["correlated"] > 2 * left["white"]
