@@ -54,7 +54,7 @@ class Clip(Checked):
         """Expected candidates in units of σ, each an array over equally likely rows.
 
         Args:
-            spread: a frozen scipy distribution of variance 1 that the weights of a row follow.
+            spread: what the weights of a row follow, an `entropy.Spread`.
         """
         raise NotImplementedError
 
@@ -191,7 +191,7 @@ class MeanAbsClip(Clip):
         return self.factor * weight.abs().mean(dim=1)
 
     def ratios(self, cols: int, spread: Any) -> list[np.ndarray]:
-        return [np.array([self.factor * float(spread.expect(abs))])]
+        return [np.array([self.factor * spread.mean_magnitude])]
 
 
 def _row_std(weight: Tensor) -> Tensor:
@@ -215,10 +215,10 @@ def _row_quantile(weight: Tensor, share: float) -> Tensor:
 
 def _magnitude_quantiles(share: float, cols: int, spread: Any) -> np.ndarray:
     """Spread of the `share` quantile of `cols` magnitudes over equally likely rows."""
-    from scipy import stats  # here: scipy costs a second, which only predictions should pay
+    from scipy import special  # here: only predictions should pay for the import
 
     place = share * (cols - 1)
     # Order statistics of uniform variables are beta distributed; a place between two of them is
     # taken as the beta of the fraction. Magnitudes |x| < m have probability 2 F(m) - 1.
-    uniform = stats.beta(place + 1, cols - place).ppf(_NODES)
+    uniform = special.betaincinv(place + 1, cols - place, _NODES)
     return np.asarray(spread.ppf((1 + uniform) / 2))

@@ -7,8 +7,9 @@ distribution of variance 1, Gaussian or Student's t for the heavier tails of tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +24,29 @@ _MIN_DF, _MAX_DF = 2.05, 50.0
 """Beyond the upper end a row is as good as Gaussian; below 2 it has no variance."""
 
 
-def spread(tail_df: float | None = None) -> Any:
-    """The distribution of variance 1 that entries follow: Gaussian, or Student's t."""
-    from scipy import stats  # here: scipy costs a second, which only predictions should pay
+class Spread(NamedTuple):
+    """A distribution of variance 1: its cdf, the inverse of that, and E|x|."""
+
+    cdf: Callable[[np.ndarray], np.ndarray]
+    ppf: Callable[[np.ndarray], np.ndarray]
+    mean_magnitude: float
+
+
+def spread(tail_df: float | None = None) -> Spread:
+    """The distribution that entries follow: Gaussian, or Student's t."""
+    # Here, since only predictions should pay for scipy; stats would take a second to import.
+    from scipy import special
 
     if tail_df is None:
-        return stats.norm()
+        return Spread(special.ndtr, special.ndtri, math.sqrt(2 / math.pi))
     if tail_df <= 2:
         raise ValueError(f"tail_df={tail_df}; above 2, or the weights have no variance")
-    return stats.t(tail_df, scale=np.sqrt((tail_df - 2) / tail_df))
+    scale = np.sqrt((tail_df - 2) / tail_df)
+    return Spread(
+        lambda x: special.stdtr(tail_df, x / scale),
+        lambda q: special.stdtrit(tail_df, q) * scale,
+        _mean_magnitude(tail_df),
+    )
 
 
 def predicted_bits(spec: QuantizerGrid, cols: int, tail_df: float | None = None) -> float:
@@ -40,7 +55,7 @@ def predicted_bits(spec: QuantizerGrid, cols: int, tail_df: float | None = None)
     Args:
         tail_df: degrees of freedom of Student's t for the entries, see `fit_tail`; None: Gaussian.
     """
-    from scipy import stats
+    from scipy import special
 
     entries = min(spec.group_size or cols, cols)
     law = spread(tail_df)
@@ -51,7 +66,7 @@ def predicted_bits(spec: QuantizerGrid, cols: int, tail_df: float | None = None)
         error = _expected_error(spec, *rows[len(rows) // 2], law)
         candidates.append((error, probabilities))
     _, probabilities = min(candidates, key=lambda candidate: candidate[0])
-    return float(stats.entropy(probabilities, base=2))
+    return float(special.entr(probabilities / probabilities.sum()).sum() / np.log(2))
 
 
 def predicted_bytes(
@@ -103,7 +118,7 @@ def _mean_magnitude(df: float) -> float:
 
 
 def _row_grids(
-    spec: QuantizerGrid, ratios: np.ndarray, entries: int, law: Any
+    spec: QuantizerGrid, ratios: np.ndarray, entries: int, law: Spread
 ) -> list[tuple[float, float]]:
     """Step and offset of equally likely rows; `ratios` are their clips in units of σ."""
     low, high = spec.range
@@ -117,14 +132,14 @@ def _row_grids(
     return [(step, bottom - low * step) for step, bottom in steps]
 
 
-def _code_probabilities(spec: QuantizerGrid, step: float, offset: float, law: Any) -> np.ndarray:
+def _code_probabilities(spec: QuantizerGrid, step: float, offset: float, law: Spread) -> np.ndarray:
     low, high = spec.range
     sign = spec.bits == 1 and spec.symmetric
     edges = np.zeros(1) if sign else (np.arange(low, high) + 0.5) * step + offset
     return np.diff(np.concatenate([[0.0], law.cdf(edges), [1.0]]))
 
 
-def _expected_error(spec: QuantizerGrid, step: float, offset: float, law: Any) -> float:
+def _expected_error(spec: QuantizerGrid, step: float, offset: float, law: Spread) -> float:
     """Rounding and clipping error of an entry of variance 1, by quadrature."""
     x = law.ppf((np.arange(4096) + 0.5) / 4096)
     codes = np.clip(np.round((x - offset) / step), *spec.range)
