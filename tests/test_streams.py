@@ -71,30 +71,22 @@ def test_a_run_whose_reader_has_gone_is_finished_and_its_log_says_so(tmp_path):
     assert log.count("Broken pipe; what follows is in this file alone") == 1
 
 
-@pytest.mark.parametrize("shadow", ["yaml", "numpy", "hydra"])
-def test_a_module_beside_the_command_stands_in_for_none_of_ours(tmp_path, shadow):
-    (tmp_path / f"{shadow}.py").write_text("raise SystemExit('shadowed')")
-    ended = subprocess.run(
-        [*COMMAND, "plan", "experiment=smoke"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "parameters" in ended.stdout
-
-
-def test_a_locale_without_unicode_reads_the_same_files(tmp_path):
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+@pytest.mark.parametrize(
+    ("locale", "encoding"),
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ascii"),
+        ({"PYTHONUTF8": "1"}, "utf-8"),
+    ],
+)
+def test_neither_a_locale_nor_modules_beside_the_command_change_what_is_read(
+    tmp_path, locale, encoding
+):
+    for shadow in ("yaml", "numpy", "hydra"):
+        (tmp_path / f"{shadow}.py").write_text("raise SystemExit('shadowed')")
     command = [*COMMAND, "plan", "experiment=smoke"]
-    plain, unicode = (
-        subprocess.run(command, cwd=tmp_path, env=environment(**own), capture_output=True)
-        for own in (locale, {"PYTHONUTF8": "1"})
-    )
-    assert plain.returncode == unicode.returncode == 0, plain.stderr
-    plain.stdout.decode("ascii")
-    unicode.stdout.decode("utf-8")
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(**locale), capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "parameters" in ended.stdout.decode(encoding)
 
 
 def test_a_terminal_that_is_closed_leaves_a_checkpoint_and_a_line(tmp_path):
@@ -116,10 +108,14 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint_and_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_modules_called_like_pythons_own_stand_in_for_none_of_them(tmp_path, ranks):
+def test_a_run_needs_no_home_no_unicode_and_no_module_called_like_pythons_own(tmp_path, ranks):
     """Ranks, W&B's process and the audit's are new interpreters in the folder of the command."""
     for name in ("random", "types", "queue", "token", "copy", "select", "secrets", "logging"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('shadowed {name}')")
+    (tmp_path / "home").write_text("no folder")
+    places = [name for name in os.environ if name.startswith(("WANDB_", "MPLCONFIG", "XDG_"))]
+    bare = environment(HOME=str(tmp_path / "home"), PYTHONIOENCODING="ascii")
+    bare = {key: value for key, value in bare.items() if key not in places}
     own = ("tracker=offline", "eval.audit=true") if ranks == 1 else ()
     asked = small("trainer.steps=2", f"trainer.devices={ranks}", "hydra.run.dir=o", *own)
     # As the console script is: Python itself fails under `-m` where a types.py lies.
@@ -127,23 +123,13 @@ def test_modules_called_like_pythons_own_stand_in_for_none_of_them(tmp_path, ran
     script.parent.mkdir()
     script.write_text("from recurgolf.cli import main\nif __name__ == '__main__':\n    main()\n")
     command = [sys.executable, str(script), *asked]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert "shadowed" not in ended.stdout + ended.stderr
+    ended = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True)
+    out, err = ended.stdout.decode("ascii"), ended.stderr.decode("ascii")
+    assert ended.returncode == 0, err
+    assert "shadowed" not in out + err and "Traceback" not in err
+    assert "val_bpb" in out
     if ranks == 1:
         assert (tmp_path / "o" / "audit.json").exists()
-
-
-def test_a_run_needs_neither_a_home_nor_unicode(tmp_path):
-    (tmp_path / "home").write_text("no folder")
-    command = [*COMMAND, *small("trainer.steps=2", "hydra.run.dir=o", "tracker=offline")]
-    places = [name for name in os.environ if name.startswith(("WANDB_", "MPLCONFIG", "XDG_"))]
-    bare = environment(HOME=str(tmp_path / "home"), PYTHONIOENCODING="ascii")
-    bare = {key: value for key, value in bare.items() if key not in places}
-    ended = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
-    assert b"Traceback" not in ended.stderr
-    assert "val_bpb" in ended.stdout.decode("ascii")
 
 
 def test_a_user_without_a_home_keeps_caches_among_temporary_files(monkeypatch):

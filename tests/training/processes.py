@@ -6,6 +6,7 @@ leads a process group of its own, so that a kill can take its ranks along.
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -137,6 +138,8 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     recurgolf.compose(["experiment=smoke"])  # Hydra's parser takes half a second the first time.
+    gc.collect()
+    gc.freeze()  # see command_line.py
     commands, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in commands:

@@ -20,6 +20,7 @@ BUDGET = 40_000
 RATE = (
     *("quant/qat=rate", "artifact/codec=ans", f"budget.artifact_bytes={BUDGET}"),
     *("trainer.steps=64", "trainer.log_every=16", "optimizer.ns_dtype=float32"),
+    "trainer.checkpoint_every=44",  # which one test continues from
 )
 EMA = ("averaging=ema", "averaging.decay=0.8")
 
@@ -82,7 +83,7 @@ def test_the_curves_say_where_the_bytes_go():
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_file(tmp_path):
-    whole = train(*RATE, "trainer.checkpoint_every=44")
+    whole = train(*RATE)
     folder = tmp_path / "run"
     shutil.copytree(whole.path, folder)
     for name in ("summary.json", "artifact.bin", "score.py", "ledger.json"):
