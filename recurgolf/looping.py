@@ -1,9 +1,9 @@
-"""Looping schedules: which blocks one forward pass visits, in which order.
+"""Looping schedules: which blocks a forward pass visits, and in which order.
 
-A schedule is a pure function `plan(fraction) -> LoopPlan` of training progress, the same on every
-rank and on every repetition. The plan is a hashable value: it is the key of a compiled graph and
-says, for every visit, which repetition of its block it is (the index of per-iteration adapters and
-per-visit scales). Model code knows plans and nothing of schedules.
+A schedule is a pure function `plan(fraction) -> LoopPlan` of training progress, so all ranks and
+all reruns agree. A plan is hashable: compiled graphs are keyed by it, and it numbers the visits of
+every block, which indexes per-iteration adapters and per-visit scales. The model sees plans and
+knows nothing of schedules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recurgolf.limits import at_least
 
 
 class Visit(NamedTuple):
-    """One application of a block: `nth` is 0 on the first visit of that block, 1 on the second."""
+    """One application of a block: `nth` is 0 on the block's first visit, 1 on its second, ..."""
 
     block: int
     nth: int
@@ -30,10 +30,10 @@ class LoopPlan:
 
     Attributes:
         blocks: block index of every visit, in order.
-        core: half-open range of visit positions that belong to the repeated part; before it lies
-            the prelude, after it the coda. `(n, n)` where nothing repeats.
-        grad_from: position of the first visit that gradients flow into; earlier visits run
-            without a graph (truncated backpropagation).
+        core: half-open range of visit positions that form the recurrent core; before it comes the
+            prelude, after it the coda. `(n, n)` if nothing repeats.
+        grad_from: position of the first visit that gradients reach; earlier visits run without
+            a graph (truncated backpropagation through depth).
     """
 
     blocks: tuple[int, ...]
@@ -55,11 +55,11 @@ class LoopPlan:
 
     @property
     def looped_blocks(self) -> tuple[int, ...]:
-        """Blocks of the core, ascending; empty where nothing repeats."""
+        """Blocks of the core, ascending; empty if nothing repeats."""
         return tuple(sorted(set(self.blocks[self.core[0] : self.core[1]])))
 
     def describe(self) -> str:
-        """`0 (1 2)x3 3`: a line for logs and for `recurgolf plan`."""
+        """`0 (1 2)x3 3`, for logs and `recurgolf plan`."""
         start, stop = self.core
         parts = [" ".join(map(str, self.blocks[:start]))]
         if stop > start:
@@ -75,21 +75,21 @@ class Looping(Checked):
     """A schedule of plans over `num_blocks` blocks."""
 
     def check(self, num_blocks: int) -> None:
-        """Refuse a range that the model does not have."""
+        """Refuse a band of blocks that the model does not have."""
 
     def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
-        """The plan at a fraction of training, 0 at the start and 1 at the end."""
+        """The plan at `fraction` of training: 0 at the start, 1 at the end."""
         raise NotImplementedError
 
     def eval_plan(self, num_blocks: int, passes: int | None = None) -> LoopPlan:
-        """The plan for scoring: unless a schedule says otherwise, the one that training ends with.
+        """The plan for scoring: by default the one that training ends with.
 
         Args:
-            passes: how often the looped blocks are to be visited, in place of the configured
-                number. A schedule heeds it or raises; `check_passes` holds it to that.
+            passes: number of passes through the looped blocks, instead of the configured one.
+                A schedule must honor it or raise; `check_passes` enforces that.
 
         Raises:
-            ConfigError: this schedule cannot visit them so often.
+            ConfigError: this schedule cannot do that many passes.
         """
         trained = self.passes_of(num_blocks)
         if passes not in (None, trained):
@@ -100,9 +100,9 @@ class Looping(Checked):
         return self.plan(num_blocks)
 
     def check_passes(self, num_blocks: int, asked: Iterable[int]) -> None:
-        """Refuse numbers of passes that cannot be had, and a schedule that ignores the number.
+        """Refuse numbers of passes that the schedule cannot do, and schedules that ignore `passes`.
 
-        Every number would report the score of the same plan under another name.
+        With the latter, every number of passes would report the score of the same plan.
         """
         for passes in asked:
             self.eval_plan(num_blocks, passes)
@@ -119,18 +119,18 @@ class Looping(Checked):
                 )
 
     def all_plans(self, num_blocks: int) -> list[LoopPlan]:
-        """Every plan that training can meet, in order; what warm-up must compile."""
+        """Every plan that training goes through, in order: what warm-up has to compile."""
         plans: dict[LoopPlan, None] = {}
         for permille in range(1001):
             plans.setdefault(self.plan(num_blocks, permille / 1000))
         return list(plans)
 
     def passes_of(self, num_blocks: int) -> int:
-        """How often training visits a looped block at most."""
+        """The most visits to one block in training."""
         return max(visit.nth + 1 for visit in self.plan(num_blocks, 1.0).visits)
 
     def largest_plan(self, num_blocks: int) -> LoopPlan:
-        """The plan with the most visits of training or scoring: it sizes per-visit parameters."""
+        """The plan with the most visits, in training or scoring: it sizes per-visit parameters."""
         plans = [*self.all_plans(num_blocks), self.eval_plan(num_blocks)]
         return max(plans, key=lambda plan: plan.num_visits)
 
@@ -138,7 +138,7 @@ class Looping(Checked):
 @option("looping", "none")
 @dataclass
 class NoLooping(Looping):
-    """Every block once."""
+    """No recurrence: every block once."""
 
     def plan(self, num_blocks: int, fraction: float = 1.0) -> LoopPlan:
         return LoopPlan(tuple(range(num_blocks)), (num_blocks, num_blocks))
@@ -146,21 +146,21 @@ class NoLooping(Looping):
 
 @dataclass
 class _Repeat(Looping):
-    """Repeats one contiguous band of blocks; subclasses say which."""
+    """Repeats a contiguous band of blocks, which subclasses define."""
 
     passes: Annotated[int, at_least(1)] = 2
-    """How often the band is run in training."""
+    """Passes through the band in training."""
     passes_eval: Annotated[int | None, at_least(1)] = None
-    """How often when scoring; null: as in training."""
+    """Passes in scoring; null: as in training."""
     start_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
-    """Fraction of training before which every block runs once (delayed looping)."""
+    """Fraction of training at which looping starts; before it, every block runs once."""
     ramp_fraction: Annotated[float, at_least(0, at_most=1)] = 0.0
-    """Fraction of training over which passes grow one by one after the start."""
+    """Fraction of training, from the start of looping, over which passes grow one by one."""
     backprop_passes: Annotated[int | None, at_least(1)] = None
-    """Gradients flow through the last so many passes only; null: through all."""
+    """Backpropagate through this many last passes only; null: through all."""
 
     def band(self, num_blocks: int) -> tuple[int, int]:
-        """First block of the band and the first behind it."""
+        """First block of the band, and the first one after it."""
         raise NotImplementedError
 
     def passes_at(self, fraction: float) -> int:
@@ -194,7 +194,7 @@ class _Repeat(Looping):
 @option("looping", "segment")
 @dataclass
 class SegmentLooping(_Repeat):
-    """Repeats a band of blocks between two flat parts (the golf records' middle band)."""
+    """Repeats a band of blocks in the middle (as the public golf records do)."""
 
     start: int = 1
     """First block of the band."""
@@ -215,7 +215,7 @@ class SegmentLooping(_Repeat):
 @option("looping", "cycle")
 @dataclass
 class CycleLooping(_Repeat):
-    """Runs all blocks in order, `passes` times over."""
+    """Runs the whole stack `passes` times (Universal Transformer, 1807.03819)."""
 
     def band(self, num_blocks: int) -> tuple[int, int]:
         return 0, num_blocks
@@ -224,7 +224,7 @@ class CycleLooping(_Repeat):
 @option("looping", "prelude_core_coda")
 @dataclass
 class PreludeCoreCoda(_Repeat):
-    """`prelude` blocks once, the core repeated, `coda` blocks once (Huginn, 2502.05171)."""
+    """`prelude` blocks once, the core repeatedly, `coda` blocks once (Huginn, 2502.05171)."""
 
     prelude: Annotated[int, at_least(0)] = 1
     coda: Annotated[int, at_least(0)] = 1

@@ -44,7 +44,7 @@ def test_a_key_has_type_default_and_meaning(tmp_path):
     text = recurgolf("--help", "looping", cwd=tmp_path).finished().out
     told = text.partition("  passes_eval ")[2].splitlines()[:2]
     assert told[0].strip() == "int or null, at least 1; default null"
-    assert told[1].strip() == "How often when scoring; null: as in training."
+    assert told[1].strip() == "Passes in scoring; null: as in training."
 
 
 def test_the_version_is_ours(tmp_path):

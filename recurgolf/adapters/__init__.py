@@ -1,8 +1,8 @@
-"""Adapters as files that people exchange: low-rank corrections of a frozen base.
+"""LoRA adapters as files to share: low-rank corrections of a frozen base model.
 
-An adapter is a folder that the `peft` library reads (files.py has the layout). `load` checks it
-against a Run and puts it on a model, `merge` writes it into the weights, `blend` makes one of
-several; `recurgolf adapters` does the same with run folders.
+An adapter is a folder in `peft`'s layout (see files.py). `load` checks it against a Run and
+attaches it to a model, `merge` adds it to the weights, `blend` combines several into one;
+`recurgolf adapters` does the same for run folders.
 """
 
 from recurgolf.adapters.adapter import Adapter, Base, Factors, Place, base_of, fingerprint

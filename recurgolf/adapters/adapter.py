@@ -1,4 +1,4 @@
-"""An adapter in memory: pairs of factors, each at its place in the base, and what the base was."""
+"""An adapter in memory: low-rank factors by place, and the base model they were trained on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from recurgolf.run import Run
 
 
 class Place(NamedTuple):
-    """Where a pair of factors sits.
+    """Where a pair of factors applies.
 
     Attributes:
         block: index of the block.
-        module: path of the linear layer in its block, as `mixer.q_proj` or `mlp.up_proj`;
-            `residual` is a correction of the block's output.
-        iteration: which visit of the block, 0 the first; None: all of them.
+        module: path of the linear layer within the block, such as `mixer.q_proj` or `mlp.up_proj`;
+            `residual` corrects the block's output.
+        iteration: which visit of the block, counted from 0; None: every visit.
     """
 
     block: int
@@ -31,12 +31,12 @@ class Place(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The module's path in the model, `blocks.1.mixer.q_proj`."""
+        """The module's path in the model: `blocks.1.mixer.q_proj`."""
         return f"blocks.{self.block}.{self.module}"
 
     @property
     def target(self) -> str:
-        """The projection's name as `lora.targets` has it."""
+        """The projection's name, as in `lora.targets`."""
         return self.module.rpartition(".")[2]
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """`y += (alpha / rank) B A x`, with A [rank, in_dim] and B [out_dim, rank]."""
+    """`y += (alpha / rank) B A x` with A [rank, in_dim] and B [out_dim, rank] (2106.09685)."""
 
     a: Tensor
     b: Tensor
@@ -61,18 +61,18 @@ class Factors:
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
-        """What is added to the weight [out_dim, in_dim], in float64."""
+        """The update of the weight, [out_dim, in_dim] in float64."""
         return self.scale * (self.b.double() @ self.a.double())
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model an adapter was trained on; None: the file does not say, and nothing is checked.
+    """The model an adapter was trained on. What is None is unknown and is not checked.
 
     Attributes:
-        fingerprint: of its weights, see `fingerprint`.
-        tokenizer: SHA-256 of the tokenizer's file.
-        run: the run's name, for people.
+        fingerprint: hash of the weights, see `fingerprint`.
+        tokenizer: SHA-256 of the tokenizer file.
+        run: the run's name, for error messages.
     """
 
     fingerprint: str | None = None
@@ -82,11 +82,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Factors by place. A visit beyond a module's last iteration uses the last.
+    """Factors by place. Visits beyond a module's last iteration use its last factors.
 
     Raises:
-        ConfigError: no factors, iterations with a gap, or a module that is adapted both for all
-            visits and for single ones.
+        ConfigError: no factors, a gap between iterations, or factors for every visit mixed with
+            factors for single ones.
     """
 
     factors: Mapping[Place, Factors]
@@ -110,11 +110,11 @@ class Adapter:
 
     @property
     def iterated(self) -> bool:
-        """Whether visits of one block have factors of their own."""
+        """Whether different visits of a block have different factors."""
         return any(place.iteration is not None for place in self.factors)
 
     def iterations(self) -> dict[Place, list[int]]:
-        """Every adapted module (as a place without iteration) -> its iterations, ascending."""
+        """Adapted module (a place without iteration) -> its iterations, ascending."""
         found: dict[Place, list[int]] = {}
         for place in sorted(self.factors, key=_order):
             numbers = found.setdefault(place._replace(iteration=None), [])
@@ -123,7 +123,7 @@ class Adapter:
         return found
 
     def at(self, module: Place, nth: int) -> Factors | None:
-        """The factors that the `nth` visit of a module's block uses, if any."""
+        """The factors that apply on the `nth` visit of the module's block, if any."""
         numbers = self.iterations()[module]
         if not numbers:
             return self.factors[module]
@@ -133,10 +133,10 @@ class Adapter:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Hash of a model's weights, adapters and training-only heads left out; 16 hex digits.
+    """Hash of a model's weights without adapters and training-only heads; 16 hex digits.
 
-    The same weights give it whether they come from training, a checkpoint or an imported file;
-    weights that were quantized in between are other weights.
+    It does not depend on where the weights come from: training, a checkpoint or an imported file.
+    Quantized weights have another fingerprint than the floats they were made of.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -150,11 +150,11 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def base_of(run: Run, state: Mapping[str, Tensor], tokenizer: str) -> Base:
-    """What adapters that were trained on these weights have to say about them.
+    """The record of the base that goes into an adapter trained on these weights.
 
     Args:
-        run: the Run that left the weights.
-        tokenizer: SHA-256 of its tokenizer's file.
+        run: the Run whose result the weights are.
+        tokenizer: SHA-256 of its tokenizer file.
     """
     trained_on = run.trainer.base
     name = run.name if trained_on is None else Path(trained_on).name

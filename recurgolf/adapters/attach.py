@@ -1,4 +1,4 @@
-"""Adapters and models: taking one off, checking that one fits, and putting it on."""
+"""Attach an adapter to a model, extract one from it, and check that the two fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recurgolf.run import Run
 def load(
     run: Run, model: Transformer, folder: str | Path, tokenizer: str | None = None
 ) -> tuple[Run, Adapter]:
-    """Read an adapter folder and put it on a model; see `attach`.
+    """Read an adapter folder and attach it to a model; see `attach`.
 
     Returns:
         The Run with the adapter's `lora` part, and the adapter.
@@ -28,23 +28,23 @@ def load(
 
 
 def attach(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None = None) -> Run:
-    """Put an adapter on a model, in place of the adapters it has.
+    """Attach an adapter to a model, replacing the adapters it has.
 
-    Everything is checked first: after an error the model is what it was.
+    Everything is checked first: an error leaves the model unchanged.
 
     Args:
-        run: the Run of the model.
-        tokenizer: SHA-256 of the tokenizer that the model reads; None: not compared.
+        run: the model's Run.
+        tokenizer: SHA-256 of the model's tokenizer file; None: not compared.
 
     Returns:
-        The Run with the `lora` part that describes the model now.
+        The Run with a `lora` part that describes the model as it is now.
 
     Raises:
         ConfigError: see `check`.
     """
     check(run, model, adapter, tokenizer)
     model.adapters = _bank(run, adapter).to(model.embed.weight.device)
-    # Not by replace(): its checks are for training, where a rank above a side makes no sense.
+    # Set after replace(): a rank larger than the matrix is refused for training but valid here.
     changed = dataclasses.replace(run)
     changed.lora = model.adapters.config
     return changed
@@ -54,8 +54,8 @@ def check(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None 
     """Refuse an adapter that does not fit a model.
 
     Raises:
-        ConfigError: another tokenizer or base; a layer out of range; a module that this layer does
-            not have; dimensions or an iteration that are not its own.
+        ConfigError: another tokenizer or base, a layer out of range, a module that the layer does
+            not have, a shape mismatch, or an iteration beyond the visits of the block.
     """
     check_base(model, adapter.base, tokenizer)
     visits = visits_of(run)
@@ -78,7 +78,7 @@ def check(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None 
 
 
 def check_base(model: Transformer, base: Base, tokenizer: str | None) -> None:
-    """Refuse factors that were trained on other weights or over another tokenizer."""
+    """Refuse factors that were trained on other weights or with another tokenizer."""
     if base.tokenizer is not None and tokenizer is not None and base.tokenizer != tokenizer:
         raise ConfigError(
             f"adapter: expected a base with tokenizer {base.tokenizer[:12]}…, found "
@@ -96,7 +96,7 @@ def check_base(model: Transformer, base: Base, tokenizer: str | None) -> None:
 
 
 def check_place(model: Model, place: Place) -> None:
-    """Refuse a layer that is not there, or a module that this layer does not have."""
+    """Refuse a layer out of range, or a module that the layer does not have."""
     if not 0 <= place.block < model.num_blocks:
         raise ConfigError(
             f"adapter, {place}: the layer is out of range; expected 0 to {model.num_blocks - 1}"
@@ -111,7 +111,7 @@ def check_place(model: Model, place: Place) -> None:
 
 
 def modules_of(model: Model, block: int) -> dict[str, str]:
-    """Projection -> path in its block, for all that can be adapted."""
+    """Adaptable projection -> its path within the block."""
     mixer = model.mixer_of(block).projections(model.dim)
     return {
         name: name if name == "residual" else f"{'mixer' if name in mixer else 'mlp'}.{name}"
@@ -120,7 +120,7 @@ def modules_of(model: Model, block: int) -> dict[str, str]:
 
 
 def linear_modules(model: Model) -> list[str]:
-    """Paths of all linear layers that can be adapted."""
+    """Paths of all adaptable linear layers in the model."""
     return [
         f"blocks.{block}.{module}"
         for block in range(model.num_blocks)
@@ -130,7 +130,7 @@ def linear_modules(model: Model) -> list[str]:
 
 
 def visits_of(run: Run) -> dict[int, int]:
-    """Block -> how often the plan with the most visits comes by."""
+    """Block -> number of visits in the plan that has the most."""
     counts: dict[int, int] = {}
     for visit in run.largest_plan.visits:
         counts[visit.block] = visit.nth + 1
@@ -138,12 +138,12 @@ def visits_of(run: Run) -> dict[int, int]:
 
 
 def adapter_of(run: Run, adapters: Adapters, base: Base | None = None) -> Adapter:
-    """The adapters of a model as something to write, blend or merge.
+    """A model's adapters as an `Adapter` that can be written, blended or merged.
 
-    Those of a block that is visited once have no iteration: they are ordinary LoRA.
+    Where no block is visited twice, factors have no iteration: that is ordinary LoRA.
 
     Args:
-        base: what they were trained on.
+        base: the model they were trained on.
     """
     config, visits = run.lora, visits_of(run)
     first = 1 if config.visits == "repeats" else 0
@@ -164,17 +164,17 @@ def adapter_of(run: Run, adapters: Adapters, base: Base | None = None) -> Adapte
 
 
 def lora_of(run: Run, adapter: Adapter) -> LoRA:
-    """The `lora` part of a Run that gives every place of the adapter a slot.
+    """The `lora` part of a Run with a slot for every place of the adapter.
 
-    Factors of one rank and one alpha stay as they are. Others are filled up with zeros to the
-    largest rank, and their scale goes into B.
+    Factors that share rank and alpha are kept as they are. Otherwise `_bank` pads them with zeros
+    to the largest rank and folds their scale into B.
     """
     kinds = {(f.rank, f.alpha) for f in adapter.factors.values()}
     rank = max(rank for rank, _ in kinds)
     alpha = next(iter(kinds))[1] if len(kinds) == 1 else None
     first = [numbers[0] for numbers in adapter.iterations().values() if numbers]
     looped = {place.block for place in adapter.factors} <= set(run.largest_plan.looped_blocks)
-    # In the order of the blocks' own projections, which is that of the parameters.
+    # In the order in which the blocks define their projections, as the parameters are.
     known = [name for block in range(run.model.num_blocks) for name in run.model.projections(block)]
     adapted = {place.target for place in adapter.factors}
     return LoRA(
@@ -188,9 +188,9 @@ def lora_of(run: Run, adapter: Adapter) -> LoRA:
 
 @torch.no_grad()
 def _bank(run: Run, adapter: Adapter) -> Adapters:
-    """The module that applies an adapter; places it does not have get zeros."""
+    """The module that applies an adapter; slots that the adapter has no factors for are zero."""
     config = lora_of(run, adapter)
-    with torch.random.fork_rng(devices=[]):  # its start is overwritten; nobody's luck changes
+    with torch.random.fork_rng(devices=[]):  # overwritten; must not move the RNG state
         bank = Adapters(config, run.model.projections, config.slots(run.largest_plan))
     first = 1 if config.visits == "repeats" else 0
     have = set(adapter.iterations())

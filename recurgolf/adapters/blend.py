@@ -1,4 +1,4 @@
-"""Several adapters as one: the weighted sum of their corrections."""
+"""Blend adapters: the weighted sum of their weight updates, as one adapter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from recurgolf.config import ConfigError
 def blend(
     adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None = None
 ) -> Adapter:
-    """The adapter whose correction is the weighted sum of those given.
+    """The adapter whose update is the weighted sum of the given ones: sum_i w_i B_i A_i.
 
-    Exact by default: the A are stacked, the B set side by side with weight and scale in them, and
-    the ranks add up. Averaging the factors instead would give another product.
+    Exact by default: the A_i are stacked and the B_i concatenated, with weight and scale folded
+    into B, so that ranks add up. Averaging the factors would not average the products.
 
     Args:
-        weights: one per adapter; any finite numbers, 0 leaves an adapter out.
-        rank: limit for the result's ranks; a sum of higher rank is replaced by the nearest matrix
-            of that rank (its largest singular values), which loses something. None: exact.
+        weights: one finite number per adapter; 0 leaves an adapter out.
+        rank: maximum rank of the result; a sum of higher rank is truncated to its largest singular
+            values, which is lossy. None: exact.
 
     Raises:
-        ConfigError: no adapters, numbers of weights and adapters that differ, another base, shapes
-            that differ, or single iterations beside adapters for all visits.
+        ConfigError: no adapters, not one weight per adapter, different bases or shapes, or
+            factors for single iterations blended with factors for every visit.
     """
     if not adapters:
         raise ConfigError("blend: no adapters")
@@ -54,7 +54,7 @@ def blend(
 
 
 def _places(adapters: Sequence[Adapter]) -> list[Place]:
-    """Every place of any of them, each module with the iterations that any of them tells apart."""
+    """The union of all places: each module with every iteration that some adapter distinguishes."""
     numbers: dict[Place, set[int]] = {}
     for adapter in adapters:
         for module, own in adapter.iterations().items():
@@ -67,7 +67,7 @@ def _places(adapters: Sequence[Adapter]) -> list[Place]:
 
 
 def _of(adapter: Adapter, place: Place) -> Factors | None:
-    """What an adapter does at a place; where it has fewer iterations, its last one does it."""
+    """An adapter's factors at a place; beyond its last iteration, those of the last one."""
     module = place._replace(iteration=None)
     if module not in adapter.iterations():
         return None
@@ -84,10 +84,10 @@ def _stacked(place: Place, parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def _limited(factors: Factors, rank: int) -> Factors:
-    """The nearest pair of at most this rank (Eckart and Young), without forming the product."""
+    """The best approximation of at most this rank (Eckart-Young), without forming B A."""
     if factors.rank <= rank:
         return factors
-    # B A = Qb (Rb Ra^T) Qa^T: only the small matrix in the middle is decomposed.
+    # B A = Qb (Rb Ra^T) Qa^T: the SVD is of the small matrix in the middle alone.
     qb, rb = torch.linalg.qr(factors.b.double() * factors.scale)
     qa, ra = torch.linalg.qr(factors.a.double().mT)
     u, s, vh = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
@@ -98,7 +98,7 @@ def _limited(factors: Factors, rank: int) -> Factors:
 
 
 def _common_base(adapters: Sequence[Adapter]) -> Base:
-    """The base of all; what only some of them state is taken from these."""
+    """The base that all adapters share; what some leave open is filled in from the others."""
     facts: dict[str, str | None] = {}
     for name in ("fingerprint", "tokenizer", "run"):
         stated = sorted({value for a in adapters if (value := getattr(a.base, name)) is not None})

@@ -4,12 +4,12 @@
                                  base_model.model.blocks.1.mixer.q_proj.lora_B.weight [out, rank]
     adapter_config.json          peft_type, r, lora_alpha, target_modules, rank_pattern, ...
 
-Names carry the true path of the module. Two things go beyond that layout. An adapter of single
-iterations has `….q_proj.iteration_2.lora_A.weight` (the third visit of its block) and the peft_type
-LORA_PER_ITERATION, which peft refuses by name: it could only apply one pair to every visit. So has
-one that corrects a block's output (`residual`), where the base has no module to put it on. And the
-header of the safetensors file says which base the factors are for (`recurgolf`: fingerprint,
-tokenizer, run), where peft does not look and which travels with the weights.
+Tensor names contain the module's real path. Two things go beyond peft's layout. Factors of a single
+iteration are called `….q_proj.iteration_2.lora_A.weight` (third visit of the block), and the
+peft_type is then LORA_PER_ITERATION, which peft refuses by name instead of applying one pair to
+every visit. The same type marks adapters of a block's output (`residual`), for which the base has
+no module. And the safetensors header names the base model (key `recurgolf`: fingerprint, tokenizer,
+run): peft does not read it, and it travels with the weights.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ _REFUSED = (
     "trainable_token_indices",
     "layer_replication",
 )
-"""Settings of peft that mean more than two factors and a scale."""
+"""Settings of peft that need more than two factors and a scale."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Starts (init_lora_weights) that take something out of the base's weights."""
+"""Values of init_lora_weights that also change the weights of the base."""
 
 
 def write(folder: str | Path, adapter: Adapter, modules: Iterable[str] = ()) -> None:
-    """Write an adapter as a folder; factors become float32.
+    """Write an adapter folder; factors are stored as float32.
 
     Args:
-        folder: made if it is not there; an adapter in it is replaced.
-        modules: paths of all linear layers of the base. With them `target_modules` can be short
-            (`q_proj`) where every layer of that name is adapted; without, it lists full paths.
+        folder: created if missing; an adapter in it is replaced.
+        modules: paths of all linear layers of the base, so that `target_modules` can use a short
+            name (`q_proj`) where every layer of that name is adapted. Without them it lists full
+            paths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,12 +76,13 @@ def write(folder: str | Path, adapter: Adapter, modules: Iterable[str] = ()) -> 
 
 
 def read(folder: str | Path) -> Adapter:
-    """Read an adapter folder, ours or peft's; factors in float32.
+    """Read an adapter folder, ours or peft's; factors are returned as float32.
 
     Raises:
-        ConfigError: a missing, empty or damaged file, settings that mean more than a pair of
-            factors, a tensor that is none, half a pair, ranks that contradict each other or the
-            configuration, values that are not finite. Layer, module, expected and found are named.
+        ConfigError: a missing, empty or damaged file, settings that need more than a pair of
+            factors, an unknown tensor, half a pair, ranks that contradict each other or the
+            config, or values that are not finite. The message names layer, module, what was
+            expected and what was found.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -149,7 +151,7 @@ def _pair(place: Place, halves: Mapping[str, Tensor], config: Mapping[str, Any])
 
 
 def _setting(config: Mapping[str, Any], place: Place, name: str, pattern: str) -> float:
-    """peft's rule: the first pattern that matches the path or its end, else the default."""
+    """As peft does it: the first pattern that matches the path or its end, else the default."""
     for key, value in (config.get(pattern) or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", place.path):
             return value
@@ -231,7 +233,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _config(adapter: Adapter, modules: list[str]) -> dict[str, Any]:
-    """What peft needs to build the same adapter, and what it writes itself in such a case."""
+    """The config from which peft builds the same adapter, with the keys peft itself would write."""
     ranks = {place.path: f.rank for place, f in adapter.factors.items()}
     alphas = {place.path: f.alpha for place, f in adapter.factors.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -260,7 +262,7 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 def _targets(adapter: Adapter, modules: list[str]) -> list[str]:
-    """Short names where every module of that name is adapted, full paths where not."""
+    """Short names where every module of that name is adapted, full paths elsewhere."""
     adapted = {place.path for place in adapter.factors}
     targets: set[str] = set()
     for path in adapted:

@@ -1,8 +1,8 @@
-"""Writing adapters into the weights of the base, and making the visits of a loop separate blocks.
+"""Merge adapters into the base weights, and unroll a loop into separate blocks.
 
-A linear layer has one weight for all visits of its block, so an adapter for all visits merges
-exactly and one for single iterations does not. `untie` gives every visit a block of its own, at
-the price of the bytes that sharing saves; then those merge as well.
+All visits of a block share its weights, so an adapter for every visit merges exactly, while one for
+single iterations cannot. `untie` turns every visit into a block of its own, which gives up the
+bytes that weight sharing saves; after that, adapters of single iterations merge too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def merge(
     tokenizer: str | None = None,
     untied: bool = False,
 ) -> tuple[Run, Transformer]:
-    """A copy of the model with the adapter in its weights, and the Run that describes it.
+    """A copy of the model with the adapter merged into its weights, and the Run that describes it.
 
-    Adapters that the model has itself are left out; take them off with `adapter_of` and merge them
-    in turn. The given model is not changed.
+    Adapters attached to the model are dropped; extract them with `adapter_of` and merge them in
+    turn. The given model is not changed.
 
     Args:
-        untied: give every visit of the plan for scoring a block of its own first.
+        untied: first turn every visit of the scoring plan into a block of its own.
 
     Raises:
         ConfigError: what `attach.check` refuses; factors of single iterations where several visits
-            share a weight; a correction of a block's output, which no weight can hold.
+            share a weight; corrections of a block's output, which no weight can hold.
     """
     check(run, model, adapter, tokenizer)
     for place in adapter.factors:
@@ -72,11 +72,11 @@ def merge(
 
 
 def untie(run: Run, model: Transformer) -> tuple[Run, Transformer]:
-    """The same function without a loop: every visit of the plan for scoring as its own block.
+    """The same function without weight sharing: every visit of the scoring plan as its own block.
 
     Raises:
-        ConfigError: a model in which something depends on how many blocks there are or where the
-            loop is (the outputs of both are compared).
+        ConfigError: some part of the model depends on the number of blocks or on where the loop is
+            (logits of both models are compared).
     """
     plan, config = run.eval_plan, run.model
     blocks = plan.blocks
@@ -112,7 +112,7 @@ def untie(run: Run, model: Transformer) -> tuple[Run, Transformer]:
 
 @torch.no_grad()
 def _compare(run: Run, model: Transformer, new_run: Run, new: Transformer) -> None:
-    """Refuse when both do not compute the same: depth-scaled norms, skips around the loop, ..."""
+    """Refuse where logits differ: because of depth-scaled norms, skips around the loop, ..."""
     tokens = torch.arange(32).remainder(run.model.vocab_size).view(2, 16)
     adapters, model.adapters = model.adapters, None
     try:
@@ -129,7 +129,7 @@ def _compare(run: Run, model: Transformer, new_run: Run, new: Transformer) -> No
 
 
 def _add(model: Transformer, adapter: Adapter, block: int, nth: int, into: int) -> None:
-    """Add what the `nth` visit of `block` uses to the weights of the block `into`."""
+    """Add the update of the `nth` visit of `block` to the weights of block `into`."""
     for module in adapter.iterations():
         factors = adapter.at(module, nth) if module.block == block else None
         if factors is not None:

@@ -1,1 +1,1 @@
-"""The code that counts: what of this package a Run needs, packed into one program."""
+"""The code that counts against the budget: what a Run needs of this package, as one program."""

@@ -1,9 +1,9 @@
-"""The code that counts: programs of one file that need nothing of this package installed.
+"""The code that counts: single-file programs that run without this package installed.
 
 `score.py` loads and scores an artifact; `train_gpt.py` also trains, packs and writes one. Each
-carries the modules it needs, stripped and compressed, as digits of base 122 in an ASCII source: as
-many bytes in a file as in any encoding that a counter may read it with. What goes in follows from
-the entry point and from the classes that the Run uses (see `tree_shaking.py`).
+contains the modules it needs, minified and compressed, as base-122 digits in ASCII source, so that
+its size in bytes is the same in whatever encoding it is read. What goes in follows from the entry
+point and the classes that the Run uses (see `tree_shaking.py`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 PACKED_NAME = "score.py"
 TRAIN_NAME = "train_gpt.py"
 COUNTED = {"score": PACKED_NAME, "train": TRAIN_NAME}
-"""`artifact.code` -> the program whose bytes count."""
+"""`artifact.code` -> the program whose size counts."""
 
 SCORE = Target("recurgolf.artifact.score", "main")
 TRAIN = Target("recurgolf.standalone.main", "main")
 DECODER_TABLE = Target("recurgolf.artifact.decode", "DECODERS")
 HEADER = ("brotli", "zlib", "none")
-"""How the header of an artifact may be stored, whatever its codec."""
+"""Codecs that an artifact's header may use, whatever the codec of its tensors."""
 
 _STUB = '''"""{doc}"""
 import brotli, functools, importlib.abc, importlib.util, json, sys
@@ -68,9 +68,9 @@ for name in CODE:
 if __name__ == "__main__":
  importlib.import_module({entry!r}).main(*ARGUMENTS)
 """
-"""Compressed with the modules: it puts them where imports find them, and starts."""
+"""Compressed together with the modules: makes them importable, then calls the entry point."""
 _UNUSED = (10, 13, 26, 34, 92)
-"""ASCII that a text between quotes cannot hold everywhere: line ends, ^Z, quote, backslash."""
+"""ASCII that is not safe inside a quoted string: line ends, ^Z, quote, backslash."""
 _SIGNS = "".join(chr(n) for n in range(1, 128) if n not in _UNUSED)
 _BLOCK = 128
 _DIGITS = math.ceil(8 * _BLOCK / math.log2(len(_SIGNS)))
@@ -83,10 +83,10 @@ class PackedCode:
     """A packed program.
 
     Attributes:
-        source: the program, ASCII.
-        modules: what it carries.
-        raw_bytes: size of those modules as people read them.
-        libraries: top-level modules that it imports from elsewhere, at once or when needed.
+        source: the program, in ASCII.
+        modules: names of the modules in it.
+        raw_bytes: size of their original sources.
+        libraries: third-party modules that it imports, at the start or when needed.
     """
 
     source: str
@@ -119,12 +119,12 @@ class Codes:
         return self.train if self.counted_name == TRAIN_NAME else self.score
 
     def write(self, folder: Path) -> None:
-        """The program that scores, and the one that counts if it is another."""
+        """Write score.py, and the program that counts if that is another one."""
         write_file(folder / PACKED_NAME, self.score.source)
         write_file(folder / self.counted_name, self.counted.source)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry `code` of ledger.json: both programs, both sizes, and what counts."""
+        """The entry `code` of ledger.json: sizes of both programs, and which one counts."""
         files = {PACKED_NAME: self.score, TRAIN_NAME: self.train}
         return {
             "counted": f"{self.counted_name}, packed",
@@ -139,22 +139,22 @@ class Codes:
 
 
 def codes_of(run: Run) -> Codes:
-    """The programs of a run; each is packed when it is first asked for."""
+    """The programs of a run; each is packed on first access."""
     return Codes(run)
 
 
 def code_of(run: Run) -> PackedCode:
-    """Pack what scoring a run's artifact needs."""
+    """Pack the program that scores a run's artifact."""
     return pack_code([run.model, run.looping, run.lora, run.eval.alone], codec=run.artifact.codec)
 
 
 def training_code_of(run: Run, score: PackedCode | None = None) -> PackedCode:
-    """Pack what trains the very Run, writes its artifact and scores it.
+    """Pack the program that trains this Run, writes its artifact and scores it.
 
-    The tracker is left out: the program keeps the local record alone.
+    It has no tracker and only writes the local record.
 
     Args:
-        score: `code_of(run)`, where it has been packed already.
+        score: `code_of(run)`, if already packed.
     """
     from recurgolf.tracker import NoTracking
 
@@ -163,7 +163,7 @@ def training_code_of(run: Run, score: PackedCode | None = None) -> PackedCode:
     counted = None if run.artifact.code == "train" else score or code_of(run)
 
     def arguments(raw_bytes: int) -> list[Any]:
-        # What the run's own bytes are made of; its own size the program finds out by itself.
+        # The code size that the run's bytes include; the program measures its own size itself.
         size = {"name": TRAIN_NAME, "packed": None, "raw": raw_bytes}
         if counted is not None:
             size = {"name": PACKED_NAME, "packed": counted.packed_bytes, "raw": counted.raw_bytes}
@@ -183,16 +183,16 @@ def pack_code(
     """Pack a program.
 
     Args:
-        parts: option objects (dataclasses, nested) whose classes it must know by their kinds. Where
-            one is from a module outside this package, that module goes along, whole.
-        entry: the function that it calls.
-        arguments: what the function is called with, JSON-ready; told the program's raw bytes.
-        without: definitions that another one stands in for.
+        parts: option objects (nested dataclasses) whose classes it must find by kind. A class from
+            outside this package brings its whole module along.
+        entry: the function that the program calls.
+        arguments: from the program's raw bytes to the JSON-ready arguments of that function.
+        without: definitions and the stubs that replace them.
         codec: of the artifact that it reads; None: any.
     """
     classes = {Target(cls.__module__, cls.__qualname__) for cls in classes_of(parts)}
     kinds = set() if codec is None else {kind_of(codec), *texts_of(codec)}
-    # A decoder outside of the table's module puts itself there when its own module is imported.
+    # A decoder from another module than the table registers itself when imported.
     classes |= {
         Target(decoder.__module__, decoder.__qualname__)
         for decoder in map(DECODERS.get, kinds)
@@ -213,10 +213,10 @@ def pack_code(
         options,
     )
     packages = needs.packages
-    # The modules of others may change, and be loaded again, as long as this process lives.
+    # Modules of plugins may be edited and reloaded while this process lives: no cache for them.
     shake = _shaken if packages == {"recurgolf"} else _shaken.__wrapped__
     shaken, at_once = shake(needs, _state_of_sources())
-    # An option is known once its module has been loaded: 2 for those, 1 for packages.
+    # Bit 1: import at the start, so that its options register; bit 0: a package.
     marks = {name: package + 2 * (name in at_once) for name, (package, _) in shaken.code.items()}
     head = json.dumps([marks, list(arguments(shaken.raw_bytes))], separators=(",", ":"))
     boot = _BOOT.format(entry=entry.module)
@@ -236,19 +236,19 @@ def pack_code(
     return PackedCode(source, list(shaken.code), shaken.raw_bytes, libraries)
 
 
-# A tenth of a second, and a run asks for the same program before it starts and at its end.
+# 0.1 s, and a run needs the same program before it starts and at its end.
 @functools.lru_cache(maxsize=4)
 def _compressed(text: str) -> bytes:
     return library("brotli", "brotli").compress(text.encode(), quality=11, lgwin=22)
 
 
 class _Needs(NamedTuple):
-    """What decides which code a program carries.
+    """Everything that determines which code goes into a program: the cache key.
 
     Attributes:
-        decoded: codecs whose decoders it has; empty: all.
-        strings: names of groups and kinds that the run holds as texts.
-        options: group, kind and class of all that is registered.
+        decoded: codecs whose decoders are included; empty: all.
+        strings: names of groups and kinds that occur as strings in the run.
+        options: group, kind and class of every registered option.
     """
 
     entry: Target
@@ -263,13 +263,13 @@ class _Needs(NamedTuple):
         return {target.module.partition(".")[0] for target in {self.entry, *self.classes}}
 
 
-# Half a second, and a run asks three times: before it starts, for its plan, at its end.
+# 0.5 s, and a run needs it three times: before it starts, for its plan, and at its end.
 @functools.lru_cache(maxsize=16)
 def _shaken(needs: _Needs, sources: int) -> tuple[Shaken, set[str]]:
-    """The code of a program, and the modules that it loads at once.
+    """The code of a program, and the modules that it imports at the start.
 
     Args:
-        sources: state of the files that it is made of.
+        sources: `_state_of_sources()`, so that edits invalidate the cache.
     """
     classes, packages = set(needs.classes), needs.packages
     shaker = Shaker(
@@ -281,7 +281,7 @@ def _shaken(needs: _Needs, sources: int) -> tuple[Shaken, set[str]]:
         strings=needs.strings,
     )
     shaker.reach({needs.entry, *classes})
-    # What kept code names by text brings code that may name more.
+    # Options that kept code names as strings bring in code that may name more.
     while True:
         named = set(named_options(shaker, REGISTRY)) - shaker.seen
         if not named:
@@ -292,13 +292,13 @@ def _shaken(needs: _Needs, sources: int) -> tuple[Shaken, set[str]]:
 
 
 def _state_of_sources() -> int:
-    """Other than before where a file of this package was written since."""
+    """A hash that changes when a file of this package is written."""
     files = Path(__file__).parents[1].rglob("*.py")
     return hash(frozenset((str(path), path.stat().st_mtime_ns) for path in files))
 
 
 def _as_text(blob: bytes) -> str:
-    """Blocks of bytes as numbers, their digits as characters; the last block is filled with 0."""
+    """Base-122 digits of the bytes, block by block; the last block is padded with zeros."""
     text = []
     for start in range(0, len(blob), _BLOCK):
         number = int.from_bytes(blob[start : start + _BLOCK].ljust(_BLOCK, b"\0"), "big")
@@ -311,7 +311,7 @@ def _as_text(blob: bytes) -> str:
 
 
 def libraries_of(source: str) -> set[str]:
-    """Top-level names of what a packed source imports, also by `decode.library`."""
+    """Top-level modules that a packed source imports, also through `decode.library`."""
     return set(_IMPORT.findall(source)) | set(_LIBRARY.findall(source))
 
 
@@ -320,7 +320,7 @@ _LIBRARY = re.compile(r"\blibrary\(['\"](\w+)")
 
 
 def write_readable(code: PackedCode, folder: Path) -> None:
-    """The modules of a program as people read them, as files below a folder."""
+    """Write the original sources of a program's modules below a folder."""
     for name in code.modules:
         is_package, text = module_source(name)
         path = folder.joinpath(*name.split("."))
@@ -330,7 +330,7 @@ def write_readable(code: PackedCode, folder: Path) -> None:
 
 
 def without_defaults(node: Any) -> Any:
-    """`config.to_dict` without the fields that `from_dict` would give the same value anyway."""
+    """`config.to_dict` without fields that have their default value."""
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         if isinstance(node, dict):
             return {key: without_defaults(item) for key, item in node.items()}
@@ -347,14 +347,14 @@ def without_defaults(node: Any) -> Any:
 
 
 def classes_of(node: Any) -> Iterator[type]:
-    """The dataclasses in an option tree."""
+    """Types of the dataclasses in an option tree."""
     for item in _nodes(node):
         if dataclasses.is_dataclass(item):
             yield type(item)
 
 
 def texts_of(node: Any) -> Iterator[str]:
-    """The texts in an option tree: a clip or a method may be named by one."""
+    """Strings in an option tree: some name a clip or a method."""
     yield from (item for item in _nodes(node) if isinstance(item, str))
 
 

@@ -1,8 +1,8 @@
-"""Sources made small without changing what they do: what explains goes, local names shrink.
+"""Minify source code without changing what it does.
 
-Docstrings, comments, annotations that nobody reads, blank space and the long names of local
-variables are left out. So is what an option refuses of itself: the options of a packed program were
-checked when it was packed. Of what it refuses of data, the words are left out.
+Removed are docstrings, comments, unused annotations, whitespace and long names of local variables;
+also the checks that options make of themselves, since the options of a packed program were checked
+when it was packed. Checks of data stay, but without their messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import count
 
 
 def stripped(source: str) -> str:
-    """The source without comments, docstrings and the annotations of functions and variables."""
+    """The source without comments, docstrings, and annotations of functions and variables."""
     return ast.unparse(stripped_tree(source))
 
 
@@ -29,9 +29,9 @@ def stripped_tree(source: str) -> ast.Module:
 
 
 def dense(source: str) -> str:
-    """The source with one space a level, and spaces only where words would run together.
+    """The source indented by one space per level, with spaces only where tokens would merge.
 
-    Returned as it was where a text goes over several lines, which is not to be touched.
+    Returned unchanged if it has multi-line strings, whose content must not be touched.
     """
     out, end, before = [], (1, 0), ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -50,12 +50,12 @@ def dense(source: str) -> str:
 
 
 def _is_word(letter: str) -> bool:
-    # A quote behind a word would become its prefix.
+    # A word directly before a quote would be read as a string prefix.
     return letter.isalnum() or letter in "_\"'"
 
 
 class _Stripper(ast.NodeTransformer):
-    """Fields of classes keep their annotations, since dataclasses read them."""
+    """Class fields keep their annotations, which dataclasses read."""
 
     def __init__(self) -> None:
         self.in_class = self.checks_itself = False
@@ -139,7 +139,7 @@ def _is_check(method: str) -> bool:
 
 
 def _only_calls_super(method: ast.FunctionDef) -> bool:
-    """Whether a check that refuses nothing any more is left, which its base has as well."""
+    """Whether all that is left of a check is the call of its base class's."""
     given = ", ".join(argument.arg for argument in method.args.args[1:])
     inherited = f"super().{method.name}({given})"
     return _is_check(method.name) and [ast.unparse(line) for line in method.body] == [inherited]
@@ -160,16 +160,16 @@ def _refuses(node: ast.stmt) -> bool:
 
 @functools.cache
 def minified(source: str) -> ast.Module:
-    """The syntax tree of a source without what explains, and with short names; do not change it."""
+    """The minified source as a syntax tree, which is cached: do not modify it."""
     return shortened(stripped_tree(source))
 
 
 def shortened(tree: ast.Module) -> ast.Module:
-    """The module with short names for what is local to a function.
+    """The module with short names for local variables.
 
-    Parameters keep theirs, since callers may write them, unless the function is private and nobody
-    in the module does. So does what is also a name of the module or of Python, that no name changes
-    what it refers to.
+    Parameters keep their names, since callers may pass them by keyword, except in private functions
+    whose parameters no call in the module names. Names that also exist in the module or among the
+    builtins are kept, so that no name changes its meaning.
     """
     written = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
     outside = {n for line in tree.body for n in _top_names(line)} | set(dir(builtins))

@@ -1,7 +1,7 @@
-"""What the exported program does without, beside what it is not given (`standalone/main.py`).
+"""Definitions that are stubbed out in the exported training program (see `standalone/main.py`).
 
-Everything that touches a weight, a batch or a score is the run's own code. Left out is what this
-very run has no use for, and what only makes a message nicer.
+Everything that touches a weight, a batch or a score is the run's own code. Stubbed out is what
+this particular run never uses, and what only improves messages.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from recurgolf.run import Run
 
 LIBRARIES = {"rich": "recurgolf.standalone.console"}
-"""What only makes a terminal pretty has a small double in the program."""
+"""Libraries that only format console output, and the small modules that replace them."""
 
 
 def replaced(run: Run) -> dict[Target, Target]:
-    """Definition -> what is packed instead; methods are named `Class.method`."""
+    """Definition -> the stub packed in its place; methods are named `Class.method`."""
     gone = {
         "data.byte_count:check_texts",
         "data.dataset:_check_tokens",

@@ -1,11 +1,11 @@
-"""What of a package a program needs: definitions that are reached, and nothing else.
+"""Tree shaking: which definitions of a package a program can reach; the others are left out.
 
-A module is cut into its top-level statements. Starting from names that are asked for, every name
-that a kept statement mentions is followed, through imports into other modules of the same packages;
-definitions, assignments, imports and methods that nothing mentions are left out. What is neither (a
-bare call, a try) stays wherever its module does. It errs on the side of keeping: a name counts as
-mentioned whatever it means in its scope, an attribute whatever it is taken of, and a module that is
-handled as a value is kept whole.
+Modules are split into top-level statements. From the names asked for, every name that a kept
+statement mentions is followed, through imports into other modules of the same packages.
+Definitions, assignments, imports and methods that nothing mentions are dropped; other statements (a
+bare call, a try) stay if their module does. The analysis is conservative: a name counts as
+mentioned whatever its scope, an attribute whatever object it belongs to, and a module that is used
+as a value is kept whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recurgolf.counted.minify import dense, minified
 
 
 class Target(NamedTuple):
-    """A name in a module; the name is None where the module itself is meant."""
+    """A name in a module; None stands for the module itself."""
 
     module: str
     name: str | None
@@ -30,13 +30,13 @@ class Target(NamedTuple):
 
 @dataclass
 class Module:
-    """A module's stripped statements, by the top-level names that they bind.
+    """A module's minified statements, indexed by the top-level names that they bind.
 
     Attributes:
         bodies: statements in order.
         definers: name -> indices of the statements that bind it.
-        imports: name -> what it is in another module of the packages.
-        roots: indices of the statements that are kept wherever the module is.
+        imports: imported name -> what it refers to in another module of the packages.
+        roots: indices of the statements that are kept whenever the module is.
     """
 
     is_package: bool
@@ -49,22 +49,22 @@ class Module:
 
 @dataclass
 class Shaken:
-    """What is kept: module -> (is a package, its source), and the raw bytes of those modules."""
+    """The result: module -> (is a package, shaken source), and the size of the original sources."""
 
     code: dict[str, tuple[bool, str]]
     raw_bytes: int
 
 
 class Shaker:
-    """The search over the modules of one or several packages.
+    """The search for reachable definitions in one or several packages.
 
     Args:
-        packages: top-level packages that are followed; everything else is a library.
-        whole: packages whose modules are kept whole (what is not ours may do anything on import).
-        libraries: a library -> the module of ours that is imported in its place.
-        replaced: definitions (`name`, `Class.method`) that another one stands in for.
-        tables: a dict that is written out in a module -> the keys that can be asked of it.
-        strings: option kinds that the run names by text; see `named_options`.
+        packages: top-level packages to follow; everything else is a library.
+        whole: packages whose modules are kept whole (plugins may do anything when imported).
+        libraries: library -> our module that is imported in its place.
+        replaced: definition (`name`, `Class.method`) -> the stub that replaces it.
+        tables: dict literal in a module -> the keys of it that are needed.
+        strings: option kinds that the run names by string; see `named_options`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Shaker:
         self.dropped: set[int] = set()
 
     def reach(self, targets: Iterable[Target]) -> None:
-        """Keep these names and all that they mention."""
+        """Keep these names and everything they mention, recursively."""
         self.waiting.extend(targets)
         while self.waiting:
             target = self.waiting.pop()
@@ -97,7 +97,7 @@ class Shaker:
                 self._follow(target)
 
     def result(self) -> Shaken:
-        """The sources of everything kept so far, and empty packages above it."""
+        """The sources of everything kept so far, with empty modules for the packages above."""
         code = {
             name: (module.is_package, self._source(name)) for name, module in self.modules.items()
         }
@@ -131,7 +131,7 @@ class Shaker:
             module.roots.append(index)
 
     def _changed(self, module: str, node: ast.stmt) -> ast.stmt:
-        """The statement with what stands in for a library, and with the wanted part of a table."""
+        """The statement with libraries replaced and tables reduced to the needed keys."""
         top = (
             node.module.partition(".")[0]
             if isinstance(node, ast.ImportFrom) and node.module
@@ -150,7 +150,7 @@ class Shaker:
         return node
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Target]]:
-        """Names that an import binds, where they come from these packages."""
+        """Names that an import binds, as far as they come from these packages."""
         for alias in node.names:
             bound = alias.asname or alias.name.partition(".")[0]
             if isinstance(node, ast.Import):
@@ -191,7 +191,7 @@ class Shaker:
         node = self.modules[name].bodies[index]
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
             self._keep_all(node.module or "")
-        # Which names of a top-level import are wanted, its users say.
+        # Names of a top-level import are followed from the statements that use them.
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             if name.partition(".")[0] in self.whole:
                 self.waiting.extend(target for _, target in self._imported(node))
@@ -202,7 +202,7 @@ class Shaker:
             self._read(name, node)
 
     def _keep_class(self, name: str, node: ast.ClassDef) -> None:
-        """The class with those methods that somebody may call; the others wait for a mention."""
+        """Keep a class with the methods that may be called; the others wait for a mention."""
         inherited = _library_names(name, node.name)
         later: list[ast.FunctionDef] = []
         rest: list[ast.stmt] = []
@@ -226,7 +226,7 @@ class Shaker:
                 self.methods.setdefault(line.name, []).append((name, line))
 
     def _read(self, name: str, node: ast.stmt) -> None:
-        """Follow everything that a kept statement mentions."""
+        """Follow all names that a kept statement mentions."""
         module = self.modules[name]
         local = dict(module.imports)
         for inner in ast.walk(node):
@@ -249,7 +249,7 @@ class Shaker:
         if any(mention == "REGISTRY" for mention, _ in found_here):
             self.strings |= texts_in(node)
         attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-        # A text may be an attribute's name where attributes are taken by name, or in a constant.
+        # Strings may be attribute names: next to getattr and the like, and in constants.
         by_name = any(mention in _BY_NAME for mention, _ in found_here)
         if by_name or isinstance(node, (ast.Assign, ast.AnnAssign)):
             attributes |= texts_in(node)
@@ -271,7 +271,7 @@ class Shaker:
             if not isinstance(module.bodies[index], (ast.Import, ast.ImportFrom))
             for mention, _ in mentions(self._without_dropped(module.bodies[index]))
         }
-        # Other modules may import a name from here that is itself imported.
+        # Other modules may import from here a name that this module imports itself.
         mentioned |= {target.name for target in self.seen if target.module == name and target.name}
         whole = name.partition(".")[0] in self.whole
         body: list[ast.stmt] = []
@@ -282,7 +282,7 @@ class Shaker:
                     body.append(_with_names(node, names))
             elif index in kept:
                 body.append(self._without_dropped(node))
-        # Last, when what the other module may want of this one is there.
+        # At the end, since the stub's module may import from this one.
         for target in sorted(self.seen & self.replaced.keys()):
             if target.module == name:
                 body += _stand_in(target.name or "", self.replaced[target])
@@ -309,9 +309,9 @@ _BY_NAME = {"getattr", "setattr", "hasattr", "attrgetter", "methodcaller"}
 
 
 def named_options(shaker: Shaker, options: Mapping[str, Mapping[str, type]]) -> list[Target]:
-    """Registered classes that are named by text: by the run, or by kept code that uses REGISTRY.
+    """Registered classes named by string: in the run, or in kept code that uses REGISTRY.
 
-    In a module that is not reached otherwise, only where kept code looks into their group.
+    Classes of modules that are not reached otherwise count only if kept code looks up their group.
     """
     return [
         Target(cls.__module__, cls.__qualname__)
@@ -322,7 +322,7 @@ def named_options(shaker: Shaker, options: Mapping[str, Mapping[str, type]]) -> 
 
 
 def _stand_in(name: str, other: Target) -> list[ast.stmt]:
-    """Statements that bring the other definition in under a name, or as a method of a class."""
+    """Statements that import the stub under the replaced name, or assign it as a method."""
     bound = name.replace(".", "_")
     alias = ast.alias(other.name or "", bound)
     lines: list[ast.stmt] = [ast.ImportFrom(other.module, [alias], 0)]
@@ -335,9 +335,9 @@ def _with_body(node: ast.ClassDef, body: list[ast.stmt]) -> ast.ClassDef:
 
 
 def _library_names(module: str, name: str) -> set[str]:
-    """Names that the bases of a class have where those are not of its own package.
+    """Attributes of the base classes that come from other packages.
 
-    A library may call such a method without our code ever mentioning it.
+    A library may call such methods although our code never mentions them.
     """
     cls = getattr(importlib.import_module(module), name)
     package = module.partition(".")[0]
@@ -358,7 +358,7 @@ def bound_by(node: ast.stmt) -> Iterator[str]:
             yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        # Into an item of something: not a binding, and kept with the module.
+        # Assignments to an item or attribute bind no name and are kept with the module.
         if all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
             for target in targets:
                 yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
@@ -373,7 +373,7 @@ def bound_by(node: ast.stmt) -> Iterator[str]:
 
 
 def mentions(node: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """Names that a statement reads, each with the attribute taken of it, or None."""
+    """Names that a statement reads, each with the attribute accessed on it, or None."""
     bases: set[int] = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
@@ -384,7 +384,7 @@ def mentions(node: ast.AST) -> Iterator[tuple[str, str | None]]:
 
 
 def texts_in(node: ast.AST) -> set[str]:
-    """The text constants in a statement."""
+    """The string constants in a statement."""
     return {
         inner.value
         for inner in ast.walk(node)
@@ -405,7 +405,7 @@ def _with_names(node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> as
 
 
 def exists(name: str) -> bool:
-    """Whether there is a module of that name."""
+    """Whether a module of that name exists."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:

@@ -1,8 +1,8 @@
-"""Skip connections between visits: a state is kept at one visit and joined at a later one.
+"""Skip connections between visits: the output of one visit is added to the input of a later one.
 
-`model.skips` names the kind. Which visits pair up follows from the LoopPlan alone.
+`model.skips` chooses the kind. The LoopPlan alone determines which visits are paired.
 
-Shapes: states are (B, T, D): batch, positions, model width.
+Shapes: states are (B, T, D) = batch, positions, model width.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from recurgolf.looping import LoopPlan
 
 
 def unet_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
-    """Later visit -> (earlier visit, row): the first half pushes, the second half pops.
+    """Later visit -> (earlier visit, row of weights), paired as a stack, as in a U-Net.
 
-    The encoder is the first floor(n/2) visits; the k-th decoder visit joins the output of the
-    last encoder visit not yet joined.
+    The first floor(n/2) visits are the encoder and push their outputs; each visit of the decoder
+    pops the latest one that is left.
     """
     encoder = plan.num_visits // 2
     return {encoder + k: (encoder - 1 - k, k) for k in range(encoder)}
 
 
 def prelude_to_coda_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
-    """The prelude's output joins in front of the coda, around the whole core."""
+    """The prelude's output is added before the coda, bypassing the whole core."""
     start, stop = plan.core
     if start == 0 or stop == plan.num_visits:
         return {}
@@ -34,9 +34,9 @@ def prelude_to_coda_pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:
 
 
 class Skips(nn.Module):
-    """`x + weight * kept`, one row of weights [dim] per pair.
+    """`x + weight * kept`, with weights (rows, D): one row per pair, initialized to 1.
 
-    Pairs beyond those of the largest plan, in scoring with more passes, use the last row.
+    Scoring with more passes than the largest plan has more pairs than rows: they use the last row.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Skips(nn.Module):
 
 
 class GatedSkips(Skips):
-    """`(1 - g) weight * kept + g x` with g = sigmoid(gate), which starts at the average."""
+    """`(1 - g) * weight * kept + g * x` with g = sigmoid(gate), gate (rows, D), g = 1/2 at init."""
 
     def __init__(
         self, pairs: Callable[[LoopPlan], Mapping[int, tuple[int, int]]], rows: int, dim: int
@@ -70,7 +70,7 @@ class GatedSkips(Skips):
 
 
 class NoSkips(nn.Module):
-    """No connection; a null object, so that the forward has one shape."""
+    """No skip connections: a null object, so that the forward pass needs no branch."""
 
     @staticmethod
     def pairs(plan: LoopPlan) -> dict[int, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Ranks: who this process is, and the few collectives that a run needs."""
+"""This process's rank, and the few collectives that a run needs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from recurgolf.settings import TrainerConfig
 T = TypeVar("T")
 
 PATIENCE = 10
-"""Times the usual timeout, for waiting while rank 0 prepares data or packs."""
+"""Factor on the timeout for barriers at which rank 0 may be preparing data or packing."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run.
+    """This process among all processes of a run.
 
     Attributes:
         rank: 0 to world_size - 1; rank 0 writes, logs and decides.
-        local_rank: number on this machine, which picks the GPU.
-        patient: a process group for waiting while rank 0 works alone; None for a single rank.
+        local_rank: rank on this machine, the index of its GPU.
+        patient: process group with a long timeout, for waiting while rank 0 works alone; None for
+            a single rank.
     """
 
     rank: int = 0
@@ -44,13 +45,13 @@ class Ranks:
 
     @property
     def share(self) -> Share:
-        """This rank's part of a scoring."""
+        """This rank's share of the text to score."""
         if self.world_size == 1:
             return Share()
         return RankShare(self.rank, self.world_size, all_reduced)
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over ranks, in float64."""
+        """Each value summed over ranks, in float64."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -60,9 +61,9 @@ class Ranks:
     def broadcast_and_any(
         self, values: Sequence[float], flags: Sequence[bool]
     ) -> tuple[list[float], list[bool]]:
-        """Rank 0's values, and which flags any rank has raised, in one all-reduce.
+        """Rank 0's values, and for each flag whether any rank has set it, in one all-reduce.
 
-        The other ranks contribute zeros, so that the sum is rank 0's number to the last bit.
+        The other ranks contribute zeros, so the sums are rank 0's values bit for bit.
         """
         if self.world_size == 1:
             return list(values), list(flags)
@@ -87,13 +88,13 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks, patiently: rank 0 may have much to do alone."""
+        """Wait for all ranks, with the long timeout: rank 0 may be busy for a while."""
         if self.world_size > 1:
             dist.barrier(group=self.patient)
 
 
 def all_reduced(tensor: Tensor) -> Tensor:
-    """A tensor's sum over ranks, back on the device that it came from."""
+    """A tensor summed over ranks, on the device it came from."""
     total = tensor.to(_device(), copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
@@ -104,27 +105,27 @@ def _device() -> str:
 
 
 def _patient_group(timeout_seconds: float) -> Any:
-    """On the CPU always: nothing is computed there."""
+    """Always gloo, on the CPU: it only serves barriers."""
     allowed = timedelta(seconds=PATIENCE * timeout_seconds)
     return dist.new_group(backend="gloo", timeout=allowed)
 
 
 def backend_of(config: TrainerConfig) -> str:
-    """Which library carries the collectives."""
+    """The torch.distributed backend."""
     return "nccl" if config.device == "cuda" else "gloo"
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun (or another launcher with its variables) already made the ranks."""
+    """Whether torchrun, or a launcher that sets its variables, has started the ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 @contextlib.contextmanager
 def torchrun_ranks(config: TrainerConfig) -> Iterator[Ranks]:
-    """The process group that torchrun's environment describes.
+    """The process group described by torchrun's environment variables.
 
     Raises:
-        ConfigError: other than `trainer.devices` ranks.
+        ConfigError: the number of ranks is not `trainer.devices`.
     """
     timeout = timedelta(seconds=config.rank_timeout_seconds)
     dist.init_process_group(backend_of(config), timeout=timeout)
@@ -145,7 +146,7 @@ def torchrun_ranks(config: TrainerConfig) -> Iterator[Ranks]:
 def file_ranks(
     backend: str, rendezvous: str, rank: int, world_size: int, timeout_seconds: float
 ) -> Iterator[Ranks]:
-    """A process group of one machine that meets in a file (no port to collide on)."""
+    """A process group of one machine with a file rendezvous, so that no port can be taken."""
     dist.init_process_group(
         backend,
         init_method=f"file://{rendezvous}",
@@ -160,5 +161,5 @@ def file_ranks(
 
 
 def environment_rank() -> int:
-    """This process's rank by torchrun's environment; 0 outside it."""
+    """This process's rank from torchrun's environment; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

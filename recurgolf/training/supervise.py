@@ -1,8 +1,8 @@
-"""Ranks of one machine: started, watched, and ended together, with the true cause on the console.
+"""Start the ranks of one machine, watch them, end them together, and report the root cause.
 
-One rank that fails makes the others fail in their collectives a moment later. Every rank leaves a
-note of how it ended, and what is shown is the first failure that is no consequence of another. A
-rank that hangs is asked where it is before it is ended.
+When one rank fails, the others fail in their collectives a moment later. Every rank leaves a note
+of how it ended, and the first failure that is not a consequence of another one is reported. A rank
+that hangs is made to dump its stack before it is killed.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from recurgolf.training.faults import RunFailed
 from recurgolf.training.signals import STOP_SECONDS, WATCHED, Interruption, Signals
 
 GRACE_SECONDS = 3.0
-"""After the first failure the others have so long to end by themselves."""
+"""How long the other ranks may take to end by themselves after the first failure."""
 
 _CONSEQUENCES = (
     *("connection closed by peer", "connection reset", "broken pipe", "socket closed"),
     *("timed out", "timeout", "connection refused", "gloo", "nccl communicator was aborted"),
 )
-"""Words of a collective that waits for a rank which is gone, or does not come."""
+"""What error messages of a collective say when another rank is gone or never arrives."""
 
 
 def run_ranks(
     target: Callable[[int, str, Any], None], count: int, argument: Any, signals: Signals
 ) -> None:
-    """Call `target(rank, meeting_folder, argument)` in `count` processes; return when all ended.
+    """Call `target(rank, meeting_folder, argument)` in `count` spawned processes and join them.
 
     Args:
-        target: importable; its processes are spawned.
-        signals: listening in this process; what it hears is passed on to the ranks.
+        target: an importable function.
+        signals: listening in this process; signals received are passed on to the ranks.
 
     Raises:
-        ConfigError: a rank refused the request.
-        RunFailed: a rank failed, died or hung; Diverged where that is why.
-        Interruption: a signal ended the ranks.
+        ConfigError: a rank refused the config.
+        RunFailed: a rank failed, died or hung; Diverged if training diverged.
+        Interruption: the ranks were ended by a signal.
     """
     with tempfile.TemporaryDirectory() as folder, _spawning() as context, signals.deferred():
         meeting = Path(folder)
@@ -73,7 +73,7 @@ def run_ranks(
 
 
 def _rank(target: Callable[[int, str, Any], None], rank: int, folder: str, argument: Any) -> None:
-    """The main function of a rank's process."""
+    """Entry point of a rank's process."""
     _end_with_parent()
     with steady_output(), (Path(folder) / f"stack_{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
@@ -93,18 +93,18 @@ def _rank(target: Callable[[int, str, Any], None], rank: int, folder: str, argum
             _note(folder, rank, "lost" if is_consequence(error) else "broken", text)
         sys.stdout.flush()
         sys.stderr.flush()
-        # Threads of a broken process group may wait for ever.
+        # Threads of a broken process group may block a normal exit for ever.
         os._exit(code)
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Whether an error only reports that another rank is gone."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _CONSEQUENCES)
 
 
 def _watch(ranks: list[BaseProcess], meeting: Path, signals: Signals) -> None:
-    """Return when all ranks have ended well; see to the end of all when one has not."""
+    """Return when all ranks have succeeded; otherwise end them all and raise the cause."""
     asked_to_stop = 0.0
     while True:
         running = [p for p in ranks if p.is_alive()]
@@ -122,7 +122,7 @@ def _watch(ranks: list[BaseProcess], meeting: Path, signals: Signals) -> None:
         wait([p.sentinel for p in running], timeout=0.1)
     interrupted = {128 + number for number in WATCHED}
     first = next(p.exitcode for p in ranks if p.exitcode)
-    # The whole group was sent a signal, and a rank was the first to notice.
+    # A signal went to the whole process group, and a rank acted on it before this process did.
     if first in interrupted and not list(meeting.glob("end_*.json")):
         _join(ranks, STOP_SECONDS)
         raise Interruption(first - 128)
@@ -136,7 +136,7 @@ def _watch(ranks: list[BaseProcess], meeting: Path, signals: Signals) -> None:
 
 
 def _cause(ranks: list[BaseProcess], hung: list[int], meeting: Path) -> Exception:
-    """Why the ranks ended: the earliest failure that no other explains."""
+    """The root cause: the earliest failure that is not a consequence of another one."""
     notes = [json.loads(path.read_text()) for path in meeting.glob("end_*.json")]
     notes.sort(key=lambda note: note["time"])
     told = {"refused": ConfigError, "diverged": Diverged, "failed": RunFailed}
@@ -193,7 +193,7 @@ def _send(process: BaseProcess, number: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the launching process is gone, however it went."""
+    """Have the kernel send SIGTERM when the launching process dies, for whatever reason."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -207,7 +207,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _spawning() -> Iterator[Any]:
-    """The spawn context, also where a plugin such as joblib left another start method behind."""
+    """The spawn context, even if a plugin such as joblib has set another start method."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("spawn", force=True)
     try:
