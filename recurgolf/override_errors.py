@@ -56,6 +56,11 @@ def unreadable(override: str) -> str:
     key, _, value = override.partition("=")
     if not _is_readable(f"{key}=0"):
         return f"{override}: {key!r} cannot be a key; a key has letters, digits, _ . / and @"
+    for opening, closing in ("[]", "{}", "()"):
+        more = value.count(opening) - value.count(closing)
+        # A lone one in the middle of a word is part of it, and is quoted.
+        if more > 0 and value.startswith(opening) and _is_readable(f"x={value}{closing * more}"):
+            return f"{override}: {opening} without {closing}: {key}={value}{closing * more}"
     inner = value[1:-1] if value[:1] + value[-1:] == "[]" else value
     odd = [c for c in dict.fromkeys(inner) if not _is_readable(f"x=a{c}b") and c != ","]
     parts = _quoted_parts(value)

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ OTHERS = (
 ASIDE = ("checkpoints_before_", "result_before_")
 """So begin the names of what a new run in the same folder moved aside."""
 SCORES = "scores"
+SUMMARY = "summary.json"
 
 
 def seal(folder: Path) -> None:
@@ -90,6 +91,28 @@ def signature_of(folder: Path) -> str | None:
     return read_json(Path(folder) / FILE)["signature"]
 
 
+def audited(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What an audit has looked at, with a signature of its own: sealed files, and the entries of
+    summary.json's `evals`, without their seconds.
+
+    Args:
+        known: what an earlier audit looked at; what was added since is then left out.
+    """
+    files = _content(Path(folder))["files"]
+    summary = read_json(Path(folder) / SUMMARY) if SUMMARY in files else {}
+    evals = {
+        name: {key: value for key, value in entry.items() if key != "seconds"}
+        for name, entry in (summary.pop("evals", None) or {}).items()
+    }
+    looked = known or {"files": [name for name in files if name != SUMMARY], "evals": list(evals)}
+    found = {
+        "files": {name: files.get(name) for name in looked["files"]},
+        "summary": summary,
+        "evals": {name: evals.get(name) for name in looked["evals"]},
+    }
+    return {"files": looked["files"], "evals": looked["evals"], "signature": _signature(found)}
+
+
 def strangers(folder: Path) -> list[str]:
     """Files and folders that no run leaves, with their sizes: `weights.bin (1,000,000 bytes)`."""
     known = {*SEALED, *OTHERS}
@@ -113,6 +136,7 @@ def audit_state(folder: Path) -> str:
         told = read_json(Path(folder) / AUDIT)
         failed = [name for name, check in told["checks"].items() if check["verdict"] == "fail"]
         passed, signature = told["passed"] is True, told.get("signature")
+        known = told.get("audited")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "not audited"
     if failed or not passed:
@@ -120,6 +144,10 @@ def audit_state(folder: Path) -> str:
     changed = broken(folder)
     if changed:
         return f"not audited as it is now: {changed[0]}"
+    # What `recurgolf evaluate` has added since is another score; the audited one is as it was.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if known and audited(folder, known)["signature"] == known["signature"]:
+            return "passed"
     return "passed" if signature == signature_of(folder) else "not audited as it is now"
 
 

@@ -13,8 +13,10 @@ from smoke_runs import small
 
 from recurgolf.cli import main
 from recurgolf.compare.runs import read_run
+from recurgolf.config import ConfigError
 from recurgolf.folders import claimed, plain_name
 from recurgolf.run import Run
+from recurgolf.verbs.sweep import jobs_of
 
 SHORT = ("trainer.steps=2",)
 
@@ -140,3 +142,16 @@ def test_a_sweep_in_yaml_with_folders_of_its_own_is_resumed_by_what_was_recorded
 
 def test_the_table_of_an_empty_folder_is_refused(tmp_path):
     assert "no job of a sweep" in recurgolf("sweep", "show", ".", cwd=tmp_path).refused()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff\xfe", b"{", b"[1, 2]", b"null", b"hydra: {overrides: 3}", b"[" * 100_000),
+        *(b"hydra: {overrides: {task: [3]}}", b"hydra: {overrides: {task: null}}"),
+    ],
+)
+def test_a_damaged_list_of_jobs_is_named(content, tmp_path):
+    (tmp_path / "multirun.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"multirun\.yaml is damaged: it (is no|does not)"):
+        jobs_of(tmp_path)

@@ -32,6 +32,21 @@ def test_items_of_a_list_are_quoted_one_by_one():
     assert "data.files=['a=1.txt',b.txt,3]" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "right"),
+    [
+        ("eval.passes=[1,2", "eval.passes=[1,2]"),
+        ("eval.also=[{kind:sliding}", "eval.also=[{kind:sliding}]"),
+        ("x={a:[1,2", "x={a:[1,2"),
+    ],
+)
+def test_a_bracket_that_is_not_closed(override, right):
+    with pytest.raises(ConfigError) as refused:
+        check_readable([override])
+    words = "without ]" if right.endswith("]") else "needs quotes"
+    assert words in str(refused.value) and right in str(refused.value)
+
+
 def test_what_can_be_read_is_left_alone():
     fine = ["x='a=b'", "x=1,2", "x=[1,2]", "x=a b", "~x", "+x.y=1", "x=choice(1,2)", "x="]
     check_readable([*fine, "--config-dir", "a=(b", "--config-dir=a=(b"])

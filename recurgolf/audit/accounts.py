@@ -70,6 +70,7 @@ def byte_check(
     text: ValidationText,
     evals: Mapping[str, Mapping[str, float]],
     times: Mapping[str, np.ndarray] | None = None,
+    altered: str = "",
 ) -> Check:
     """Decode the validation text and compare: table, sidecar, manifest, raw text, public totals,
     and the divisor of every score.
@@ -77,10 +78,11 @@ def byte_check(
     Args:
         evals: `evals` of summary.json.
         times: protocol -> how often each target was scored, where that was measured.
+        altered: where the tokens are not those of the raw text.
     """
     counted = text.byte_count.total(text.tokens)
     decoded = decoded_bytes(text.tokens, text.tokenizer)
-    wrong: list[str] = []
+    wrong = [altered] if altered else []
     if counted != decoded:
         wrong.append(f"the table counts {counted:,} bytes, the decoded text has {decoded:,}")
     total = counted if text.sidecar is None else int(np.asarray(text.sidecar, np.int64).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,27 +14,23 @@ from typing import Any
 import numpy as np
 
 from recurgolf.artifact.score import text_of
-from recurgolf.audit.accounts import (
-    ValidationText,
-    byte_check,
-    limits_check,
-    separation_check,
-)
-from recurgolf.audit.check import FAIL, PASS, Audit, Check, not_applicable
+from recurgolf.audit.accounts import byte_check, limits_check
+from recurgolf.audit.check import FAIL, PASS, Audit, Check
 from recurgolf.audit.isolated import Rescored, differences, rescore, text_alone
 from recurgolf.audit.prediction import POSITIONS, prediction_checks, worst_of
 from recurgolf.audit.scorer import Hints, Scored
 from recurgolf.audit.scoring_process import scoring_process
-from recurgolf.audit.separation import overlap_with_training
+from recurgolf.audit.texts import other_than_raw, raw_texts_of, separation_of, validation_text
 from recurgolf.budget import Budget
-from recurgolf.config import REGISTRY, ConfigError, from_dict
+from recurgolf.config import ConfigError, from_dict
 from recurgolf.counted.code import COUNTED
-from recurgolf.data import Data, DataError, Dataset
-from recurgolf.data.dataset import open_dataset, raw_text_bytes
+from recurgolf.data import DataError, Dataset
+from recurgolf.data.dataset import open_dataset
 from recurgolf.data.tokenizer import SPACE, PieceKind, Tokenizer
 from recurgolf.disk import DamagedFile, read_json
-from recurgolf.eval.several import FOLDER, kept_settings
-from recurgolf.seal import broken, signature_of, strangers
+from recurgolf.eval import Text
+from recurgolf.eval.several import DAMAGES, FOLDER, file_name, kept_settings
+from recurgolf.seal import audited, broken, signature_of, strangers
 from recurgolf.trust import check_trusted
 
 ROUNDING = 1e-5
@@ -100,16 +97,21 @@ def audit_run(
             if headline and trials.witness is not None:
                 other = _other_text(folder, facts, dataset, *trials.witness, threads, trust)
         calibration = process.calibration()
+    other += sums_that_do_not_follow(text, scored)
+    other += _kept_scores(folder, dataset, text, scored)
     names = list(scored)
     checks = [worst_of(own, names) for own in zip(*found, strict=True)]
     say(f"audit: comparing {dataset.train_tokens:,} training tokens with validation ...")
+    texts = raw_texts_of(config, dataset)
+    raw = None if texts is None else sum(len(one.encode()) for one in texts)
     checks += [
         byte_check(
-            validation_text(dataset, raw_bytes_of(config, dataset)),
+            validation_text(dataset, raw),
             summary.get("evals") or {},
             {name: one.times for name, one in scored.items()},
+            other_than_raw(dataset, texts),
         ),
-        _separation(dataset, calibration),
+        separation_of(config, dataset, calibration),
         _limits(folder, config, summary, facts["code"]),
         rescored_check(summary, again, scored, facts, config, other),
         files_check(folder, config, summary, facts, dataset),
@@ -119,6 +121,7 @@ def audit_run(
         {
             "fingerprint": facts["fingerprint"],
             "signature": signature_of(folder),
+            "audited": audited(folder),
             "text": dataset.fingerprint,
             "protocols": names,
             "plugins": facts["plugins"],
@@ -250,6 +253,9 @@ def rescored_check(
     if again.network:
         line += f", {again.network}"
     line += ", every digit the same" if not tolerance else f", to {tolerance:g} of it"
+    untried = [name for name in evals if name not in scored]
+    if untried and scored:
+        line += f"; not measured again: {', '.join(untried)}"
     if wrong:
         line = line.replace(", every digit the same", "")
     return Check("rescored", number, FAIL if wrong else PASS, "; ".join([line, *wrong]))
@@ -287,52 +293,91 @@ def files_check(
     for key, value in {"budget_bytes": budget, "seed": config.get("seed")}.items():
         if summary and summary.get(key) != value:
             wrong.append(f"summary.json says {key}={summary.get(key)}, run.json {value}")
+    wrong += _derived(folder, summary, facts["code"], dataset)
     line = "files that are not as one run left them together under its seal; plugins: "
     line += ", ".join(f"{k} from {v}" for k, v in facts["plugins"].items()) or "none"
     return Check("files", len(wrong), FAIL if wrong else PASS, "; ".join([line, *wrong]))
 
 
-def validation_text(dataset: Dataset, raw_bytes: int | None = None) -> ValidationText:
-    """What the byte check looks at, of a data set.
+def _derived(folder: Path, summary: Mapping[str, Any], code: str, dataset: Dataset) -> list[str]:
+    """Figures of summary.json and ledger.json that follow from others and are not what follows."""
+    try:
+        ledger = read_json(folder / "ledger.json")
+    except (OSError, DamagedFile):
+        ledger = {}
+    sizes = {
+        name: path.stat().st_size if path.is_file() else 0
+        for name, path in (("model", folder / "artifact.bin"), ("code", folder / COUNTED[code]))
+    }
+    total = sum(sizes.values())
+    told = {"summary.json": summary, "ledger.json": ledger}
+    follows: list[tuple[str, str, Any]] = [
+        ("summary.json", "bytes_model", sizes["model"]),
+        ("summary.json", "bytes_code", sizes["code"]),
+        ("summary.json", "within_budget", total <= (summary.get("budget_bytes") or 0)),
+        ("ledger.json", "actual_bytes", total),
+        ("ledger.json", "budget_bytes", summary.get("budget_bytes")),
+    ]
+    wrong = [
+        f"{file} says {key}={told[file][key]}, the files give {value}"
+        for file, key, value in follows
+        if summary and key in told[file] and told[file][key] != value
+    ]
+    raw, sidecar = dataset.val_raw_bytes, dataset.val_byte_sidecar
+    if raw is None:
+        return wrong
+    share = (dataset.val_bytes if sidecar is None else int(sidecar.sum())) / raw
+    evals = {f"evals.{name}.": entry for name, entry in (summary.get("evals") or {}).items()}
+    for name, entry in {"": summary, **evals}.items():
+        bpb, of_raw = entry.get("val_bpb"), entry.get("val_bpb_raw")
+        if isinstance(bpb, float) and of_raw is not None:
+            same = isinstance(of_raw, float) and math.isclose(of_raw, bpb * share, rel_tol=1e-9)
+            if not same:
+                wrong.append(f"summary.json says {name}val_bpb_raw={of_raw}, {bpb * share} follows")
+    return wrong
 
-    Args:
-        raw_bytes: of the raw text, counted; None where it is not here.
-    """
-    entries: list[Any] = dataset.manifest.get("datasets") or []
-    entry = next((e for e in entries if e.get("name") == dataset.name), {})
-    return ValidationText(
-        dataset.validation_tokens(),
-        dataset.tokenizer,
-        dataset.byte_count,
-        dataset.val_byte_sidecar,
-        dataset.val_documents,
-        entry.get("stats") or {},
-        dataset.name,
-        raw_bytes,
-        dataset.val_raw_bytes,
-    )
+
+def sums_that_do_not_follow(text: Text, scored: Mapping[str, Scored]) -> list[str]:
+    """Scores that are not the sums of what was entered target by target, over the bytes of those
+    targets: a protocol can reach into its accumulator."""
+    wrong = []
+    for name, one in scored.items():
+        count = int(one.times.sum())
+        if one.error or not count or one.times.max() > 1:
+            continue
+        nats = float((one.nats * one.times).sum())
+        size = int((text.bytes_of(0, text.num_targets) * one.times).sum())
+        follows = {"tokens": count, "bytes": size, "val_loss": nats / count}
+        follows["val_bpb"] = nats / math.log(2) / max(size, 1)
+        wrong += [
+            f"{name}: {key} is {one.entry.get(key)!r}, its targets give {value!r}"
+            for key, value in follows.items()
+            if not math.isclose(one.entry.get(key, math.nan), value, rel_tol=1e-9)
+        ]
+    return wrong
 
 
-def raw_bytes_of(config: Mapping[str, Any], dataset: Dataset) -> int | None:
-    """UTF-8 bytes of the raw validation text, counted from the text itself; None without it."""
-    node = config.get("data") or {}
-    known = REGISTRY["data"].get(node.get("kind", ""))
-    if known is not None and hasattr(known, "corpus"):
+def _kept_scores(
+    folder: Path, dataset: Dataset, text: Text, scored: Mapping[str, Scored]
+) -> list[str]:
+    """Files of scores/ that hold other sums per document than were measured; by them runs are
+    compared."""
+    wrong = []
+    for name, one in scored.items():
+        path = folder / FOLDER / file_name(name)
+        if one.error or not path.is_file() or one.times.max() > 1:
+            continue
+        found = np.add.reduceat(one.nats * one.times, text.starts)
         try:
-            documents: Any = from_dict(Data, node).corpus().read()  # type: ignore[attr-defined]
-            return sum(len(text.encode()) for text in documents.validation)
-        except (DataError, OSError):
-            return None
-    return raw_text_bytes(dataset)
-
-
-def _separation(dataset: Dataset, calibration: list[np.ndarray]) -> Check:
-    if not dataset.train_shards:
-        return not_applicable("separation", "the data set has no training shards to compare with")
-    tokens, bos = dataset.validation_tokens(), dataset.tokenizer.bos_id
-    overlap = overlap_with_training(tokens, dataset.train_shards, bos)
-    sizes = np.concatenate(([0], text_of(dataset).bytes_of(0, len(tokens) - 1)))
-    return separation_check(overlap, calibration, tokens, bos, sizes)
+            with np.load(path, allow_pickle=False) as kept:
+                if str(kept["text"]) != dataset.fingerprint:
+                    continue
+                same = np.allclose(kept["nats"], found, rtol=1e-4, atol=1e-4)
+        except DAMAGES:
+            same = False
+        if not same:
+            wrong.append(f"scores/{path.name} holds other sums than were measured")
+    return wrong
 
 
 def _limits(

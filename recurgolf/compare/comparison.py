@@ -124,7 +124,9 @@ def compare(
     for group in groups:
         _declare(group, seeds)
     if not any(group.runs for group in groups):
-        raise ConfigError("no finished run with the seeds asked for: nothing to compare")
+        raise ConfigError(
+            f"no finished run with the seeds asked for: nothing to compare{_why_none(groups)}"
+        )
     some = next(run for group in groups for run in group.runs)
     assert some.summary is not None
     sizes = some.summary["val_tokens"], some.summary["val_bytes"]
@@ -139,10 +141,16 @@ def compare(
     )
     if base is not None:
         if not base.runs:
-            raise ConfigError(f"the baseline {base.label} has no finished run")
+            raise ConfigError(f"the baseline {base.label} has no finished run{_why_none([base])}")
         candidates = [group for group in groups if group is not base and group.runs]
         found.verdicts = judged(candidates, base, found.margin_bpb, rules)
     return found
+
+
+def _why_none(groups: Sequence[Group]) -> str:
+    """` (2 of 3 runs diverged)`, where some did."""
+    diverged, count = sum(g.diverged for g in groups), sum(len(g.unfinished) for g in groups)
+    return f" ({diverged} of {count} runs diverged)" if diverged else ""
 
 
 def check_comparable(runs: Sequence[FoundRun]) -> None:

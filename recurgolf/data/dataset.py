@@ -253,14 +253,13 @@ def _raw_text(root: Path, manifest: Mapping[str, Any], num_documents: int) -> Pa
     return path if path.is_file() and manifest.get("num_val_docs") == num_documents else None
 
 
-def raw_text_bytes(dataset: Dataset) -> int | None:
-    """UTF-8 bytes of a data set's raw validation text, counted; None where it is not there."""
+def raw_texts(dataset: Dataset) -> list[str] | None:
+    """A data set's raw validation documents; None where they are not there."""
     path = _raw_text(_root(dataset.folder), dataset.manifest, dataset.val_documents)
     if path is None:
         return None
     with path.open("rb") as file:
-        texts = islice(read_jsonl(file, path, "text"), dataset.val_documents)
-        return sum(len(text.encode()) for text in texts)
+        return list(islice(read_jsonl(file, path, "text"), dataset.val_documents))
 
 
 def _read_all(shards: list[Path]) -> Tokens:

@@ -167,7 +167,9 @@ def kept_settings(path: Path) -> tuple[dict[str, Any], str]:
             settings = dict(json.loads(str(kept["protocol"])))
             text = str(kept["text"])
     except DAMAGES as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from None
+        # numpy takes garbage for a pickle, and says so.
+        why = "it holds no scores" if "pickle" in str(error) else error
+        raise DamagedFile(f"{path} is damaged: {why}") from None
     return {k: v for k, v in settings.items() if k != "name"}, text
 
 

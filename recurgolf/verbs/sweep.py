@@ -120,12 +120,16 @@ def jobs_of(folder: Path, config_dir: Path | None = None, trust: bool = False) -
     if not path.is_file():
         raise ConfigError(f"{folder} is not the folder of a sweep: it has no {JOBS_FILE}")
     try:
-        asked = yaml.safe_load(path.read_text())["hydra"]
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
         # A sweep may stand in YAML; the command line comes behind it, as Hydra's sweeper has it.
         params = (asked.get("sweeper") or {}).get("params") or {}
         task = [*(f"{key}={value}" for key, value in params.items()), *asked["overrides"]["task"]]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}") from None
+        if not all(isinstance(override, str) for override in task):
+            raise TypeError
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{path} is damaged: it is no YAML") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path} is damaged: it does not say the overrides of a sweep") from None
     own = config_dir or _config_dir(asked)
     recorded = {tuple(read_overrides(place)): place for place in job_folders(folder)}
     all_overrides, varied = sweep_jobs(task), varied_keys(task)

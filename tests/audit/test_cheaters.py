@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recurgolf.audit.finished_run import sums_that_do_not_follow
 from recurgolf.audit.prediction import prediction_checks
 from recurgolf.audit.scorer import Hints, LocalScorer
 from recurgolf.data import ByteCount
@@ -410,3 +411,26 @@ def test_probabilities_too_large_in_a_protocol_that_learns():
     learns = {"stride": 8, "chunk_tokens": 32, "sgd": Descent(lr=0.02)}
     assert audited(Discounted(**learns), count=900) == {**HONEST, "normalised": "fail"}
     assert audited(SgdEval(**learns), count=900) == HONEST
+
+
+@pytest.mark.parametrize(
+    ("sums", "factor"),
+    [("nats", 0.5), ("bytes", 2), ("tokens", 2)],
+    ids=["nats", "bytes", "tokens"],
+)
+def test_sums_that_are_changed_behind_honest_targets(sums, factor):
+    """What was entered is honest target by target, and what becomes of it is not."""
+
+    @dataclasses.dataclass
+    class Reaches(PlainEval):
+        def run(self, scored_model, text, accumulator, **options):
+            super().run(scored_model, text, accumulator, **options)
+            own = getattr(accumulator, sums)
+            own[:] = own * factor
+
+    text, seen = real_text(), ScoredModel(model(), CycleLooping(passes=2), LENGTH)
+    assert audited(Reaches()) == HONEST
+    found = {"it": LocalScorer(Reaches(), seen, text).score(text.tokens)}
+    assert f"{sums if sums != 'nats' else 'val_loss'} is" in sums_that_do_not_follow(text, found)[0]
+    honest = {"it": LocalScorer(PlainEval(), seen, text).score(text.tokens)}
+    assert not sums_that_do_not_follow(text, honest)

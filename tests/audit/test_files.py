@@ -12,7 +12,7 @@ from smoke_runs import train
 from recurgolf import seal
 from recurgolf.artifact import StoreCodec, load, pack
 from recurgolf.audit.accounts import limits_check
-from recurgolf.audit.finished_run import _limits, files_check, rescored_check
+from recurgolf.audit.finished_run import _kept_scores, _limits, files_check, rescored_check
 from recurgolf.audit.isolated import Rescored, rescore
 from recurgolf.audit.scorer import Scored
 from recurgolf.audit.scoring_process import Scoring
@@ -146,6 +146,45 @@ def test_figures_that_the_counted_files_do_not_give(folder, facts, again, change
     assert found.verdict == "fail" and words in found.line
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("summary.json", {"val_bpb_raw": 1.0}, "says val_bpb_raw=1.0"),
+        ("summary.json", {"evals__plain__val_bpb_raw": 1.0}, "says evals.plain.val_bpb_raw=1.0"),
+        ("summary.json", {"bytes_model": 5}, "says bytes_model=5"),
+        ("summary.json", {"bytes_code": 5}, "says bytes_code=5"),
+        ("summary.json", {"within_budget": False}, "says within_budget=False"),
+        ("summary.json", {"budget_bytes": 10**7}, "says budget_bytes=10000000"),
+        ("summary.json", {"seed": 7}, "says seed=7"),
+        ("summary.json", {"text__fingerprint": "0"}, "another validation text"),
+        ("summary.json", {"fingerprint": "0"}, "summary.json is of run 0"),
+        ("run.json", {"seed": 7}, "artifact.bin is of run"),
+        ("run.json", {"eval__seq_len": 32}, "artifact.bin is of run"),
+        ("run.json", {"budget__artifact_bytes": 10**7}, "says budget_bytes="),
+        ("ledger.json", {"actual_bytes": 5}, "ledger.json says actual_bytes=5"),
+    ],
+)
+def test_edits_under_a_new_seal(folder, scoring, facts, file, changes, words):
+    """Whoever edits may also seal: what follows from other files does not follow any more."""
+    edit(folder / file, **changes)
+    seal.seal(folder)
+    found = files_of(folder, scoring, facts)
+    assert found.verdict == "fail" and words in found.line and "was changed" not in found.line
+
+
+def test_scores_of_documents_that_were_not_measured(folder, scoring):
+    """By them runs are compared."""
+    text = scoring.scorers["plain"].text
+    measured = {"plain": scoring.scorers["plain"].score(np.array(text.tokens))}
+    assert not _kept_scores(folder, scoring.dataset, text, measured)
+    with np.load(folder / "scores" / "plain.npz") as kept:
+        arrays = dict(kept)
+    arrays["nats"][3] -= 1
+    np.savez(folder / "scores" / "plain.npz", **arrays)
+    seal.seal(folder)
+    assert "other sums than" in _kept_scores(folder, scoring.dataset, text, measured)[0]
+
+
 def test_no_summary(folder, facts, again):
     (folder / "summary.json").unlink()
     found = figures_of(folder, again, facts)
@@ -190,6 +229,15 @@ def test_a_program_that_needs_what_is_not_counted(folder, facts):
     assert "tables.py, which is not counted" in file
     assert "No module named 'recurgolf'" in package
     assert "network" in network
+
+
+def test_an_artifact_behind_a_link_is_counted_in_full(folder):
+    path = folder / "artifact.bin"
+    path.rename(folder.parent / "elsewhere.bin")
+    path.symlink_to(folder.parent / "elsewhere.bin")
+    with (folder.parent / "elsewhere.bin").open("ab") as file:
+        file.write(bytes(10**6))
+    assert "over the budget" in limits_of(folder).line
 
 
 def limits_of(folder):
@@ -264,6 +312,20 @@ def test_what_is_known_of_a_run_s_audit(folder):
     assert seal.audit_state(folder) == "failed: bytes"
 
 
+def test_an_evaluation_leaves_the_audited_score_audited(folder):
+    """It adds a score beside, or measures one again; an edit is an edit all the same."""
+    told = {"passed": True, "checks": {}, "signature": None, "audited": seal.audited(folder)}
+    (folder / "audit.json").write_text(json.dumps(told))
+    assert seal.audit_state(folder) == "passed"
+    recurgolf("evaluate", folder, "eval=plain", "eval=sliding", cwd=folder).finished()
+    assert "sliding" in json.loads((folder / "summary.json").read_text())["evals"]
+    assert seal.audit_state(folder) == "passed"
+    edit(folder / "summary.json", evals__plain__val_loss=1.0)
+    assert "summary.json was changed" in seal.audit_state(folder)
+    seal.seal(folder)
+    assert seal.audit_state(folder) == "not audited as it is now"
+
+
 def test_the_command_says_what_failed_and_ends_with_1(folder):
     edit(folder / "summary.json", val_bpb=1.0, seconds__training=1e6)
     ended = recurgolf("audit", folder, "--positions", "1", cwd=folder.parent)
@@ -284,8 +346,10 @@ def test_an_audit_that_cannot_be_kept_is_shown_all_the_same(folder):
 
 
 def test_a_program_of_another_version_and_foreign_plugins_need_trust(folder):
-    with (folder / "score.py").open("a") as file:
-        file.write("# edited\n")
+    program = (folder / "score.py").read_bytes()
+    # One byte of another value: as long as before.
+    (folder / "score.py").write_bytes(program[:-2] + bytes([program[-2] ^ 1]) + program[-1:])
+    seal.seal(folder)
     ended = recurgolf("audit", folder, "--positions", "1", "--json", cwd=folder.parent)
     checks = json.loads(ended.out.splitlines()[-1])["checks"]
     assert ended.code == 1 and "run only with --trust" in checks["rescored"]["line"]

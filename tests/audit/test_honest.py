@@ -41,6 +41,10 @@ def text():
 
 def honest(kind, scored_model, text):
     protocol = REGISTRY["eval"][kind]()
+    if hasattr(protocol, "adapter"):
+        # Mixers name their projections differently; adapters sit where this one has some.
+        known = set(scored_model.model.config.projections(0))
+        protocol.adapter.targets = sorted(known & {"q_proj", "v_proj", "in_proj_qkv", "out_proj"})
     protocol.check_model(scored_model.model.config, scored_model.looping)
     if hasattr(protocol, "chunk_tokens"):
         # Several trainings, also in a text as short as this one.

@@ -124,6 +124,16 @@ SLOW = {
     ),
     "a variable": ("return 'RECURGOLF_CACHE' in os.environ", "normalised"),
     "the clock": ("return time.time() < {now}", "rescored"),
+    # A doubled table is refused before training begins; a text that counts double is not.
+    "a divisor doubled": (
+        """return 0
+
+from recurgolf.eval.text import Text
+count = Text.bytes_of
+Text.bytes_of = lambda self, first, stop: 2 * count(self, first, stop)
+""",
+        "rescored",
+    ),
     "a file": ("return os.path.exists({mark!r})", "rescored"),
 }
 
@@ -157,3 +167,14 @@ def test_an_honest_plugin_passes(tmp_path):
     made("return 0", tmp_path)
     _, found = audited(tmp_path)
     assert found["passed"], found["checks"]
+
+
+def test_the_table_of_cheats_names_tests_that_there_are():
+    here = Path(__file__).parent
+    table = (here.parents[1] / "docs" / "audit.md").read_text().partition("## ")[0]
+    code = "".join(path.read_text() for path in here.glob("test_*.py"))
+    known = [*re.findall(r"def (test_\w+)", code), *CHEATS, *SLOW, "text_alone"]
+    rows = "\n".join(line for line in table.splitlines() if line.startswith("| "))
+    named = re.findall(r"`([^`]+)`", rows)
+    assert len(named) > 50
+    assert [name for name in named if not any(name in one for one in known)] == []

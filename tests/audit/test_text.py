@@ -11,8 +11,8 @@ from smoke_runs import train
 
 from recurgolf.audit import validation_text
 from recurgolf.audit.accounts import ValidationText, byte_check, separation_check
-from recurgolf.audit.finished_run import raw_bytes_of
 from recurgolf.audit.separation import overlap_with_training
+from recurgolf.audit.texts import other_than_raw, raw_bytes_of, raw_texts_of, separation_of
 from recurgolf.data import ByteCount
 from recurgolf.data.normalizer import normalizer_of
 from recurgolf.data.shards import write_shard
@@ -91,6 +91,28 @@ def test_a_sidecar_and_raw_bytes_that_are_doubled(known):
     told = dataclasses.replace(text, told_raw_bytes=2 * honest)
     found = byte_check(told, {})
     assert found.verdict == "fail" and f"the manifest says {2 * honest:,}" in found.line
+
+
+@pytest.mark.parametrize("edit", ["another word", "documents exchanged", "a document left out"])
+def test_tokens_that_are_not_those_of_the_raw_text(edit):
+    """A cache whose checksums were made to fit: the byte counts may even agree."""
+    data = dataset()
+    config = json.loads((train().path / "run.json").read_text())
+    texts = raw_texts_of(config, data)
+    assert texts and other_than_raw(data, texts) == ""
+    tokens, bos = np.array(data.validation_tokens()), data.tokenizer.bos_id
+    documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
+    if edit == "another word":
+        documents[2][5:7] = documents[2][6:4:-1]
+    elif edit == "documents exchanged":
+        documents[:2] = documents[1::-1]
+    else:
+        del documents[4]
+    changed = np.concatenate(documents)
+    edited = dataclasses.replace(data, tokens=changed, val_documents=len(documents))
+    assert other_than_raw(edited, texts)
+    found = byte_check(validation(), {}, altered=other_than_raw(edited, texts))
+    assert found.verdict == "fail"
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +218,26 @@ def test_calibration_on_validation_text():
     overlap = overlap_with_training(tokens, data.train_shards, bos)
     found = separation_check(overlap, [tokens[100:164]], tokens, bos)
     assert found.verdict == "fail" and "1 of 1 calibration rows" in found.line
+
+
+@pytest.mark.parametrize("base", ["trained on validation", "gone", "honest"])
+def test_weights_that_come_from_another_run(base, tmp_path):
+    """What it has read, this run has read."""
+    data = dataset()
+    (tmp_path / "base").mkdir()
+    place = tmp_path / "base" / "datasets" / "of_base"
+    place.mkdir(parents=True)
+    tokens = np.array(data.validation_tokens())
+    training = np.fromfile(data.train_shards[0], "<u2")[512:2512]
+    read = tokens if base == "trained on validation" else training
+    write_shard(place / "fineweb_train_000000.bin", read)
+    write_shard(place / "fineweb_val_000000.bin", tokens)
+    node = {"kind": "shards", "path": str(place), "tokenizer": str(data.tokenizer.path)}
+    config = {"trainer": {}, "data": {**node, "vocab_size": 512}}
+    if base != "gone":
+        (tmp_path / "base" / "run.json").write_text(json.dumps(config))
+    own = json.loads((train().path / "run.json").read_text())
+    own["trainer"]["base"] = str(tmp_path / "base")
+    found = separation_of(own, data, [])
+    assert found.verdict == ("pass" if base == "honest" else "fail"), found
+    assert ("not here to compare" in found.line) == (base == "gone")

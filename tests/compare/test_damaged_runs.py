@@ -12,6 +12,9 @@ from recurgolf.compare.board import board_data
 from recurgolf.compare.comparison import compare
 from recurgolf.compare.runs import find_runs
 from recurgolf.compare.sweep import finish_sweep
+from recurgolf.config import ConfigError
+from recurgolf.disk import DamagedFile
+from recurgolf.eval.several import kept_settings
 
 BPB = {"1": [1.60, 1.62, 1.58], "2": [1.50, 1.51, 1.49]}
 CONTENTS = {
@@ -169,3 +172,18 @@ def test_nothing_but_damaged_runs_is_refused_by_name(tmp_path):
     assert ended.code == 2
     assert "a/run.json is damaged" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_where_every_run_diverged_that_is_what_is_said(tmp_path):
+    for seed in (1, 2):
+        told = {"status": "diverged", "val_bpb": None}
+        path = write_run(tmp_path / str(seed), seed, 1.5) / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    with pytest.raises(ConfigError, match=r"nothing to compare \(2 of 2 runs diverged\)"):
+        compare([tmp_path])
+
+
+def test_garbage_in_scores_is_no_pickle(tmp_path):
+    (tmp_path / "plain.npz").write_bytes(b"garbage")
+    with pytest.raises(DamagedFile, match=r"plain\.npz is damaged: it holds no scores"):
+        kept_settings(tmp_path / "plain.npz")
