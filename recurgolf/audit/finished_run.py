@@ -309,14 +309,14 @@ def _derived(folder: Path, summary: Mapping[str, Any], code: str, dataset: Datas
         name: path.stat().st_size if path.is_file() else 0
         for name, path in (("model", folder / "artifact.bin"), ("code", folder / COUNTED[code]))
     }
-    total = sum(sizes.values())
+    total, budget = sum(sizes.values()), summary.get("budget_bytes")
     told = {"summary.json": summary, "ledger.json": ledger}
     follows: list[tuple[str, str, Any]] = [
         ("summary.json", "bytes_model", sizes["model"]),
         ("summary.json", "bytes_code", sizes["code"]),
-        ("summary.json", "within_budget", total <= (summary.get("budget_bytes") or 0)),
+        ("summary.json", "within_budget", isinstance(budget, int) and total <= budget),
         ("ledger.json", "actual_bytes", total),
-        ("ledger.json", "budget_bytes", summary.get("budget_bytes")),
+        ("ledger.json", "budget_bytes", budget),
     ]
     wrong = [
         f"{file} says {key}={told[file][key]}, the files give {value}"
@@ -327,7 +327,7 @@ def _derived(folder: Path, summary: Mapping[str, Any], code: str, dataset: Datas
     if raw is None:
         return wrong
     share = (dataset.val_bytes if sidecar is None else int(sidecar.sum())) / raw
-    evals = {f"evals.{name}.": entry for name, entry in (summary.get("evals") or {}).items()}
+    evals = {f"evals.{n}.": entry or {} for n, entry in (summary.get("evals") or {}).items()}
     for name, entry in {"": summary, **evals}.items():
         bpb, of_raw = entry.get("val_bpb"), entry.get("val_bpb_raw")
         if isinstance(bpb, float) and of_raw is not None:
