@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recurgolf.limits import refused
@@ -160,13 +160,6 @@ def key_names(config: DictConfig, parent: str) -> list[str]:
 def as_written(config: DictConfig) -> dict[str, Any]:
     """A composed node with its interpolations as they stand in the YAML."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
-
-
-def without(config: DictConfig, key: str) -> DictConfig:
-    """The composed config, from which this key is taken."""
-    with flag_override(config, ["struct", "readonly"], False):
-        del config[key]
-    return config
 
 
 def to_dict(node: Any) -> Any:

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 
 from recurgolf.composing import built, hydra_initialized
 from recurgolf.conf import group_names
-from recurgolf.config import ConfigError, as_written, without
+from recurgolf.config import ConfigError, as_written
 from recurgolf.folders import plain_name
 from recurgolf.override_errors import check_readable
 from recurgolf.overrides import Choice, Interval, check_overrides, is_seed, quoted
@@ -197,12 +197,12 @@ def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
         if not asked.multirun and told.hydra.mode != RunMode.MULTIRUN:
             if several:
                 hydra.compose(name, overrides)  # says what is wrong with several values
-            loader = Composed(GlobalHydra.instance().config_loader().get_search_path(), told)
-            asking = loader.load_configuration()  # Hydra makes it read-only when it is asked
-            place = _place(asking, "run")
-            return Command(
-                "hydra.run.dir", *place, built(without(asking, "hydra")), [], loader=loader
-            )
+            main = GlobalHydra.instance().hydra
+            assert main is not None
+            loader = main.config_loader = Composed(main.config_loader.get_search_path(), told)
+            run = built(hydra.compose(name, overrides))
+            place = _place(loader.load_configuration(), "run")
+            return Command("hydra.run.dir", *place, run, [], loader=loader)
         params = told.hydra.sweeper.get("params") or {}
         place = _place(told, "sweep")
         launcher, at_once = _launcher(told.hydra.launcher)
