@@ -349,11 +349,10 @@ def sums_that_do_not_follow(text: Text, scored: Mapping[str, Scored]) -> list[st
         size = int((text.bytes_of(0, text.num_targets) * one.times).sum())
         follows = {"tokens": count, "bytes": size, "val_loss": nats / count}
         follows["val_bpb"] = nats / math.log(2) / max(size, 1)
-        wrong += [
-            f"{name}: {key} is {one.entry.get(key)!r}, its targets give {value!r}"
-            for key, value in follows.items()
-            if not math.isclose(one.entry.get(key, math.nan), value, rel_tol=1e-9)
-        ]
+        for key, value in follows.items():
+            said = one.entry.get(key)  # None where it is no finite number
+            if not isinstance(said, int | float) or not math.isclose(said, value, rel_tol=1e-9):
+                wrong.append(f"{name}: {key} is {said!r}, its targets give {value!r}")
     return wrong
 
 
