@@ -30,14 +30,14 @@ from recurgolf.quant.quantized_tensor import code_range, dequantize
 from recurgolf.quant.quantizer_grid import QuantizerGrid
 from recurgolf.quant.rtn import checked_scales, round_to_grid
 from recurgolf.quant.rules import TensorRule
-from recurgolf.quant.state import dequantize_state, quantize_state
 
 Rules = Mapping[str, TensorRule]
 Measure = Callable[[Rules], int]
 """Bytes of the file that these rules give, really packed."""
 
-Damage = Callable[[Mapping[str, Tensor]], float]
-"""Weights in place of a network's -> how far its output moves (KL), in nats per token."""
+Damage = Callable[[Rules], float]
+"""Rules of a few tensors -> how far a network's output moves (KL), in nats per token, when these
+alone are quantized."""
 
 STEPS = tuple(0.045 * 1.3**i for i in range(16))
 """Tabulated steps in units of a row's σ, from 8 bits at a clip of 5.7 σ to 2.3 σ."""
@@ -144,7 +144,7 @@ def fill(
     """
     groups = tabulate(state, rules, grams or {}, steps)
     if damage is not None:
-        groups = [weighed(group, state, rules, damage, grams or {}) for group in groups]
+        groups = [weighed(group, rules, damage) for group in groups]
     if not groups:
         raise ConfigError(
             "quant.fill_budget=true, but no rule quantizes any matrix: nothing to fill"
@@ -205,24 +205,17 @@ def tabulate(
     return groups
 
 
-def weighed(
-    group: Group,
-    state: Mapping[str, Tensor],
-    rules: Rules,
-    damage: Damage,
-    grams: Mapping[str, Tensor],
-) -> Group:
+def weighed(group: Group, rules: Rules, damage: Damage) -> Group:
     """A group whose errors are what the network suffers when this group alone is quantized.
 
     By the method of its rules: what GPTQ saves differs between layers, most where inputs are
     correlated and nothing in the token table.
     """
-    own = {name: state[name] for name in group.names}
+    own = {name: rules[name] for name in group.names}
     ratios = []
     for step in PROBES:
-        found = ruled(rules, [group], [_nearest(group, step)])
-        values = dequantize_state(quantize_state(own, found, grams))
-        ratios.append(max(damage(values), 1e-12) / max(_nearest(group, step).error, 1e-30))
+        near = _nearest(group, step)
+        ratios.append(max(damage(ruled(own, [group], [near])), 1e-12) / max(near.error, 1e-30))
     places = np.log([_nearest(group, step).step for step in PROBES])
     errors = [
         choice.error * math.exp(np.interp(math.log(choice.step), places, np.log(ratios)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +12,8 @@ from recurgolf.artifact import pack_bytes
 from recurgolf.data.calibration_text import CalibrationText
 from recurgolf.model.transformer import Transformer
 from recurgolf.plan import check_budget
-from recurgolf.quant import TensorRule, quantize_state
-from recurgolf.quant.fill import Damage, Filled, Rules, fill
+from recurgolf.quant import TensorRule, dequantize_state, quantize_state
+from recurgolf.quant.fill import Filled, Rules, fill
 from recurgolf.training.packing import metadata
 
 if TYPE_CHECKING:
@@ -69,11 +69,15 @@ def _found(
         stored = quantize_state(state, candidate, grams)
         return len(pack_bytes(header, stored, job.run.artifact.codec)[0])
 
-    damage = output_damage(job, model)
+    moved = output_damage(job, model)
+
+    def damage(own: Rules) -> float:
+        return moved(dequantize_state(quantize_state({n: state[n] for n in own}, own, grams)))
+
     return fill(state, rules, budget - code, measure, grams=grams, damage=damage)
 
 
-def output_damage(job: Job, model: Transformer) -> Damage:
+def output_damage(job: Job, model: Transformer) -> Callable[[Mapping[str, Tensor]], float]:
     """Weights in place of the model's -> KL divergence of its predictions, in nats per token.
 
     Of the calibration's text, in the plan that is scored. The model stays as it is.

@@ -156,8 +156,9 @@ def test_groups_that_the_output_feels_more_get_the_finer_steps():
     _, rules, _ = trained()
     both = dict.fromkeys(state, rules["embed.weight"])
 
-    def damage(values):
+    def damage(own):
         felt = {"quiet.weight": 1.0, "loud.weight": 100.0}
+        values = dequantize_state(quantize_state({n: state[n] for n in own}, own))
         errors = {n: float((v - state[n]).double().square().sum()) for n, v in values.items()}
         return sum(felt[name] * error for name, error in errors.items())
 
@@ -181,7 +182,8 @@ def test_what_gptq_saves_in_a_layer_is_spent_on_the_others():
     correlated = mixed @ mixed.T + 0.05 * torch.eye(64)
     grams = {"white": torch.eye(64), "correlated": correlated * 64 / correlated.trace()}
 
-    def errors(values):
+    def errors(own):
+        values = dequantize_state(quantize_state({n: state[n] for n in own}, own, grams))
         changes = {name: (value - state[name]).double() for name, value in values.items()}
         return {n: float(((c @ grams[n].double()) * c).sum()) for n, c in changes.items()}
 
@@ -189,10 +191,9 @@ def test_what_gptq_saves_in_a_layer_is_spent_on_the_others():
         return len(pack_bytes({}, quantize_state(state, found, grams))[0])
 
     found = fill(
-        state, both, 7_000, size, grams=grams, damage=lambda values: sum(errors(values).values())
+        state, both, 7_000, size, grams=grams, damage=lambda own: sum(errors(own).values())
     )
-    left = errors(dequantize_state(quantize_state(state, found.rules, grams)))
+    left = errors(found.rules)
     assert left["correlated"] / left["white"] == pytest.approx(1, rel=0.35)
-    rounded = {name: replace(rule, method="rtn") for name, rule in found.rules.items()}
-    left = errors(dequantize_state(quantize_state(state, rounded)))
+    left = errors({name: replace(rule, method="rtn") for name, rule in found.rules.items()})
     assert left["correlated"] > 2 * left["white"]
