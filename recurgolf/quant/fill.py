@@ -162,6 +162,8 @@ def fill(
             # No rate lies between; take part of the way from what fits to what does not.
             chosen = _on_the_way(groups, seen, target_bytes, aim)
             if chosen is None or any(chosen == one.chosen for one in seen):
+                chosen = _one_finer(groups, seen, target_bytes, aim)
+            if chosen is None:
                 break
         size = measure(ruled(rules, groups, chosen))
         tries.append((rate, size))
@@ -386,6 +388,27 @@ def _on_the_way(
         group.choices[start + made.count(number) * (1 if end > start else -1)]
         for number, (group, (start, end)) in enumerate(zip(groups, ends, strict=True))
     ]
+
+
+def _one_finer(
+    groups: Sequence[Group], seen: Sequence[_Try], target: float, aim: float
+) -> list[Choice] | None:
+    """The largest choices that fit with one group a step finer: in a small file one step of the
+    largest group may be more than the half percent that is wanted."""
+    fits = max((o for o in seen if o.size <= target), key=lambda o: o.size, default=None)
+    found = []
+    for number, group in enumerate(groups if fits else ()):
+        assert fits is not None
+        place = group.choices.index(fits.chosen[number])
+        finer = [
+            *fits.chosen[:number],
+            group.choices[max(place - 1, 0)],
+            *fits.chosen[number + 1 :],
+        ]
+        size = fits.size + sum(choice.bytes for choice in finer) - fits.entropy
+        if size <= target and not any(finer == one.chosen for one in seen):
+            found.append((abs(aim - size), number, finer))
+    return min(found)[2] if found else None
 
 
 def _row(group: Group, choice: Choice) -> dict[str, float | int | str]:
