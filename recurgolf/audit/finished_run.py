@@ -103,10 +103,9 @@ def audit_run(
     checks = [worst_of(own, names) for own in zip(*found, strict=True)]
     say(f"audit: comparing {dataset.train_tokens:,} training tokens with validation ...")
     texts = raw_texts_of(config, dataset)
-    raw = None if texts is None else sum(len(one.encode()) for one in texts)
     checks += [
         byte_check(
-            validation_text(dataset, raw),
+            validation_text(dataset, texts),
             summary.get("evals") or {},
             {name: one.times for name, one in scored.items()},
             other_than_raw(dataset, texts),

@@ -20,11 +20,11 @@ from recurgolf.data.dataset import raw_texts
 from recurgolf.disk import read_json
 
 
-def validation_text(dataset: Dataset, raw_bytes: int | None = None) -> ValidationText:
+def validation_text(dataset: Dataset, texts: list[str] | None = None) -> ValidationText:
     """What the byte check looks at, of a data set.
 
     Args:
-        raw_bytes: of the raw text, counted; None where it is not here.
+        texts: raw documents, whose UTF-8 bytes are counted; None where they are not here.
     """
     entries: list[Any] = dataset.manifest.get("datasets") or []
     entry = next((e for e in entries if e.get("name") == dataset.name), {})
@@ -36,15 +36,9 @@ def validation_text(dataset: Dataset, raw_bytes: int | None = None) -> Validatio
         dataset.val_documents,
         entry.get("stats") or {},
         dataset.name,
-        raw_bytes,
+        None if texts is None else sum(len(text.encode()) for text in texts),
         dataset.val_raw_bytes,
     )
-
-
-def raw_bytes_of(config: Mapping[str, Any], dataset: Dataset) -> int | None:
-    """UTF-8 bytes of the raw validation text, counted from the text itself; None without it."""
-    texts = raw_texts_of(config, dataset)
-    return None if texts is None else sum(len(text.encode()) for text in texts)
 
 
 def raw_texts_of(config: Mapping[str, Any], dataset: Dataset) -> list[str] | None:

@@ -162,7 +162,7 @@ def fill(
             # No rate lies between; take part of the way from what fits to what does not.
             chosen = _on_the_way(groups, seen, target_bytes, aim)
             if chosen is None or any(chosen == one.chosen for one in seen):
-                chosen = _one_finer(groups, seen, target_bytes, aim)
+                chosen = _one_finer(groups, seen, target_bytes)
             if chosen is None:
                 break
         size = measure(ruled(rules, groups, chosen))
@@ -181,7 +181,8 @@ def fill(
                 f"coarsest steps it takes {size:,}; raise budget.artifact_bytes or shrink the model"
             )
         seen.append(_Try(coarse, 0.0, size))
-    best = max((one for one in seen if one.size <= target_bytes), key=lambda one: one.size)
+    best = _largest_that_fits(seen, target_bytes)
+    assert best is not None
     size, chosen = best.size, best.chosen
     table = [_row(group, choice) for group, choice in zip(groups, chosen, strict=True)]
     return Filled(ruled(rules, groups, chosen), size, target_bytes, table, tries)
@@ -368,7 +369,7 @@ def _on_the_way(
     groups: Sequence[Group], seen: Sequence[_Try], target: float, aim: float
 ) -> list[Choice] | None:
     """Choices between the largest file that fits and the smallest that does not."""
-    fits = max((o for o in seen if o.size <= target), key=lambda o: o.size, default=None)
+    fits = _largest_that_fits(seen, target)
     over = min((o for o in seen if o.size > target), key=lambda o: o.size, default=None)
     if fits is None or over is None:
         return None
@@ -390,25 +391,23 @@ def _on_the_way(
     ]
 
 
-def _one_finer(
-    groups: Sequence[Group], seen: Sequence[_Try], target: float, aim: float
-) -> list[Choice] | None:
-    """The largest choices that fit with one group a step finer: in a small file one step of the
-    largest group may be more than the half percent that is wanted."""
-    fits = max((o for o in seen if o.size <= target), key=lambda o: o.size, default=None)
+def _one_finer(groups: Sequence[Group], seen: Sequence[_Try], target: float) -> list[Choice] | None:
+    """What fits best with one group a step finer, the largest that should fit: in a small file one
+    step of the largest group may be more than the half percent that is wanted."""
+    fits = _largest_that_fits(seen, target)
     found = []
-    for number, group in enumerate(groups if fits else ()):
+    for number, group in enumerate(groups if fits is not None else ()):
         assert fits is not None
-        place = group.choices.index(fits.chosen[number])
-        finer = [
-            *fits.chosen[:number],
-            group.choices[max(place - 1, 0)],
-            *fits.chosen[number + 1 :],
-        ]
+        finer = list(fits.chosen)
+        finer[number] = group.choices[max(group.choices.index(finer[number]) - 1, 0)]
         size = fits.size + sum(choice.bytes for choice in finer) - fits.entropy
-        if size <= target and not any(finer == one.chosen for one in seen):
-            found.append((abs(aim - size), number, finer))
-    return min(found)[2] if found else None
+        if size <= target and all(finer != one.chosen for one in seen):
+            found.append((size, number, finer))
+    return max(found)[2] if found else None
+
+
+def _largest_that_fits(seen: Sequence[_Try], target: float) -> _Try | None:
+    return max((o for o in seen if o.size <= target), key=lambda o: o.size, default=None)
 
 
 def _row(group: Group, choice: Choice) -> dict[str, float | int | str]:

@@ -48,6 +48,8 @@ START_RATE = 0.01
 REACH = 25.0
 """Octaves that Adam could move a quantizer's step in all of training: how far they have to go does
 not depend on how long it takes."""
+FASTEST_LR = 0.15
+"""Rate of the steps in a training of few steps: 0.3 was worse than 0.1 in 400 (LOG.md)."""
 FINEST = 7.0
 """Bits per weight beyond which steps get no finer; a budget with more room does not bind."""
 
@@ -107,7 +109,7 @@ class Rate(Qat):
     def quantizers(self, shapes: Mapping[str, Sequence[int]], training_steps: int) -> LearnedSteps:
         own = self.step_lr
         if own is None:
-            own = min(REACH / max((1 - self.start_fraction) * training_steps, 1.0), 0.15)
+            own = min(REACH / ((1 - self.start_fraction) * training_steps), FASTEST_LR)
         return LearnedSteps(
             shapes,
             REGISTRY["quant/rate_model"][self.model](),

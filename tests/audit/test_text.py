@@ -12,7 +12,7 @@ from smoke_runs import train
 from recurgolf.audit import validation_text
 from recurgolf.audit.accounts import ValidationText, byte_check, separation_check
 from recurgolf.audit.separation import overlap_with_training
-from recurgolf.audit.texts import other_than_raw, raw_bytes_of, raw_texts_of, separation_of
+from recurgolf.audit.texts import other_than_raw, raw_texts_of, separation_of
 from recurgolf.data import ByteCount
 from recurgolf.data.normalizer import normalizer_of
 from recurgolf.data.shards import write_shard
@@ -26,7 +26,7 @@ def dataset():
 
 def validation() -> ValidationText:
     config = json.loads((train().path / "run.json").read_text())
-    return validation_text(dataset(), raw_bytes_of(config, dataset()))
+    return validation_text(dataset(), raw_texts_of(config, dataset()))
 
 
 def test_the_honest_byte_count_passes():

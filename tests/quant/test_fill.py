@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,14 @@ from smoke_runs import small, train
 
 from recurgolf.artifact import load, pack_bytes
 from recurgolf.config import ConfigError
-from recurgolf.quant import QuantizedTensor, dequantize_state, quantize_state
+from recurgolf.quant import (
+    QuantizedTensor,
+    QuantizerGrid,
+    SigmaClip,
+    TensorRule,
+    dequantize_state,
+    quantize_state,
+)
 from recurgolf.quant.fill import Choice, Group, at_step, choices_for, fill, tabulate
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
@@ -47,6 +55,24 @@ def test_the_file_fits_and_no_uniform_step_that_fits_has_less_error(target):
     fitting = [error(state, one) for one in uniform if size(one) <= target]
     assert len(fitting) > 3
     assert error(state, found.rules) <= min(fitting)
+
+
+@pytest.mark.parametrize("target", [5_000, 6_200])
+def test_where_a_large_group_grows_by_jumps_small_ones_fill_the_rest(target):
+    generator = torch.Generator().manual_seed(2)
+    state = {"large.weight": torch.randn(96, 64, generator=generator)}
+    state["small.weight"] = torch.randn(32, 64, generator=generator)
+    rules = dict.fromkeys(state, TensorRule("rtn", QuantizerGrid(6, SigmaClip(7.0))))
+
+    def size(found):
+        large, small = (
+            len(pack_bytes({}, quantize_state({name: weight}, {name: found[name]}))[0])
+            for name, weight in state.items()
+        )
+        return 300 * math.ceil(large / 300) + small
+
+    found = fill(state, rules, target, size)
+    assert 0.995 * target <= size(found.rules) == found.bytes <= target
 
 
 def test_the_table_says_what_the_rules_are():
