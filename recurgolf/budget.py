@@ -26,6 +26,7 @@ class Cap(Checked):
     seconds: Annotated[float | None, above(0)] = None
     """null, for the cap `training` alone: budget.train_seconds."""
     phases: Annotated[list[str], not_empty, one_of(PHASES)] = field(default_factory=list)
+    """Which of a run's phases count."""
 
 
 @option("budget", "budget")
@@ -34,6 +35,7 @@ class Budget(Checked):
     """Bytes of code plus packed model, and seconds."""
 
     artifact_bytes: Annotated[int, at_least(1)] = 16_000_000
+    """Largest sum of the packed model and the code that counts (artifact.code)."""
     train_seconds: float | None = None
     """Cap on the training clock; training stops after the first step that reaches it."""
     reserve_seconds: Annotated[float, at_least(0)] = 0.0

@@ -9,8 +9,10 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +24,10 @@ from hydra.experimental.callback import Callback
 
 from recurgolf import __version__
 from recurgolf.composing import built, compose, compose_parts, explained, prepared, with_vocabulary
-from recurgolf.conf import conf_folder, options
+from recurgolf.conf import conf_folder
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.folders import claimed
-from recurgolf.help import VERBS, group_help, help_text
+from recurgolf.help import VERBS, help_of, help_text
 from recurgolf.multirun import (
     Command,
     check_sweep,
@@ -54,13 +56,42 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script `recurgolf`; ends the process with its exit code."""
+    """The command line; ends the process with its exit code."""
     if argv is None:
         use_unicode()
         _settle_surroundings()
-    with steady_output():
-        code = _code(list(sys.argv[1:] if argv is None else argv))
+    with steady_output(), _interrupts() as heard:
+        try:
+            code = _code(list(sys.argv[1:] if argv is None else argv))
+        except Exception:
+            if not heard:
+                raise
+            # The interrupt met an import that took it for a failure of its own.
+            print("interrupted", file=sys.stderr)
+            code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside, Ctrl-C raises KeyboardInterrupt as ever, and is noted in the list."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is (
+        threading.main_thread()
+    )
+    if ours:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _settle_surroundings() -> None:
@@ -106,17 +137,18 @@ def _refused(message: str) -> int:
 def _dispatch(arguments: list[str]) -> int:
     named = bool(arguments) and re.fullmatch(r"[a-z][\w-]*", arguments[0]) is not None
     verb, rest = (arguments[0], arguments[1:]) if named else ("train", arguments)
+    if {"-h", "--help"} & set(arguments) and (verb in ("train", "plan") or verb not in VERBS):
+        folder = config_dir(arguments)
+        words = rest if verb in VERBS else arguments
+        asked = [help_of(word, folder) for word in words if re.match(r"[a-z][^=]*$", word)]
+        print("\n\n".join(asked) or help_text(folder))
+        return 0
     if verb not in VERBS:
         raise ConfigError(
             f"unknown verb {verb!r}{suggestion(verb, VERBS)}; an override is written key=value"
         )
     if arguments == ["--version"]:
         print(f"recurgolf {__version__}")
-        return 0
-    if {"-h", "--help"} & set(arguments) and verb in ("train", "plan"):
-        folder = config_dir(arguments)
-        asked = [group_help(a, folder) for a in rest if a in options(folder)]
-        print("\n\n".join(asked) or help_text(folder))
         return 0
     if verb == "train":
         look_in_working_folder()

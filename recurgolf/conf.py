@@ -75,7 +75,11 @@ def about(group: str, name: str, folder: Path | None = None) -> str:
             return _comments(path)[""]
         if (path := conf / SYSTEMS / f"{name}.yaml").is_file():
             said = _comments(path)
-            return said[""] if group == "experiment" else said.get(group, "") or f"of {name}"
+            return (
+                said[""]
+                if group == "experiment"
+                else said.get(group, "") or f"part of experiment={name}"
+            )
     return ""
 
 

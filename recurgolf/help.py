@@ -7,15 +7,16 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from recurgolf.conf import about, options, parts_of_systems
-from recurgolf.config import REGISTRY
+from recurgolf.config import REGISTRY, ConfigError, suggestion
 from recurgolf.limits import limits_of
 from recurgolf.overrides import quoted
 
@@ -73,7 +74,7 @@ def help_text(folder: Path | None = None) -> str:
         "one\n\n"
         f"examples\n{_EXAMPLES}\n"
         "flags\n"
-        "  --help GROUP        what every option of a group is, and every key\n"
+        "  --help WORD         every option and key of a group, or one key\n"
         "  --version           of recurgolf\n"
         "  -m, --multirun      run every combination of comma-separated values\n"
         "  --config-dir DIR    a folder with YAML of your own (README, 'Adding a component')\n"
@@ -84,10 +85,34 @@ def help_text(folder: Path | None = None) -> str:
 
 def group_help(group: str, folder: Path | None = None) -> str:
     """Every option of a group with what its YAML says of it, and every key that options have."""
-    lines = [f"{group}=OPTION\n"]
-    for name in options(folder)[group]:
-        lines.append(f"  {name:<28} {about(group, name, folder)}".rstrip())
-    return "\n".join([*lines, *_keys_help(group)])
+    lines: list[str] = []
+    if names := options(folder).get(group):
+        lines = [f"{group}=OPTION\n"]
+        lines += [_line(f"  {name:<28} {about(group, name, folder)}") for name in names]
+    return "\n".join([*lines, *_with_headings(_keys(group))]).lstrip("\n")
+
+
+def help_of(word: str, folder: Path | None = None) -> str:
+    """What `--help WORD` says: of a group, of a part of a run, or of one key.
+
+    Raises:
+        ConfigError: there is no group and no key of that name.
+    """
+    groups = {*options(folder), *_parts()} - {"hydra", "name", "seed", "plugins"}
+    for name in (word, word.replace(".", "/")):
+        if name in groups:
+            return group_help(name, folder)
+    parts = re.sub(r"\b\d+\b", "N", word).replace("/", ".").split(".")
+    whole = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    group = next((name for name in whole if name in groups), "")
+    asked = ".".join(parts[group.count("/") + 1 if group else 0 :])
+    found = [key for key in _keys(group) if f"{key.path}.".startswith(f"{asked}.")]
+    if found:
+        return "\n".join(_with_headings(found)).lstrip("\n")
+    known = {f"{g}.{key.path}".replace("/", ".") for g in groups for key in _keys(g)}
+    named = sorted(key for key in known if key.endswith(f".{asked}"))
+    hint = f" (did you mean {' or '.join(named[:4])}?)" if named else ""
+    raise ConfigError(f"--help {word}: no such group or key{hint or suggestion(word, groups)}")
 
 
 def field_keys(group: str) -> list[str]:
@@ -95,48 +120,107 @@ def field_keys(group: str) -> list[str]:
     return sorted({f.name for cls in _classes(group).values() for f in dataclasses.fields(cls)})
 
 
-def _classes(group: str) -> Mapping[str, Any]:
-    """Kind -> class; where a group has one kind without a name, that is empty."""
-    from recurgolf.run import ArtifactConfig, Run
+def _parts() -> Mapping[str, Any]:
+    """Part of a run -> its class."""
+    from recurgolf.run import Run
 
+    return typing.get_type_hints(Run)
+
+
+def _classes(group: str) -> Mapping[str, Any]:
+    """Kind -> class; where a group has one kind without a name, that is empty. "": of a run."""
     if group in REGISTRY:
         return {k: cls for k, cls in REGISTRY[group].items() if dataclasses.is_dataclass(cls)}
-    known = {**typing.get_type_hints(Run), "artifact": ArtifactConfig}
+    known = _parts()
+    if not group:
+        from recurgolf.run import Run
+
+        return {"": Run}
     return {"": known[group]} if dataclasses.is_dataclass(known.get(group)) else {}
 
 
-def _keys_help(group: str) -> list[str]:
-    """Keys by the class that brings them: type, default and meaning."""
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """A key below its group, the options that have it, and what there is to say of it."""
+
+    path: str
+    heading: str
+    text: str
+
+
+def _keys(group: str) -> Iterator[_Key]:
+    """Keys of a group's options by the class that brings them."""
     classes, dotted = _classes(group), group.replace("/", ".")
-    lines: list[str] = []
-    told: set[tuple[type, str]] = set()
     for owner in dict.fromkeys(o for cls in classes.values() for o in reversed(cls.__mro__)):
         kinds = [kind for kind, cls in classes.items() if issubclass(cls, owner)]
-        own = [n for n in vars(owner).get("__annotations__", {}) if _is_field(owner, n)]
-        own = [name for name in own if (owner, name) not in told]
-        if not own:
+        of = "" if len(kinds) == len(classes) else f" of {', '.join(kinds)}"
+        key = f"{dotted}.KEY" if group else "KEY"
+        heading = _line(f"keys{of} ({key}=VALUE): type, default, meaning", indent=4)
+        for path, text in _own_keys(owner, group):
+            yield _Key(path, heading, text)
+
+
+def _with_headings(keys: Iterable[_Key]) -> Iterator[str]:
+    """What is said of keys, under one heading for those that the same options have."""
+    heading = ""
+    for key in keys:
+        if key.heading != heading:
+            heading = key.heading
+            yield f"\n{heading}\n"
+        yield key.text
+
+
+def _own_keys(owner: Any, group: str, above: str = "") -> Iterator[tuple[str, str]]:
+    """Path and text of what a class itself declares, and of what lies below that.
+
+    Args:
+        above: path of the class, with a dot at its end.
+    """
+    fields = {f.name: f for f in dataclasses.fields(owner)} if _is_option(owner) else {}
+    for name in vars(owner).get("__annotations__", {}):
+        if name not in fields:
             continue
-        every = len(kinds) == len(classes)
-        of = "" if every else f" of {', '.join(kinds)}"
-        lines.append(f"\nkeys{of} ({dotted}.KEY=VALUE): type, default, meaning\n")
-        for name in own:
-            told.add((owner, name))
-            lines += _key_help(owner, name)
-    return lines
+        hint, path = typing.get_type_hints(owner)[name], f"{above}{name}"
+        inner, below = _inside(hint)
+        nested = f"{group}/{name}" if group else name
+        meaning = _meaning(owner, name)
+        if inner is hint and (nested in REGISTRY or not group):
+            said, inner = f"see recurgolf --help {nested}", None
+        elif inner is hint:
+            said, meaning = "the keys below", meaning or _first_sentence(inner)
+        else:
+            limits = "".join(f", {limit}" for limit in limits_of(owner).get(name, ()))
+            said = f"{_type_name(hint)}{limits}; {_default(fields[name])}"
+        head = _line(f"  {path:<28} {said}")
+        yield path, "\n".join([head, *([_line(" " * 8 + meaning, 8)] if meaning else [])])
+        # What a subclass only sets otherwise is told where it is declared.
+        if inner is not None and not any(name in _annotations(base) for base in owner.__mro__[1:]):
+            yield from _own_keys(inner, group, f"{path}{below}.")
 
 
-def _is_field(owner: Any, name: str) -> bool:
-    return dataclasses.is_dataclass(owner) and name in {f.name for f in dataclasses.fields(owner)}
+def _annotations(owner: type) -> Mapping[str, Any]:
+    return vars(owner).get("__annotations__", {})
 
 
-def _key_help(owner: Any, name: str) -> list[str]:
-    """One key: what it may hold and what it is set to, and under it what it means."""
-    field = next(f for f in dataclasses.fields(owner) if f.name == name)
-    hint = typing.get_type_hints(owner)[name]
-    limits = "".join(f", {limit}" for limit in limits_of(owner).get(name, ()))
-    head = f"  {name:<28} {_type_name(hint)}{limits}; {_default(field)}"
-    meaning = _meanings(owner).get(name, "")
-    return [head, *textwrap.wrap(meaning, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+def _is_option(owner: Any) -> bool:
+    return isinstance(owner, type) and dataclasses.is_dataclass(owner)
+
+
+def _inside(hint: Any) -> tuple[Any, str]:
+    """The class of keys that a field holds or has entries of, and how these are written."""
+    if _is_option(hint):
+        return hint, ""
+    inner = (typing.get_args(hint) or (None,))[-1]
+    if typing.get_origin(hint) not in (list, dict) or not _is_option(inner):
+        return None, ""
+    return inner, ".N" if typing.get_origin(hint) is list else ".NAME"
+
+
+def _line(text: str, indent: int = 31) -> str:
+    """Wrapped; what does not fit on the first line stands `indent` further in."""
+    return "\n".join(
+        textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    )
 
 
 def _type_name(hint: Any) -> str:
@@ -161,15 +245,33 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default
     else:
         return "no default"
-    if dataclasses.is_dataclass(value):
-        kind = getattr(type(value), "kind", "")
-        return f"default {kind}" if kind else "see below it"
-    return f"default {quoted(value)}" if value != "" else "default empty"
+    return f"default {quoted(_plain(value))}" if value != "" else "default empty"
+
+
+def _plain(value: Any) -> Any:
+    """With option classes as mappings of what they say."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    told = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    usual = {f.name: f.default for f in dataclasses.fields(value)}
+    return {name: own for name, own in told.items() if own != usual[name]}
+
+
+def _first_sentence(owner: type) -> str:
+    return " ".join((owner.__doc__ or "").split("\n\n")[0].split())
+
+
+def _meaning(owner: type, name: str) -> str:
+    """What the class, or the nearest above it that says anything, says of its field."""
+    said = (_meanings(base).get(name, "") for base in owner.__mro__ if _is_option(base))
+    return next(filter(None, said), "")
 
 
 @functools.cache
 def _meanings(owner: type) -> dict[str, str]:
-    """Field -> the docstring under it, on one line; else what the class's own says of it."""
+    """Field -> the docstring under it, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}

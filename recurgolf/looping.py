@@ -227,7 +227,9 @@ class PreludeCoreCoda(_Repeat):
     """`prelude` blocks once, the core repeatedly, `coda` blocks once (Huginn, 2502.05171)."""
 
     prelude: Annotated[int, at_least(0)] = 1
+    """Blocks in front of the core, once each."""
     coda: Annotated[int, at_least(0)] = 1
+    """Blocks behind the core, once each."""
 
     def check(self, num_blocks: int) -> None:
         if self.prelude + self.coda >= num_blocks:

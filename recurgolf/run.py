@@ -53,8 +53,11 @@ class Seeds(Checked):
     """Separate sources of chance; null: the run's `seed`."""
 
     init: Annotated[int | None, SEED] = None
+    """Of the first weights."""
     data: Annotated[int | None, SEED] = None
+    """Of the order of the training text."""
     noise: Annotated[int | None, SEED] = None
+    """Of what is drawn while training and packing."""
 
 
 def fingerprint_of(written: Mapping[str, Any]) -> str:
@@ -72,6 +75,7 @@ class Run:
     """One experiment: what is trained, on what, how it is packed and how it is scored."""
 
     name: str
+    """What its folder and its W&B run are called."""
     model: Model
     looping: Looping
     lora: LoRA
@@ -85,7 +89,9 @@ class Run:
     tracker: Tracking
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     seed: Annotated[int, SEED] = 1337
+    """All chance of the run; `seeds` sets parts of it apart."""
     seeds: Seeds = field(default_factory=Seeds)
+    """Separate sources of chance."""
     plugins: list[str] = field(default_factory=list)
     """Importable modules with components of your own."""
 

@@ -23,7 +23,9 @@ class TrainerConfig(Checked):
     """How training runs. Lengths and batches are in tokens over all ranks."""
 
     steps: Annotated[int, at_least(1)] = 1000
+    """Optimizer steps; a cap on time (budget.train_seconds) may end training earlier."""
     seq_len: Annotated[int, at_least(1)] = 256
+    """Tokens of a training row, the longest context in training."""
     batch_tokens: Annotated[int, at_least(1)] = 2048
     """Tokens per optimizer step over all ranks and micro-steps."""
     grad_accum: Annotated[int, at_least(1)] = 1

@@ -138,7 +138,9 @@ class _WandbTracking(Tracking):
         lines = []
         for key, variable in ENVIRONMENT.items():
             value, own = os.environ.get(variable), getattr(self, key)
-            if value and own and own != _from_environment(key):
+            # In a sweep what a job varies stands behind the name.
+            used = (_from_environment(key), f"{value} {self.sweep}")
+            if value and own and own not in used:
                 lines.append(f"W&B: {variable}={value} is not used: tracker.{key}={own}")
             elif value:
                 lines.append(f"W&B: {variable}={value} is used")
@@ -288,7 +290,7 @@ def check_key(asked: str) -> None:
     from wandb.sdk.lib.wbauth import authenticate_session
 
     remedy = "run `wandb login` (or set WANDB_API_KEY)"
-    if asked != "recurgolf sync":
+    if asked != "sync":
         remedy += ", or use tracker=offline"
     try:
         host = wandb.setup().settings.base_url

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from recurgolf.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class OfflineRun:
     @property
     def url(self) -> str:
         """Where it will be seen."""
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        host = host.replace("//api.wandb.ai", "//wandb.ai").rstrip("/")
+        from wandb.util import app_url
+
+        host = app_url(_server())
         return f"{host}/{self.entity or 'YOUR-ACCOUNT'}/{self.project}/runs/{self.run_id}"
 
     def upload(self) -> tuple[bool, str]:
@@ -52,6 +56,29 @@ class OfflineRun:
         if done.returncode == 0:
             return True, address[0] if address else self.url
         return False, (text.strip().splitlines() or ["wandb sync said nothing"])[-1]
+
+
+def _server() -> str:
+    """W&B's, as its settings and environment have it."""
+    import wandb
+
+    return str(wandb.setup().settings.base_url)
+
+
+def check_server(seconds: float = 15.0) -> None:
+    """Refuse to upload where nobody answers, which W&B itself would try for many minutes.
+
+    Raises:
+        ConfigError: with what went wrong.
+    """
+    try:
+        urllib.request.urlopen(_server(), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        told = getattr(reason, "strerror", None) or reason
+        raise ConfigError(f"sync: {_server()} does not answer ({told})") from None
 
 
 def offline_runs(folder: Path) -> list[OfflineRun]:

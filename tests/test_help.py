@@ -1,6 +1,7 @@
 """What `--help`, `--version` and the tab key say."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,8 +13,8 @@ from command_line import recurgolf
 
 import recurgolf as package
 from recurgolf.conf import options
-from recurgolf.config import REGISTRY
-from recurgolf.help import VERBS, group_help
+from recurgolf.config import REGISTRY, ConfigError
+from recurgolf.help import VERBS, group_help, help_of
 from recurgolf.run import Run  # noqa: F401 - fills the registry
 from recurgolf.verbs import MODULES
 
@@ -23,13 +24,18 @@ def test_every_verb_has_a_module_and_a_line():
 
 
 @pytest.mark.parametrize("group", [g for g in options() if not g.startswith("hydra")])
-def test_help_of_a_group_has_every_option_and_every_key_of_every_kind(group):
+def test_help_of_a_group_has_every_option_and_every_key_of_every_kind_with_its_meaning(group):
     text = group_help(group)
     assert all(f"  {name}" in text for name in options()[group])
     for kind, cls in REGISTRY.get(group, {}).items():
         for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else []:
             assert f"\n  {field.name} " in text, (kind, field.name)
-    assert all(len(line) <= 100 for line in text.splitlines() if line[:8].isspace())
+    assert all(len(line) <= 100 for line in text.splitlines())
+    keys = text.partition("\nkeys")[2].split("\n  ")[1:]
+    heads = [n for n, line in enumerate(keys) if line[:1] != " "]
+    for head, following in zip(heads, [*heads, len(keys)][1:], strict=True):
+        told = any(re.match(" {6}[^ ]", line) for line in keys[head:following])
+        assert told or " see recurgolf --help " in keys[head], keys[head]
 
 
 @pytest.mark.parametrize("verb", [verb for verb in MODULES if verb != "control"])
@@ -45,6 +51,16 @@ def test_a_key_has_type_default_and_meaning(tmp_path):
     told = text.partition("  passes_eval ")[2].splitlines()[:2]
     assert told[0].strip() == "int or null, at least 1; default null"
     assert told[1].strip() == "Passes in scoring; null: as in training."
+
+
+def test_help_of_a_key_has_that_key_alone_and_of_nothing_names_the_nearest():
+    told = help_of("model.rope.base")
+    assert "  rope.base " in told and "rope.dims" not in told
+    assert "rules.N.bits" in help_of("quant.rules.0.bits") and "  seed " in help_of("seed")
+    assert help_of("optimizer.schedule.min_lr").count("  min_lr ") == 2  # of steps and of fraction
+    for wrong, right in {"rank": "lora.rank", "loopin": "looping"}.items():
+        with pytest.raises(ConfigError, match=right):
+            help_of(wrong)
 
 
 def test_the_version_is_ours(tmp_path):

@@ -27,6 +27,7 @@ from recurgolf.tracker import (
     WandbTracker,
     WandbTracking,
 )
+from recurgolf.verbs import sync
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "tracker"
 
@@ -162,7 +163,8 @@ def test_explicit_settings_win_over_the_environment_and_that_over_the_default(
             assert all(" is not used: tracker." in line for line in options.told())
         else:
             assert told == ("golf", "from outside", "wide", ["a", "b"])
-            assert options.told() == [f"W&B: {k}={v} is used" for k, v in VARIABLES.items()]
+            used = [f"W&B: {k}={v} is used" for k, v in VARIABLES.items()]
+            assert options.told() == options.in_sweep("demo", "lora.rank=1").told() == used
     for variable in VARIABLES:
         monkeypatch.delenv(variable)
     assert OfflineTracking().group_of("demo") == "demo" and OfflineTracking().told() == []
@@ -238,10 +240,15 @@ def test_sync_says_what_would_go_where_and_sends_nothing(two_runs, monkeypatch, 
     ids = [wandb_file(two_runs / f"seed{n}").stem.removeprefix("run-") for n in (1, 2)]
     lines = ended.out.splitlines()
     for line, run_id, seed in zip(lines, ids, (1, 2), strict=False):
-        assert f"/recurgolf/runs/{run_id}" in line and f"demo/seed{seed}" in line
+        assert line.endswith(f"http://127.0.0.1:9/YOUR-ACCOUNT/recurgolf/runs/{run_id}")
+        assert f"demo/seed{seed}" in line
     assert lines[2] == "2 of 2 would be uploaded, 0 before"
     (tmp_path / "empty").mkdir()
-    assert "no offline W&B run" in recurgolf("sync", "empty", cwd=tmp_path).refused()
+    with pytest.raises(ConfigError, match="no offline W&B run"):
+        sync.main([str(tmp_path / "empty")])
+    env = {"WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path)}
+    refused = recurgolf("sync", str(two_runs), cwd=tmp_path, env=env).refused()
+    assert "http://127.0.0.1:9 does not answer (Connection refused)" in refused
     env = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     assert "no API key" in recurgolf("sync", str(two_runs), cwd=tmp_path, env=env).refused()
 

@@ -33,7 +33,9 @@ from recurgolf.audit.scorer import Hints, LocalScorer, Scored
 from recurgolf.config import ConfigError
 from recurgolf.disk import read_json
 
-_START = f"from {__name__} import start; start()"
+# Ctrl-C at a terminal reaches this process too; what there is to say, the other one says.
+_QUIET = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+_START = f"{_QUIET}; from {__name__} import start; start()"
 _NEEDED = (*sandbox.PROGRAM, "recurgolf", "hydra-core", "omegaconf", "rich", "safetensors", "scipy")
 _SIDECAR, _ROWS, _ANSWER = "sidecar.npy", "calibration.npy", "answer.npz"
 _PACKAGE = str(Path(__file__).resolve().parents[1])

@@ -42,6 +42,7 @@ class RopeConfig(Checked):
     """Rotary positions."""
 
     base: Annotated[float, above(0)] = 10000.0
+    """Wavelengths reach from 2π to about 2π times this, in tokens."""
     dims: Annotated[int, at_least(0)] = 0
     """Dimensions of each head that turn; 0: all."""
     train_len: Annotated[int | None, at_least(1)] = None
@@ -53,6 +54,7 @@ class InitConfig(Checked):
     """Starting values."""
 
     embed_std: Annotated[float, at_least(0)] = 0.005
+    """Standard deviation of the token table."""
     linear: Annotated[str, one_of("uniform", "orthogonal")] = "uniform"
     """Matrices: uniform (torch's default) | orthogonal."""
     orthogonal_min_side: int = 64
@@ -67,11 +69,16 @@ class Model(Checked):
     """Sizes and parts of the network."""
 
     vocab_size: Annotated[int, at_least(1)] = 1024
+    """Rows of the token table; at least data.vocab_size."""
     dim: Annotated[int, at_least(1)] = 192
+    """Width of the state between blocks; a multiple of the mixer's heads."""
     num_blocks: Annotated[int, at_least(1)] = 4
     """Blocks with weights of their own; looping decides how often each is visited."""
     mlp_mult: Annotated[float, above(0)] = 2.0
+    """Width of every MLP, in units of dim."""
     mlp_activation: Annotated[str, one_of(MLPS)] = "relu2"
+    """relu2 (the square of a ReLU) | leaky_relu2 (of a leaky one, slope 1/2) | swiglu, with three
+    matrices."""
     # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
     block: BlockConfig = field(default_factory=BlockConfig)
     mixer: Mixer = field(default_factory=Mixer)
@@ -94,10 +101,13 @@ class Model(Checked):
     value_embed: ValueEmbedConfig = field(default_factory=ValueEmbedConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = True
+    """Read out with the token table; false: with a head of its own."""
     logit_softcap: Annotated[float | None, above(0)] = 30.0
+    """Logits are squashed to ±this by c * tanh(x / c); null: left as they are."""
     mtp_heads: Annotated[int, at_least(0)] = 0
     """Extra heads that predict further ahead, in training only."""
     mtp_weight: float = 0.2
+    """Weight of the extra heads' mean loss beside the next token's."""
     compat_mtp_drop_last: bool = False
     """Train the extra heads at one position less than have targets, as per_iteration_lora does."""
     norm_eps: Annotated[float, at_least(0)] = 1.1920928955078125e-07

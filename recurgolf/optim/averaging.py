@@ -74,6 +74,7 @@ class EMA(Averaging):
     """Exponential average: a = decay * a + (1 - decay) * w after every step."""
 
     decay: Annotated[float, at_least(0, below=1)] = 0.9965
+    """Share of the average that stays at every step; about 1 / (1 - decay) steps count."""
     dtype: Annotated[str, one_of(DTYPES)] = "float32"
     """Of the average: `float32`; `param`, the parameters' own; `bfloat16` (compat,
     parallel_recurrent), which rounds most updates away."""

@@ -44,15 +44,24 @@ class OptimizerConfig(Checked):
     """Multi-token heads, which exist in training only."""
 
     matrix_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of what matrix_lr moves; 0: none."""
     embed_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of the embedding tables; 0: none."""
     head_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of the untied head; 0: none."""
     scalar_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of vectors and control tensors; 0: none."""
     lora_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of the adapters; 0: none."""
     mtp_weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decay of the multi-token heads; 0: none."""
 
     beta1: Annotated[float, at_least(0, below=1)] = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: Annotated[float, at_least(0, below=1)] = 0.95
+    """AdamW's decay of the mean squared gradient."""
     eps: float = 1e-8
+    """AdamW's constant beside the root of the latter."""
 
     grad_clip: Annotated[float, at_least(0)] = 0.0
     """Largest gradient norm; 0: no clipping."""
@@ -69,6 +78,7 @@ class OptimizerConfig(Checked):
 
     # The base class is the default so that any schedule can be composed into its place.
     schedule: Schedule = field(default_factory=Schedule)
+    """The factor on all rates over training."""
 
     @property
     def muon_roles(self) -> frozenset[str]:
@@ -129,11 +139,13 @@ class MuonAdam(OptimizerConfig):
     matrix_optimizer: Annotated[str, one_of("muon", "numuon")] = "muon"
     """`muon`, or `numuon`: leading singular directions only, fewer as training goes on."""
     momentum: Annotated[float, at_least(0, below=1)] = 0.95
+    """Muon's momentum, once warmed up."""
     momentum_start: Annotated[float, at_least(0, below=1)] = 0.85
     """Momentum at the first step."""
     momentum_warmup_steps: Annotated[int, at_least(0)] = 500
     """Steps over which momentum grows linearly from start to its value; 0: constant."""
     nesterov: bool = True
+    """Muon steps along gradient plus momentum; false: along the momentum alone."""
     ns_steps: Annotated[int, at_least(1)] = 5
     """Newton-Schulz iterations."""
     ns_arithmetic: Annotated[str, one_of(ARITHMETIC)] = "scale_first"
@@ -150,6 +162,7 @@ class MuonAdam(OptimizerConfig):
     lora_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """`muon` gives the adapters' matrices to Muon: their updates then have a fixed size."""
     mtp_optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    """Who updates the matrices of the multi-token heads."""
     numuon_min_rank: Annotated[float, above(0, at_most=1)] = 0.25
     """Share of singular directions left at the end of training."""
 

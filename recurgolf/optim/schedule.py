@@ -60,6 +60,7 @@ class StepsSchedule(Schedule):
     """Falls linearly towards 0 over the last steps; a clock has no influence."""
 
     warmdown_steps: Annotated[int, at_least(0)] = 1200
+    """Steps that the fall takes."""
     min_lr: Annotated[float, at_least(0)] = 0.0
     """The factor does not fall below this."""
 
@@ -102,6 +103,7 @@ class WallclockSchedule(Schedule):
     """
 
     warmdown_steps: Annotated[int, at_least(0)] = 1200
+    """The fall takes as long as so many steps."""
 
     def warmdown(
         self, step: int, total_steps: int, elapsed_seconds: float, max_seconds: float | None

@@ -67,6 +67,7 @@ class Rule(Checked):
     group_size: Annotated[int | None, at_least(1)] = None
     """Columns that share a scale; null: a whole row."""
     symmetric: bool = True
+    """Codes around zero; false: an offset per row or group besides."""
     keep_dtype: Annotated[str | None, one_of(KEEP_DTYPES)] = None
     """Type of the tensors that this rule keeps; null: `quant.keep_dtype`."""
     optional: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 from recurgolf.config import ConfigError
 from recurgolf.tracker import check_key
 from recurgolf.verbs import parser_of
-from recurgolf.wandb_offline import offline_runs
+from recurgolf.wandb_offline import check_server, offline_runs
 
 EXIT_FAILED = 1
 
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{shown}: no offline W&B run in or below (tracker=offline makes one)")
     waiting = [run for run in found if asked.again or not run.synced]
     if not asked.dry_run and waiting:
-        check_key("recurgolf sync")
+        check_key("sync")
+        check_server()
     failed = 0
     for run in waiting:
         if asked.dry_run:

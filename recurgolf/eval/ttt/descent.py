@@ -27,7 +27,9 @@ class Descent(Checked):
     """How weights learn from text that has been scored. Momentum is kept from chunk to chunk."""
 
     lr: Annotated[float, at_least(0)] = 0.005
+    """Rate of SGD, at the first chunk where `cosine`."""
     momentum: Annotated[float, at_least(0, below=1)] = 0.9
+    """SGD's momentum; 0: none."""
     epochs: Annotated[int, at_least(1)] = 1
     """How often each chunk is gone through."""
     clip: Annotated[float, at_least(0)] = 1.0

@@ -43,6 +43,7 @@ class ReconstructEval(SlidingEval):
     chunk_tokens: Annotated[int, at_least(1)] = 64
     """Inputs between two steps."""
     lr: Annotated[float, at_least(0)] = 0.01
+    """Rate of plain gradient descent."""
     blocks: list[int] | None = None
     """Blocks whose MLP learns; null: all."""
 

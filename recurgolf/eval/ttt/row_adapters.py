@@ -41,12 +41,15 @@ class DocumentLora(Checked):
     """The adapters of documents and how they learn (AdamW)."""
 
     rank: Annotated[int, at_least(1)] = 8
+    """Rank of the two factors of every correction."""
     alpha: float | None = None
     """Scale is alpha / rank; null: 1."""
     targets: Annotated[list[str], not_empty] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Projections of the blocks, named as in lora.targets; each block takes those that it has."""
     lr: Annotated[float, at_least(0)] = 0.001
+    """AdamW's rate."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
+    """AdamW's decoupled decay."""
     steps: Annotated[int, at_least(1)] = 1
     """Gradient steps per chunk."""
     chunk_tokens: Annotated[int, at_least(1)] = 64

@@ -43,6 +43,7 @@ class GatedDeltaNetConfig(Mixer):
     """
 
     num_key_heads: Annotated[int, at_least(1)] = 2
+    """Heads of queries and keys."""
     num_value_heads: Annotated[int, at_least(1)] = 4
     """A multiple of num_key_heads; decay and writing strength are per value head."""
     key_head_dim: Annotated[int, at_least(0)] = 0
