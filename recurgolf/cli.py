@@ -26,7 +26,7 @@ from recurgolf import __version__
 from recurgolf.composing import built, compose, compose_parts, explained, prepared, with_vocabulary
 from recurgolf.conf import conf_folder
 from recurgolf.config import ConfigError, suggestion
-from recurgolf.folders import claimed
+from recurgolf.folders import claimed, only_one
 from recurgolf.help import VERBS, help_of, help_text
 from recurgolf.multirun import (
     Command,
@@ -264,6 +264,8 @@ def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | Non
     if asked is None:
         _by_hydra(lambda config: None, arguments)
         return 0
+    from recurgolf.compare.sweep import RUNS_SWEEP
+
     ahead, varied = _ahead(asked, arguments, folder), varied_keys(_given(arguments))
     own = _own_folder(asked)
     place = own or asked.folder
@@ -274,8 +276,10 @@ def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | Non
         return _sweep_job(config, ahead, varied)
 
     SweepTable.exit_code = EXIT_FAILED
+    place.mkdir(parents=True, exist_ok=True)
     try:
-        _by_hydra(job, [*arguments, *([f"{asked.key}={quoted(str(own))}"] if own else [])])
+        with only_one(place, RUNS_SWEEP):
+            _by_hydra(job, [*arguments, *([f"{asked.key}={quoted(str(own))}"] if own else [])])
     except (KeyboardInterrupt, SystemExit):
         again = f"recurgolf sweep resume {shlex.quote(str(place))}"
         print(f"recurgolf: the sweep was stopped; continue with\n{again}", file=sys.stderr)

@@ -1,9 +1,22 @@
-"""Names of folders that the program makes: nobody else's, and plain enough to need no quotes."""
+"""Folders that the program makes: names that are nobody else's and need no quotes, one process at a
+time, and whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from recurgolf.config import ConfigError
+
+
+class InUse(ConfigError):
+    """Another process works in a folder."""
 
 
 def claimed(folder: Path) -> Path:
@@ -19,6 +32,79 @@ def claimed(folder: Path) -> Path:
         except FileExistsError:
             number += 1
             place = folder.with_name(f"{folder.name}_{number}")
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a destination that holds something.
+
+    Raises:
+        ConfigError: the folder is in use, or there is a file under its name.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A draft that takes this folder's name when the block ends well, and else is gone.
+
+    Meanwhile the name is held: of several processes that want it at one moment, one gets it, and
+    the others are refused before their work.
+
+    Raises:
+        ConfigError: the folder holds something, or another process is making it.
+    """
+    check_new(folder)
+    place, is_ours = folder.resolve(), not folder.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    with only_one(place, "is writing this folder"):
+        check_new(folder)  # whoever held the name may have just given it back, filled
+        draft = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            draft.mkdir()
+            yield draft
+            draft.rename(place)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if is_ours:
+                    place.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, does: str, wait: float = 0.0) -> Iterator[None]:
+    """Keep a second process from working in the same folder.
+
+    The lock is on the folder itself and ends with the process, however it ends.
+
+    Args:
+        does: what the other one does, for the message: `is training in this folder`.
+        wait: seconds for which another process may still be ending.
+
+    Raises:
+        InUse: somebody else works there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + wait
+        while not _locked(handle):
+            if time.monotonic() > deadline:
+                raise InUse(f"{folder}: another process {does}")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def plain_name(text: str) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import yaml
@@ -13,8 +15,9 @@ from smoke_runs import small
 
 from recurgolf.cli import main
 from recurgolf.compare.runs import read_run
+from recurgolf.compare.sweep import note_failure
 from recurgolf.config import ConfigError
-from recurgolf.folders import claimed, plain_name
+from recurgolf.folders import InUse, claimed, made_whole, only_one, plain_name
 from recurgolf.run import Run
 from recurgolf.verbs.sweep import jobs_of
 
@@ -26,6 +29,44 @@ def test_a_name_is_given_once_however_many_ask_at_the_same_moment(tmp_path):
         given = list(pool.map(lambda _: claimed(tmp_path / "a/run"), range(40)))
     assert len(set(given)) == 40
     assert {path.name for path in given} == {"run", *(f"run_{n}" for n in range(2, 41))}
+
+
+def test_a_folder_under_a_given_name_is_made_by_one_of_those_who_ask(tmp_path):
+    """Whole, or not at all; the others are refused before they work."""
+    everybody = Barrier(8)
+
+    def ask(number):
+        everybody.wait()
+        try:
+            with made_whole(tmp_path / "packed") as draft:
+                (draft / "mine").write_text(str(number))
+                time.sleep(0.2)
+        except ConfigError as error:
+            assert "another process" in str(error) or "not empty" in str(error)
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        (winner,) = [n for n in pool.map(ask, range(8)) if n is not None]
+    assert (tmp_path / "packed/mine").read_text() == str(winner)
+    with pytest.raises(ZeroDivisionError), made_whole(tmp_path / "failed") as draft:
+        (draft / "half").touch()
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_two_processes_never_work_in_one_folder(tmp_path):
+    with (
+        only_one(tmp_path, "trains"),
+        pytest.raises(InUse, match="another process trains") as refused,
+        only_one(tmp_path, "trains", wait=0.2),
+    ):
+        pass
+    with only_one(tmp_path, "trains"):
+        pass
+    # It may end well: that it was in the way is no failure of its own.
+    note_failure(tmp_path, refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A multirun: a folder and a W&B run per job, a table over seeds, and failures that stop nobody."""
 
+import dataclasses
 import io
 import json
 import re
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 from command_line import Ended, recurgolf
 from rich.console import Console
-from smoke_runs import composed, small
+from run_folders import write_run
+from smoke_runs import composed, small, small_text
 from wandb_file import read_wandb
 
 from recurgolf.compare.sweep import grouped, read_jobs, table
+from recurgolf.config import ConfigError
+from recurgolf.folders import only_one
+from recurgolf.run import Run
 from recurgolf.training.launch import crowded
+from recurgolf.training.own_data import check_comparable
 
 
 def sweep(folder: Path, *overrides: str) -> Ended:
@@ -166,6 +172,40 @@ def test_resume_runs_what_is_missing_or_failed_and_nothing_else(swept, tmp_path)
         assert [s[key] for s in summaries(folder)] == [s[key] for s in whole]
     again = recurgolf("sweep", "resume", str(folder), cwd=tmp_path).finished()
     assert "4 of 4 jobs are finished" in again.out
+
+
+def test_a_sweep_goes_on_alone_and_on_its_own_text(swept, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept[0], folder)
+    shutil.rmtree(folder / "1")
+    for job in ("0", "2"):
+        shutil.rmtree(folder / job / "checkpoints")
+    with only_one(folder, ""):
+        told = recurgolf("sweep", "resume", "sweep", cwd=tmp_path).refused()
+    assert "another process is running this sweep" in told
+    run = Run.read(folder / "0")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(small_text().read_text().splitlines(keepends=True)[:290])))
+    for job in ("0", "2", "3"):
+        data = dataclasses.replace(run.data, files=str(other))
+        dataclasses.replace(Run.read(folder / job), data=data).write(folder / job)
+    with pytest.raises(ConfigError, match=r"0 was made with .*: bring them back"):
+        check_comparable([folder / "0"])
+    check_comparable([swept[0] / "0", swept[0] / "3"])
+
+
+def test_figures_of_different_texts_are_never_averaged(tmp_path):
+    for seed, text in enumerate("aab"):
+        told = {"name": "text", "fingerprint": text * 64, "tokenizer": "t"}
+        write_run(tmp_path / str(seed), seed, 1.0 + seed, text=told)
+    jobs = [
+        {"overrides": [f"seed={n}"], "folder": str(tmp_path / str(n)), "status": "finished"}
+        for n in range(3)
+    ]
+    first, second = grouped(jobs)
+    assert [first.values("val_bpb"), second.values("val_bpb")] == [[1.0, 2.0], [3.0]]
+    assert "validation text bbbb" in second.label
+    assert [group.label for group in grouped(jobs[:2])] == ["all jobs"]
 
 
 @pytest.mark.slow

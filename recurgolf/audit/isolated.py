@@ -11,12 +11,14 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +117,25 @@ def rescore(
     network += f", files watched by Python alone ({unheld})" if unheld else ", its files held"
     if done.returncode != 0:
         last = ((said or before).strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Rescored({}, f"{program} alone in a folder failed: {last[:300]}", network)
+        error = f"{program} alone in a folder failed: {last[:300]}{_is_installed(last)}"
+        return Rescored({}, error, network)
     try:
         printed = json.loads(done.stdout.strip().splitlines()[-1])
         return Rescored(dict(printed[kind]), "", network)
     except (ValueError, IndexError, KeyError, TypeError, RecursionError):
         return Rescored({}, f"{program} prints no score of {kind!r} as JSON", network)
+
+
+def _is_installed(error: str) -> str:
+    """What to say of a module that was not found there and is installed here; else nothing."""
+    named = re.search(r"No module named '(\w+)", error)
+    if named is None or named[1] == "recurgolf" or find_spec(named[1]) is None:
+        return ""
+    return (
+        f" (it is installed, but bytes in packages are counted by nobody, so that beside Python a "
+        f"counted program has only {', '.join(sandbox.PROGRAM)} and what these require: copy into "
+        f"the plugin what it uses of {named[1]})"
+    )
 
 
 def differences(

@@ -92,18 +92,25 @@ def _shards_of_bases(config: Mapping[str, Any], dataset: Dataset) -> tuple[list[
         if folder in seen:
             break
         seen.add(folder)
-        unknown = f"the training text of the base {base} is not here to compare"
+        unknown = (
+            f"could not be compared: what the weights of {base}, with which this run began, have "
+            "read; bring that folder and its data back, and audit again"
+        )
         try:
             config = read_json(folder / "run.json")
             node = config.get("data") or {}
             if node == own:
-                continue
-            if REGISTRY["data"].get(node.get("kind", "")) is None:
+                before = dataset
+            elif REGISTRY["data"].get(node.get("kind", "")) is None:
                 return shards, unknown
-            before = from_dict(Data, node).prepare()
+            else:
+                before = from_dict(Data, node).prepare()
+            states = sorted((folder / "checkpoints").glob("step_*/state.json"))
+            read = read_json(states[-1]).get("data") if states else None
         except (ConfigError, OSError):
             return shards, unknown
-        if before.tokenizer.sha256 != dataset.tokenizer.sha256 or not before.train_shards:
+        same = before.tokenizer.sha256 == dataset.tokenizer.sha256 and before.train_shards
+        if not same or read not in (None, before.contents):
             return shards, unknown
-        shards += before.train_shards
+        shards += [] if before is dataset else before.train_shards
     return shards, ""

@@ -30,9 +30,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.disk import write_json
+from recurgolf.folders import only_one
 from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
+from recurgolf.training.own_data import check_comparable
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 
@@ -114,11 +116,17 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
     """Run trials until there are as many as asked for; finished ones of earlier calls count.
 
     Raises:
-        ConfigError: the folder holds a search of other settings.
+        ConfigError: the folder holds a search of other settings or on other data, or one that goes
+            on in another process.
     """
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    with only_one(asked.folder, "is searching in this folder; name another --folder"):
+        return _search(asked, say)
+
+
+def _search(asked: Search, say: Callable[[str], None]) -> optuna.Study:
     # It warns of every trial that fails or is interrupted, with a traceback; we say it in a line.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    asked.folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="recurgolf",
         # Quoted for SQLite, whose URI stands in SQLAlchemy's: a folder's name may hold anything.
@@ -132,6 +140,11 @@ def search(asked: Search, say: Callable[[str], None] = print) -> optuna.Study:
         load_if_exists=True,
     )
     _same_search(study, asked)
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    folders = [asked.folder / str(trial.number) for trial in ended]
+    if folders:
+        asked.compose(list(asked.fixed))  # which imports the plugins that the trials' runs name
+    check_comparable(folder for folder in folders if (folder / SUMMARY).exists())
     _take_up(study)
     had = sum(_ended(trial) for trial in study.trials)
     if had:

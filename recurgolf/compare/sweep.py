@@ -28,6 +28,7 @@ from recurgolf.compare.runs import (
 )
 from recurgolf.config import ConfigError, Diverged
 from recurgolf.disk import DamagedFile, write_file, write_json
+from recurgolf.folders import InUse
 from recurgolf.log import plain_console
 from recurgolf.overrides import is_seed
 
@@ -37,6 +38,7 @@ JOBS_FILE = "multirun.yaml"
 """In a sweep's folder: what Hydra was asked for."""
 MOVED_ASIDE = "moved_aside"
 """In a sweep's folder: folders that made way for a job."""
+RUNS_SWEEP = "is running this sweep; it has to end first"
 FAILURE = "failure.txt"
 """In the folder of a job that failed: the cause in its first line, then the traceback."""
 
@@ -97,6 +99,9 @@ def note_failure(folder: Path, error: Exception, job: str = "this job") -> None:
     Args:
         job: what to call it on the console.
     """
+    if isinstance(error, InUse):  # the folder is the other's, who may well finish
+        print(f"recurgolf: {job}: {error}", file=sys.stderr)
+        return
     refused = isinstance(error, (ConfigError, Diverged))
     cause = str(error) if refused else f"{type(error).__name__}: {error}"
     first = cause.splitlines()[0] if cause else type(error).__name__
@@ -140,7 +145,7 @@ def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Jobs by their overrides without the seed, in order of appearance.
 
     A group's label names only what differs between groups. Jobs that failed may have left no
-    settings, so that these do not tell them apart.
+    settings, so that these do not tell them apart. Figures of different texts are never averaged.
     """
     shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if jobs else set()
     groups: dict[str, Group] = {}
@@ -154,7 +159,22 @@ def grouped(jobs: Sequence[Mapping[str, Any]]) -> list[Group]:
             group.runs.append(read_run(folder))
         else:
             group.unfinished.append(FoundRun(folder, {}, None, status=job["status"]))
-    return list(groups.values())
+    return [part for group in groups.values() for part in _by_text(group)]
+
+
+def _by_text(group: Group) -> list[Group]:
+    """A group, or one for every text that its runs were scored on."""
+    texts = list(dict.fromkeys(run.scored_text for run in group.runs))
+    if len(texts) < 2:
+        return [group]
+    parts = []
+    for text in texts:
+        title = f"{group.title}, validation text {text[:12] or 'unknown'}"
+        differs = {**group.differs, "validation text": text[:12]}
+        runs = [run for run in group.runs if run.scored_text == text]
+        parts.append(Group(differs, runs, title=title))
+    parts[-1].unfinished = group.unfinished
+    return parts
 
 
 @dataclass(frozen=True)

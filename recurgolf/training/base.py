@@ -37,6 +37,7 @@ class FinishedRun:
         state: the weights that were scored before packing, or the artifact's; by name, on the CPU.
         source: where they are from, for the log.
         tokenizer: SHA-256 of the tokenizer's file.
+        data: what it was trained on, as `Dataset.contents`; empty where nothing tells.
         seconds: of its clock, by phase; empty where there is no checkpoint.
     """
 
@@ -44,6 +45,7 @@ class FinishedRun:
     state: dict[str, Tensor]
     source: str
     tokenizer: str
+    data: dict[str, str]
     seconds: dict[str, float]
 
     def model(self) -> Transformer:
@@ -73,9 +75,10 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
             with torch.random.fork_rng(devices=[]):
                 model, told, _ = weights_of(run, newest)
             source, state = f"{newest}", as_packed(run, model).state_dict()
-            seconds = told.get("clock", {})
+            seconds, data = told.get("clock", {}), told.get("data", {})
         elif path.exists():
-            source, state, seconds = f"{path}", rebuild(load(path)).model.state_dict(), {}
+            source, state = f"{path}", rebuild(load(path)).model.state_dict()
+            seconds, data = {}, {}
         else:
             raise ConfigError(
                 f"{folder} has neither checkpoints nor {ARTIFACT}: there are no weights in it"
@@ -83,7 +86,7 @@ def read_finished(folder: str | Path, trust: bool = False) -> FinishedRun:
     except (ArtifactError, MissingLibrary) as error:
         raise ConfigError(f"{folder}: {error}") from None
     tokenizer = run.data.prepare().tokenizer.sha256 if header is None else header["tokenizer"]
-    return FinishedRun(run, dict(state), source, tokenizer, seconds)
+    return FinishedRun(run, dict(state), source, tokenizer, data, seconds)
 
 
 def weights_of(run: Run, path: Path) -> tuple[Transformer, dict[str, Any], str]:
@@ -177,6 +180,11 @@ def start_from_base(job: Job, model: Transformer) -> str:
             f"{tokenizer[:12]}… in this run's data"
         )
     _fill(model, base.state)
+    if base.data and base.data != job.dataset.contents:
+        job.log.line(
+            f"{folder} was trained on other text than this run's: if that holds text that this run "
+            "is scored on, the score is worth nothing (recurgolf audit compares them)"
+        )
     if run.trainer.trainable == "all":
         spent = sum(base.seconds.get(phase, 0.0) for phase in run.budget.train_phases)
         cap = run.budget.max_train_seconds

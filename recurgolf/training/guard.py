@@ -14,6 +14,7 @@ from torch import Tensor
 from recurgolf.config import Diverged
 from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.disk import read_json, write_json
+from recurgolf.folders import only_one
 from recurgolf.looping import LoopPlan
 from recurgolf.training import checkpoint, faults, resume
 from recurgolf.training.non_finite import Batches, check_score, check_weights, diagnosis
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from recurgolf.model.transformer import Transformer
     from recurgolf.training.job import Job
     from recurgolf.training.state import TrainState
+
+LOCK_SECONDS = 30.0
+"""A killed run's ranks need a moment to end; who comes after them waits so long."""
 
 
 class Guard:
@@ -41,7 +45,9 @@ class Guard:
 
     def locked(self, job: Job) -> AbstractContextManager[None]:
         """Inside, no other process trains in the folder."""
-        return resume.only_one(job.folder, job.ranks.is_first)
+        if not job.ranks.is_first:  # the others do not write there
+            return contextlib.nullcontext()
+        return only_one(job.folder, "is training in this folder", LOCK_SECONDS)
 
     def begin(self, job: Job) -> None:
         """Find what to continue from, and leave only that in the folder. Collective."""

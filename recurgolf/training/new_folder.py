@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recurgolf.config import ConfigError
 from recurgolf.eval.several import named_protocols
+from recurgolf.folders import made_whole
 from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.seal import seal
@@ -26,34 +24,17 @@ from recurgolf.training.scoring import score_all
 from recurgolf.training.summary import Summary, Trained
 
 
-def check_new(folder: Path) -> None:
-    """Refuse a destination that holds something.
-
-    Raises:
-        ConfigError: the folder is in use, or there is a file under its name.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
-
-
 @contextlib.contextmanager
 def new_folder(run: Run, folder: Path) -> Iterator[Job]:
     """A job in a folder that appears under its name when the block ends well, and else not."""
-    check_new(folder)
     # A Run that was read keeps what stood in its file, an older version's among it.
     run = dataclasses.replace(run)
-    draft = folder.parent / f".{folder.name}.{os.getpid()}"
-    draft.mkdir(parents=True)
-    try:
+    with made_whole(folder) as draft:
         run.write(draft)
         job = Job.watched(run, draft, known_as=folder)
         yield job
         job.log.close()
         seal(draft)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def keep_weights(job: Job, model: Transformer, origin: Mapping[str, Any]) -> None:
@@ -94,4 +75,4 @@ def val_bpb_of(job: Job, model: Transformer) -> float:
         return score_all(job, {name: headline}, job.scored(model))[name].val_bpb
 
 
-__all__ = ["check_new", "keep_weights", "new_folder", "pack", "pack_and_score", "val_bpb_of"]
+__all__ = ["keep_weights", "new_folder", "pack", "pack_and_score", "val_bpb_of"]

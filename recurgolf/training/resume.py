@@ -8,10 +8,8 @@ difference is refused by name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ RESULT = (
 )
 """What a run leaves at its end."""
 RESULT_ASIDE = "result_before_"
-LOCK_SECONDS = 30.0
-"""A killed run's ranks need a moment to end; who comes after them waits so long."""
 
 ONLY_ROUNDING = ("devices", "threads", "grad_accum", "activation_checkpointing", "compile")
 """Trainer fields that change the order of sums at most: equal within 1e-5, not bit for bit."""
@@ -256,33 +252,6 @@ def make_room(run: Run, folder: Path, found: Found | None, say: Say) -> None:
     say(f"{len(passed)} checkpoint(s) that this run does not continue from: now in {aside.name}")
 
 
-@contextlib.contextmanager
-def only_one(folder: Path, writes: bool = True) -> Iterator[None]:
-    """Keep a second process from training in the same folder.
-
-    The lock is on the folder itself and ends with the process, however it ends.
-
-    Args:
-        writes: whether this rank writes there; the others need no lock.
-
-    Raises:
-        ConfigError: somebody else trains there.
-    """
-    if not writes:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _locked(handle):
-            if time.monotonic() > deadline:
-                raise ConfigError(f"{folder}: another process is training in this folder")
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _is_run_of(run: Run, folder: Path) -> bool:
     try:
         return Run.read(folder).fingerprint in run.known_as(folder)
@@ -290,14 +259,4 @@ def _is_run_of(run: Run, folder: Path) -> bool:
         return False
 
 
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-__all__ = ["CHECKPOINTS", "Found", "check_unused", "find", "finished", "make_room", "only_one"]
+__all__ = ["CHECKPOINTS", "Found", "check_unused", "find", "finished", "make_room"]

@@ -20,12 +20,13 @@ from recurgolf import adapters
 from recurgolf.adapters import Adapter
 from recurgolf.adapters.attach import linear_modules
 from recurgolf.config import ConfigError
+from recurgolf.folders import check_new, made_whole
 from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.training.base import FinishedRun, read_finished
-from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
+from recurgolf.training.new_folder import keep_weights, new_folder, pack, pack_and_score
+from recurgolf.training.own_data import check_own_data
 from recurgolf.verbs import add_trust, parser_of
-from recurgolf.verbs.own_data import check_own_data
 
 OVERRIDABLE = ("quant", "data")
 """Parts of the Run that `load` and `merge` can exchange: how the result is packed."""
@@ -75,7 +76,8 @@ def _save(asked: argparse.Namespace) -> int:
         raise ConfigError(f"{asked.run} has no adapters to save: its lora.rank is 0")
     base = adapters.base_of(found.run, found.state, found.tokenizer)
     adapter = adapters.adapter_of(found.run, model.adapters, base)
-    adapters.write(asked.dest, adapter, linear_modules(found.run.model))
+    with made_whole(asked.dest) as draft:
+        adapters.write(draft, adapter, linear_modules(found.run.model))
     _tell(asked.dest, adapter)
     return 0
 
@@ -111,7 +113,8 @@ def _blend(asked: argparse.Namespace) -> int:
                 f"--weights {asked.weights}: expected numbers, as in 0.7,0.3"
             ) from None
     adapter = adapters.blend(parts, weights, asked.rank)
-    adapters.write(asked.dest, adapter)
+    with made_whole(asked.dest) as draft:
+        adapters.write(draft, adapter)
     _tell(asked.dest, adapter)
     return 0
 

@@ -21,10 +21,10 @@ from recurgolf.run import Run
 from recurgolf.seal import resealing
 from recurgolf.terminal import terminal_bar
 from recurgolf.training.job import Job
+from recurgolf.training.own_data import check_own_data
 from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.verbs import add_json, add_trust, parser_of
-from recurgolf.verbs.own_data import check_own_data
 
 EXIT_FAILED = 1
 OTHER_EVALS = "evals.json"

@@ -14,6 +14,7 @@ from typing import Any
 from recurgolf.config import ConfigError
 from recurgolf.counted.code import Codes, codes_of, write_readable
 from recurgolf.disk import write_file, write_json
+from recurgolf.folders import made_whole
 from recurgolf.log import Log
 from recurgolf.run import Run
 from recurgolf.seal import FILE as SEAL
@@ -66,10 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     *sources, folder = asked.folders
     runs = [read_finished(source, asked.trust) for source in sources]
     check_alike(runs)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is there and not empty; export into a new folder")
     credits = {"author": asked.author, "github_id": asked.github_id, "blurb": asked.blurb}
-    codes = write(folder, runs, credits)
+    with made_whole(folder) as draft:
+        codes = write(draft, runs, credits)
     return told(folder, runs, codes, log)
 
 
@@ -156,7 +156,6 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     """Write the folder; the first run's artifact is the one that is shipped."""
     first = runs[0]
     codes = codes_of(first.run)
-    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "train_gpt.py", codes.train.source)
     write_file(folder / "score.py", codes.score.source)
     for name in (ARTIFACT, SUMMARY, "run.json"):

@@ -13,8 +13,8 @@ from recurgolf.config import ConfigError, kind_of
 from recurgolf.disk import read_json
 from recurgolf.log import Log
 from recurgolf.run import Run
+from recurgolf.training.own_data import check_own_data
 from recurgolf.training.summary import Summary
-from recurgolf.verbs.own_data import check_own_data
 
 BLOCKED = ("recurgolf", "hydra", "omegaconf", "wandb", "rich", "scipy")
 """What the exported program must do without; its own modules come before this is asked."""

@@ -16,9 +16,10 @@ from typing import Any, cast
 from recurgolf import importers
 from recurgolf.config import ConfigError, suggestion
 from recurgolf.data import DataError, Dataset
+from recurgolf.folders import check_new
 from recurgolf.model.transformer import Transformer
 from recurgolf.training.job import Job
-from recurgolf.training.new_folder import check_new, keep_weights, new_folder, pack, pack_and_score
+from recurgolf.training.new_folder import keep_weights, new_folder, pack, pack_and_score
 from recurgolf.verbs import parser_of
 
 KEPT_EXACTLY = ("quant=none", "quant.keep_dtype=float32", "artifact/codec=none", "tracker=none")

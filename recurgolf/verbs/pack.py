@@ -14,6 +14,7 @@ from typing import Any
 
 from recurgolf.config import ConfigError, kind_of, to_dict
 from recurgolf.disk import read_json, write_json
+from recurgolf.folders import check_new
 from recurgolf.overrides import as_overrides
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
@@ -22,7 +23,8 @@ from recurgolf.training.base import weights_of
 from recurgolf.training.calibration import check_calibration
 from recurgolf.training.job import Job
 from recurgolf.training.launch import launch
-from recurgolf.training.new_folder import check_new, new_folder, pack, pack_and_score, val_bpb_of
+from recurgolf.training.new_folder import new_folder, pack, pack_and_score, val_bpb_of
+from recurgolf.training.own_data import check_own_data
 from recurgolf.training.packing import LEDGER
 from recurgolf.training.quantize import (
     as_packed,
@@ -33,7 +35,6 @@ from recurgolf.training.quantize import (
 from recurgolf.training.resume import CHECKPOINTS
 from recurgolf.training.summary import Summary, Trained
 from recurgolf.verbs import add_trust, parser_of
-from recurgolf.verbs.own_data import check_own_data
 
 PARTS = ("quant", "artifact", "budget", "eval")
 """Parts of a Run that can change without training again."""
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     check_new(asked.folder)
     if asked.steps:
         run = finishing(run, asked)
+        check_own_data(asked.source, run.data.prepare())
         asked.folder.mkdir(parents=True, exist_ok=True)
         summary = launch(run, asked.folder.resolve())
         return 0 if summary.within_budget else EXIT_OVER_BUDGET

@@ -24,6 +24,7 @@ from recurgolf.compare.sweep import (
     FAILURE,
     JOBS_FILE,
     MOVED_ASIDE,
+    RUNS_SWEEP,
     finish_sweep,
     job_folders,
     note_failure,
@@ -31,9 +32,10 @@ from recurgolf.compare.sweep import (
     read_overrides,
 )
 from recurgolf.config import ConfigError
-from recurgolf.folders import moved_aside
+from recurgolf.folders import moved_aside, only_one
 from recurgolf.run import Run
 from recurgolf.training.launch import launch
+from recurgolf.training.own_data import check_comparable
 from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.resume import check_unused
 from recurgolf.training.summary import FILE as SUMMARY
@@ -87,10 +89,20 @@ def main(arguments: Sequence[str]) -> int:
         return run_job(jobs[asked.number], "nothing")
     if asked.jobs < 1:
         raise ConfigError(f"--jobs {asked.jobs}: at least 1")
+    with only_one(asked.folder, RUNS_SWEEP):
+        return _resume(jobs, asked)
+
+
+def _resume(jobs: Sequence[Job], asked: argparse.Namespace) -> int:
+    """Run what is not finished; the exit code."""
     waiting = [job for job in jobs if job.remark is not None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are finished")
     for job in waiting:
         print(f"job {job.number + 1} ({' '.join(job.overrides)}): {job.remark}")
+    data = [job.run.data for job in waiting if isinstance(job.run, Run)]
+    done = [job for job in jobs if job.remark is None]
+    beside = [job.folder for job in done if isinstance(job.run, Run) and job.run.data in data]
+    check_comparable(beside, asked.trust)
     if asked.jobs == 1 or len(waiting) < 2:
         for job in waiting:
             run_job(job)

@@ -1,6 +1,9 @@
 """trainer.trainable=lora: the base stays bit for bit, the adapters learn, and both part again."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
 from recurgolf.config import ConfigError
 from recurgolf.run import Run
-from recurgolf.training.base import check_base, read_finished
+from recurgolf.training.base import check_base, read_finished, start_from_base
 
 BASE = ("lora=none", "averaging=ema")
 EXACT = ("quant=none", "quant.keep_dtype=float32")
@@ -48,7 +51,22 @@ def test_frozen_weights_are_the_bases_bit_for_bit_and_adapters_have_moved(device
     # In the file too, which holds the average of the adapters and the base as it was.
     packed = rebuild(load(run.path / "artifact.bin")).model.state_dict()
     assert all(torch.equal(packed[name], base[name]) for name in base)
-    assert "adapter parameters on" in (run.path / "train.log").read_text()
+    log = (run.path / "train.log").read_text()
+    assert "adapter parameters on" in log and "other text" not in log
+
+
+def test_a_base_of_other_text_is_told_before_training():
+    run = composed(*small(*alone()))
+    data, told = run.data.prepare(), []
+    for shards in (data.train_shards, []):
+        job: Any = SimpleNamespace(
+            run=run,
+            dataset=dataclasses.replace(data, train_shards=shards),
+            log=SimpleNamespace(line=told.append),
+        )
+        start_from_base(job, run.build_model())
+    (line,) = told
+    assert f"{run.trainer.base} was trained on other text" in line
 
 
 def test_two_ranks_train_the_same_adapters_as_one():

@@ -13,7 +13,7 @@ from recurgolf import seal
 from recurgolf.artifact import StoreCodec, load, pack
 from recurgolf.audit.accounts import limits_check
 from recurgolf.audit.finished_run import _kept_scores, _limits, files_check, rescored_check
-from recurgolf.audit.isolated import Rescored, rescore
+from recurgolf.audit.isolated import Rescored, _is_installed, rescore
 from recurgolf.audit.scorer import Scored
 from recurgolf.audit.scoring_process import Scoring
 from recurgolf.budget import Budget
@@ -229,6 +229,9 @@ def test_a_program_that_needs_what_is_not_counted(folder, facts):
     assert "tables.py, which is not counted" in file
     assert "No module named 'recurgolf'" in package
     assert "network" in network
+    said = _is_installed("No module named 'hydra.x'")
+    assert "copy into the plugin what it uses of hydra" in said
+    assert _is_installed("No module named 'tables'") == ""
 
 
 def test_an_artifact_behind_a_link_is_counted_in_full(folder):

@@ -240,4 +240,4 @@ def test_weights_that_come_from_another_run(base, tmp_path):
     own["trainer"]["base"] = str(tmp_path / "base")
     found = separation_of(own, data, [])
     assert found.verdict == ("pass" if base == "honest" else "fail"), found
-    assert ("not here to compare" in found.line) == (base == "gone")
+    assert ("could not be compared" in found.line) == (base == "gone")

@@ -274,18 +274,6 @@ def test_changed_data_is_refused(stopped, tmp_path):
     assert shard in ended.refused()
 
 
-def test_two_processes_never_train_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "LOCK_SECONDS", 0.2)
-    with (
-        resume.only_one(tmp_path),
-        pytest.raises(ConfigError, match="another process"),
-        resume.only_one(tmp_path),
-    ):
-        pass
-    with resume.only_one(tmp_path):
-        pass
-
-
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step, bpb in enumerate([3.0, 1.0, 2.0, None, 5.0, 4.0], start=1):
         weights = {"model": {"w": torch.tensor(float(step))}}
