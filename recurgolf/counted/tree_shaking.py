@@ -11,9 +11,10 @@ as a value is kept whole.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Shaker:
         self.waiting: list[Target] = []
         self.names: set[str] = set()
         self.methods: dict[str, list[tuple[str, ast.stmt]]] = {}
-        self.dropped: set[int] = set()
+        self.dropped: set[ast.stmt] = set()
 
     def reach(self, targets: Iterable[Target]) -> None:
         """Keep these names and everything they mention, recursively."""
@@ -199,7 +200,7 @@ class Shaker:
         if isinstance(node, ast.ClassDef) and name.partition(".")[0] not in self.whole:
             self._keep_class(name, node)
         else:
-            self._read(name, node)
+            self._read(name, [node], isinstance(node, (ast.Assign, ast.AnnAssign)))
 
     def _keep_class(self, name: str, node: ast.ClassDef) -> None:
         """Keep a class with the methods that may be called; the others wait for a mention."""
@@ -210,31 +211,31 @@ class Shaker:
             if not isinstance(line, ast.FunctionDef):
                 rest.append(line)
             elif Target(name, f"{node.name}.{line.name}") in self.replaced:
-                self.dropped.add(id(line))
+                self.dropped.add(line)
                 self.seen.add(Target(name, f"{node.name}.{line.name}"))
                 self.waiting.append(self.replaced[Target(name, f"{node.name}.{line.name}")])
             elif line.name[:2] == "__" or line.name in inherited:
                 rest.append(line)
             else:
                 later.append(line)
-        self._read(name, _with_body(node, rest))
+        self._read(name, [*_head_of(node), *rest])
         for line in later:
             if line.name in self.names:
-                self._read(name, line)
+                self._read(name, [line])
             else:
-                self.dropped.add(id(line))
+                self.dropped.add(line)
                 self.methods.setdefault(line.name, []).append((name, line))
 
-    def _read(self, name: str, node: ast.stmt) -> None:
-        """Follow all names that a kept statement mentions."""
+    def _read(self, name: str, nodes: Sequence[ast.AST], constant: bool = False) -> None:
+        """Follow all names that a kept statement, here in its parts, mentions."""
         module = self.modules[name]
         local = dict(module.imports)
-        for inner in ast.walk(node):
-            if isinstance(inner, (ast.Import, ast.ImportFrom)):
-                found = dict(self._imported(inner))
-                local.update(found)
-                self.waiting.extend(found.values())
-        found_here = list(mentions(node))
+        read = [facts_of(node) for node in nodes]
+        for inner in (line for facts in read for line in facts.imports):
+            found = dict(self._imported(inner))
+            local.update(found)
+            self.waiting.extend(found.values())
+        found_here = [mention for facts in read for mention in facts.mentions]
         for mention, attribute in found_here:
             if mention in module.definers:
                 self.waiting.append(Target(name, mention))
@@ -246,19 +247,20 @@ class Shaker:
                 self._keep_all(target.module)
             elif target.name is None:
                 self.waiting.append(Target(target.module, attribute))
-        if any(mention == "REGISTRY" for mention, _ in found_here):
-            self.strings |= texts_in(node)
-        attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        names = {mention for mention, _ in found_here}
+        texts = {text for facts in read for text in facts.texts}
+        if "REGISTRY" in names:
+            self.strings |= texts
+        attributes = {name for facts in read for name in facts.attributes}
         # Strings may be attribute names: next to getattr and the like, and in constants.
-        by_name = any(mention in _BY_NAME for mention, _ in found_here)
-        if by_name or isinstance(node, (ast.Assign, ast.AnnAssign)):
-            attributes |= texts_in(node)
+        if constant or names & _BY_NAME:
+            attributes |= texts
         fresh = attributes - self.names
         self.names |= fresh
         for called in fresh & self.methods.keys():
             for owner, method in self.methods.pop(called):
-                self.dropped.discard(id(method))
-                self._read(owner, method)
+                self.dropped.discard(method)
+                self._read(owner, [method])
 
     def _keep_all(self, name: str) -> None:
         self.waiting += [Target(name, defined) for defined in self._load(name).definers]
@@ -269,29 +271,36 @@ class Shaker:
             mention
             for index in kept
             if not isinstance(module.bodies[index], (ast.Import, ast.ImportFrom))
-            for mention, _ in mentions(self._without_dropped(module.bodies[index]))
+            for part in self._parts_of(module.bodies[index])
+            for mention, _ in facts_of(part).mentions
         }
         # Other modules may import from here a name that this module imports itself.
         mentioned |= {target.name for target in self.seen if target.module == name and target.name}
         whole = name.partition(".")[0] in self.whole
-        body: list[ast.stmt] = []
+        lines: list[str] = []
         for index, node in enumerate(module.bodies):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [a for a in node.names if whole or _wanted(node, a, mentioned)]
+                names = tuple(a for a in node.names if whole or _wanted(node, a, mentioned))
                 if names:
-                    body.append(_with_names(node, names))
+                    lines.append(_import_text(node, names))
+            elif isinstance(node, ast.ClassDef):
+                if index in kept:
+                    lines.append(_class_text(node, tuple(self._body_of(node))))
             elif index in kept:
-                body.append(self._without_dropped(node))
+                lines.append(_text(node))
         # At the end, since the stub's module may import from this one.
         for target in sorted(self.seen & self.replaced.keys()):
             if target.module == name:
-                body += _stand_in(target.name or "", self.replaced[target])
-        return dense(ast.unparse(ast.Module(body, [])))
+                lines += map(_text, _stand_in(target.name or "", self.replaced[target]))
+        return "\n".join(lines)
 
-    def _without_dropped(self, node: ast.stmt) -> ast.stmt:
-        if not isinstance(node, ast.ClassDef):
-            return node
-        return _with_body(node, [line for line in node.body if id(line) not in self.dropped])
+    def _parts_of(self, node: ast.stmt) -> list[ast.AST]:
+        """The parts of a statement that are kept."""
+        is_class = isinstance(node, ast.ClassDef)
+        return [*_head_of(node), *self._body_of(node)] if is_class else [node]
+
+    def _body_of(self, node: ast.ClassDef) -> list[ast.stmt]:
+        return [line for line in node.body if line not in self.dropped]
 
 
 _REMOVABLE = (
@@ -329,9 +338,27 @@ def _stand_in(name: str, other: Target) -> list[ast.stmt]:
     return lines if bound == name else [*lines, *ast.parse(f"{name} = {bound}").body]
 
 
-def _with_body(node: ast.ClassDef, body: list[ast.stmt]) -> ast.ClassDef:
-    body = body or [ast.Pass()]
-    return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
+def _head_of(node: ast.ClassDef) -> list[ast.AST]:
+    """All of a class but its body."""
+    return [*node.decorator_list, *node.bases, *node.keywords]
+
+
+# Statements are minified once and the same objects in every program: what is cached by statement
+# is read and written once for all programs of a process.
+@functools.cache
+def _class_text(node: ast.ClassDef, body: tuple[ast.stmt, ...]) -> str:
+    lines = list(body) or [ast.Pass()]
+    return _text(ast.ClassDef(node.name, node.bases, node.keywords, lines, node.decorator_list))
+
+
+@functools.cache
+def _import_text(node: ast.Import | ast.ImportFrom, names: tuple[ast.alias, ...]) -> str:
+    return _text(_with_names(node, list(names)))
+
+
+@functools.cache
+def _text(node: ast.stmt) -> str:
+    return dense(ast.unparse(node))
 
 
 def _library_names(module: str, name: str) -> set[str]:
@@ -372,24 +399,40 @@ def bound_by(node: ast.stmt) -> Iterator[str]:
                 yield from (alias.asname or alias.name.partition(".")[0] for alias in inner.names)
 
 
-def mentions(node: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """Names that a statement reads, each with the attribute accessed on it, or None."""
-    bases: set[int] = set()
+class Facts(NamedTuple):
+    """What a statement says.
+
+    Attributes:
+        imports: the imports inside of it.
+        mentions: names that it reads, each with the attribute accessed on it, or None.
+        attributes: names of attributes, whatever object they belong to.
+        texts: its string constants.
+    """
+
+    imports: list[ast.Import | ast.ImportFrom]
+    mentions: list[tuple[str, str | None]]
+    attributes: set[str]
+    texts: set[str]
+
+
+@functools.cache
+def facts_of(node: ast.AST) -> Facts:
+    """Read a statement, or a part of one."""
+    facts = Facts([], [], set(), set())
+    bases: set[ast.AST] = set()
     for inner in ast.walk(node):
-        if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
-            bases.add(id(inner.value))
-            yield inner.value.id, inner.attr
-        elif isinstance(inner, ast.Name) and id(inner) not in bases:
-            yield inner.id, None
-
-
-def texts_in(node: ast.AST) -> set[str]:
-    """The string constants in a statement."""
-    return {
-        inner.value
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, str)
-    }
+        if isinstance(inner, ast.Attribute):
+            facts.attributes.add(inner.attr)
+            if isinstance(inner.value, ast.Name):
+                bases.add(inner.value)
+                facts.mentions.append((inner.value.id, inner.attr))
+        elif isinstance(inner, ast.Name) and inner not in bases:
+            facts.mentions.append((inner.id, None))
+        elif isinstance(inner, (ast.Import, ast.ImportFrom)):
+            facts.imports.append(inner)
+        elif isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+            facts.texts.add(inner.value)
+    return facts
 
 
 def _wanted(node: ast.Import | ast.ImportFrom, alias: ast.alias, mentioned: set[str]) -> bool:
