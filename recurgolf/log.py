@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -32,6 +32,8 @@ class Log:
         bar: Callable[[Log, str, int], Bar] | None = None,
     ):
         self.path, self.alone, self.make_bar = path, False, bar
+        self.shown: Any = None
+        """The bar that is on the screen."""
         self.file = path.open("a", buffering=1) if path is not None else None
         self.console = plain_console(stderr) if console else None
 
@@ -69,6 +71,11 @@ class Log:
             with contextlib.suppress(OSError):  # what it still holds will not fit either
                 self.file.close()
             self.file = None
+
+
+def counted(number: int, what: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:

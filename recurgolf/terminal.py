@@ -30,6 +30,11 @@ class TerminalBar(Bar):
     def __init__(self, log: Log, what: str, total: int, console: Console):
         super().__init__(log, what, total)
         self.console, self.text, self.tenths = console, "", 0
+        # A validation's bar stands in for that of the training around it.
+        self.outer: TerminalBar | None = log.shown
+        if self.outer is not None:
+            self.outer.live.stop()
+        log.shown = self
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -57,6 +62,9 @@ class TerminalBar(Bar):
 
     def close(self) -> None:
         self.live.stop()
+        self.log.shown = self.outer
+        if self.outer is not None:
+            self.outer.live.start()
 
 
 def brief(text: str, room: int, without: str = "") -> str:

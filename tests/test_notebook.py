@@ -109,7 +109,7 @@ def test_quiet_shows_the_result_of_the_cell_alone(notebook):
 def test_several_ranks_write_lines_without_control_codes(notebook):
     shown = notebook.train("trainer.devices=2")
     assert not shown.displays
-    assert "step     8/8" in shown.printed and "2 rank(s)" in shown.printed
+    assert "step     8/8" in shown.printed and "2 ranks" in shown.printed
     assert "\x1b" not in shown.printed and "\r" not in shown.printed
 
 

@@ -150,7 +150,7 @@ def test_more_threads_than_cores_are_told_once(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     run = composed(*small("trainer.threads=2"))
     assert crowded(run) == "" == crowded(run, at_once=2)
-    assert "2 thread(s) x 3 jobs at a time want 6 cores, and there are 4" in crowded(run, 3)
+    assert "2 threads x 3 jobs at a time want 6 cores, and there are 4" in crowded(run, 3)
     many = composed(*small("trainer.threads=1", "trainer.devices=5", "trainer.batch_tokens=640"))
     assert "trainer.devices=5 want 5 cores, and there are 4" in crowded(many)
 

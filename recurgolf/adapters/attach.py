@@ -10,6 +10,7 @@ import torch
 from recurgolf.adapters.adapter import Adapter, Base, Factors, Place, fingerprint
 from recurgolf.adapters.files import read
 from recurgolf.config import ConfigError, kind_of
+from recurgolf.log import counted
 from recurgolf.lora import Adapters, LoRA
 from recurgolf.model.transformer import Model, Transformer
 from recurgolf.run import Run
@@ -72,7 +73,7 @@ def check(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None 
         if place.iteration is not None and place.iteration >= count:
             raise ConfigError(
                 f"adapter, {place}: expected iterations 0 to {count - 1}, found "
-                f"{place.iteration}: this Run visits block {place.block} {count} time(s) "
+                f"{place.iteration}: this Run visits block {place.block} {counted(count, 'time')} "
                 f"({run.largest_plan.describe()})"
             )
 

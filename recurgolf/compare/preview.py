@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from recurgolf.log import counted
 from recurgolf.overrides import is_seed
 from recurgolf.plan import check_ending, flops_per_token, make_plan
 from recurgolf.run import Run
@@ -92,15 +95,16 @@ class SweepAhead:
     def head(self, number: int, varied: Sequence[str]) -> str:
         """`job 3 of 9  lora.rank=1 seed=2  ~4:10 left`, counted from 1."""
         left = "" if self.elsewhere else self._left(number)
-        return "  ".join(filter(None, [self.named(number, varied), left]))
+        return _fitting(self.named(number, varied), left)
 
     def result(self, number: int, varied: Sequence[str], summary: Summary, seconds: float) -> str:
         """What came of a job, in a line."""
         self.measured[number] = seconds
         over = "" if summary.within_budget else " OVER THE BUDGET"
-        return (
-            f"{self.named(number, varied)}  val_bpb {summary.val_bpb:.4f}  "
-            f"{summary.artifact_bytes:,} bytes{over}  {clock(seconds)[1:]}"
+        return _fitting(
+            self.named(number, varied),
+            f"val_bpb {summary.val_bpb:.4f}  {summary.artifact_bytes:,} bytes{over}  "
+            f"{clock(seconds)[1:]}",
         )
 
     def named(self, number: int, varied: Sequence[str]) -> str:
@@ -127,9 +131,11 @@ class SweepAhead:
         return "" if expected is None else f"{clock(expected)} left"
 
 
-def counted(number: int, what: str) -> str:
-    """`1 seed`, `3 seeds`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _fitting(name: str, figures: str) -> str:
+    """In a line; figures in one of their own where a terminal would break them."""
+    line = "  ".join(filter(None, [name, figures]))
+    narrow = sys.stdout.isatty() and len(line) >= shutil.get_terminal_size().columns
+    return f"{name}\n    {figures}" if figures and narrow else line
 
 
 def clock(seconds: float | None) -> str:

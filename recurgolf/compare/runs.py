@@ -21,6 +21,7 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 from recurgolf.disk import DamagedFile, read_json
+from recurgolf.log import counted
 from recurgolf.older import modern
 from recurgolf.run import fingerprint_of
 from recurgolf.seal import audit_state
@@ -33,7 +34,7 @@ _NEEDED = ("artifact_bytes", "val_tokens", "val_bytes", "steps", "train_seconds"
 """Figures of a summary that every comparison reads, besides val_bpb."""
 _MAPPINGS = ("evals", "by_passes", "text", "environment")
 _NO_SETTINGS = ("name", "seed", "seeds", "tracker", "plugins")
-_NO_PROTOCOL = {"batch_tokens", "passes", "also", "rope_scale"}
+_NO_PROTOCOL = {"batch_tokens", "passes", "also", "rope_scale", "audit"}
 """Fields of an evaluation that say how the model is run, not what is scored."""
 
 
@@ -114,7 +115,7 @@ class FoundRun:
         device = str(told.get("device", "unknown machine"))
         many = f" x {ranks}" if ranks != 1 else ""
         on_cpu = (self.config.get("trainer") or {}).get("device") == "cpu"
-        of_cpu = f", {threads} thread(s)" if on_cpu and threads else ""
+        of_cpu = f", {counted(threads, 'thread')}" if on_cpu and threads else ""
         return f"{device}{many}{of_cpu}, {told.get('precision', 'unknown precision')}"
 
 

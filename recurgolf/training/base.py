@@ -19,6 +19,7 @@ from recurgolf.artifact import ArtifactError, load
 from recurgolf.artifact.decode import MissingLibrary
 from recurgolf.artifact.score import rebuild
 from recurgolf.config import ConfigError, to_dict
+from recurgolf.log import counted
 from recurgolf.model.transformer import Transformer
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
@@ -222,7 +223,7 @@ def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
     missing = [name for name in result.missing_keys if not name.startswith(own)]
     for names, what in ((missing, "lacks"), (result.unexpected_keys, "has in addition")):
         if names:
-            raise ConfigError(f"the base {what} {len(names)} tensor(s), as {names[0]!r}")
+            raise ConfigError(f"the base {what} {counted(len(names), 'tensor')}, as {names[0]!r}")
 
 
 def _refuse_differences(

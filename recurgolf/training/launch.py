@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from recurgolf.config import ConfigError
+from recurgolf.log import counted
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training import resume
@@ -183,7 +184,7 @@ def crowded(run: Run, at_once: int = 1) -> str:
     if wanted <= cores or (run.trainer.devices == at_once == 1 and not run.trainer.threads):
         return ""
     parts = [
-        f"{threads} thread(s)",
+        counted(threads, "thread"),
         *([f"trainer.devices={run.trainer.devices}"] if run.trainer.devices > 1 else []),
         *([f"{at_once} jobs at a time"] if at_once > 1 else []),
     ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recurgolf.artifact import pack_bytes
 from recurgolf.artifact.ledger import component
+from recurgolf.log import counted
 from recurgolf.model.transformer import TRAINING_ONLY, Transformer
 from recurgolf.quant import (
     FileSize,
@@ -176,7 +177,7 @@ def _quantized(
         if report.retries:
             job.log.line(
                 f"gptq: the Gram matrix of {report.name} was not positive definite; its damping "
-                f"was raised {report.retries} time(s), to {report.damping:g}"
+                f"was raised {counted(report.retries, 'time')}, to {report.damping:g}"
             )
     return stored
 

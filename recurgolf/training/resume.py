@@ -16,6 +16,7 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 from recurgolf.disk import read_json
+from recurgolf.log import counted
 from recurgolf.record import read_jsonl
 from recurgolf.run import Run
 from recurgolf.settings import NOT_FINGERPRINTED
@@ -249,7 +250,8 @@ def make_room(run: Run, folder: Path, found: Found | None, say: Say) -> None:
     aside.mkdir()
     for path in passed:
         path.rename(aside / path.name)
-    say(f"{len(passed)} checkpoint(s) that this run does not continue from: now in {aside.name}")
+    many = counted(len(passed), "checkpoint")
+    say(f"{many} that this run does not continue from: now in {aside.name}")
 
 
 def _is_run_of(run: Run, folder: Path) -> bool:

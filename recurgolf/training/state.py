@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recurgolf.config import ConfigError, kind_of
 from recurgolf.data import Loader
+from recurgolf.log import counted
 from recurgolf.model.transformer import Transformer
 from recurgolf.optim import Averager, Optimizers
 from recurgolf.optim import build as build_optimizers
@@ -75,10 +76,11 @@ class TrainState:
         averager = run.averaging.build(model)
         qat = prepare_quantization(job, model)
         seed(run.seed_of("noise") + job.ranks.rank)
+        ranks = counted(job.ranks.world_size, "rank")
         job.log.line(
             f"{run.name}: {model.num_parameters:,} parameters, plan "
-            f"{run.plan(1.0).describe()}, {job.ranks.world_size} rank(s) on {job.device.type}, "
-            f"{job.precision}, {torch.get_num_threads()} thread(s)"
+            f"{run.plan(1.0).describe()}, {ranks} on {job.device.type}, "
+            f"{job.precision}, {counted(torch.get_num_threads(), 'thread')}"
         )
         if qat.describe():
             job.log.line(f"training knows its quantizer: {qat.describe()}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recurgolf.config import ConfigError, kind_of
 from recurgolf.disk import read_json
-from recurgolf.log import Log
+from recurgolf.log import Log, counted
 from recurgolf.run import Run
 from recurgolf.training.own_data import check_own_data
 from recurgolf.training.summary import Summary
@@ -60,7 +60,7 @@ def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int
         arguments += ["--data", str(dataset.folder.resolve())]
         arguments += ["--tokenizer", str(dataset.tokenizer.path.resolve())]
     threads = summary.environment.get("threads", 1)
-    log.line(f"scoring {program} alone, {threads} thread(s) ...")
+    log.line(f"scoring {program} alone, {counted(threads, 'thread')} ...")
     done = run_alone(program, arguments, threads)
     if done.returncode != 0:
         log.line(f"{program} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")

@@ -11,6 +11,7 @@ from typing import Any
 from recurgolf.config import kind_of
 from recurgolf.counted.code import Codes, PackedCode
 from recurgolf.data import Embedded, Shards
+from recurgolf.log import counted
 from recurgolf.run import Run
 from recurgolf.training.summary import Summary
 
@@ -105,11 +106,12 @@ def readme(run: Run, summaries: Sequence[Summary], codes: Codes, entry: dict[str
     ranks = summaries[0].environment.get("ranks", 1)
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     total = summaries[0].bytes_model + codes.train.packed_bytes
+    seeds = counted(len(summaries), "seed")
     return f"""# {run.name}
 
 {described(run)}.
 
-val_bpb **{entry["val_bpb"]:.6f}**{spread} over {len(summaries)} seed(s), of the packed file.
+val_bpb **{entry["val_bpb"]:.6f}**{spread} over {seeds}, of the packed file.
 Audit: {_audit(entry)}.
 
 | seed | val_bpb | val_loss | before packing | bytes | steps | training seconds |

@@ -235,7 +235,7 @@ def settings_column(shown: Page, name: str) -> list[str]:
 def test_the_page_loads_without_an_error_or_a_request(opened, board):
     assert opened.troubles == []
     assert opened.requests == [board.as_uri()]
-    assert opened.texts("#counts") == ["7 of 7 runs, 6 of them finished, 2 setting(s)"]
+    assert opened.texts("#counts") == ["7 of 7 runs, 6 of them finished, 2 settings"]
 
 
 def setting(shown: Page, number: int, key: str) -> str:
@@ -563,7 +563,7 @@ def test_a_thousand_runs_open_within_three_seconds_of_work(sweep, tmp_path):
         shown.open(path)
         assert shown.work_seconds() < 3.0
         assert shown.texts("#counts") == [
-            "1,000 of 1,000 runs, 1,000 of them finished, 200 setting(s)"
+            "1,000 of 1,000 runs, 1,000 of them finished, 200 settings"
         ]
         shown.click("#all")
         shown.wait("document.querySelectorAll('#runs tbody tr').length === 1000")

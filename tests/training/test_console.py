@@ -95,6 +95,17 @@ def test_the_bar_of_a_terminal_keeps_its_text_between_the_lines(tmp_path, monkey
     assert (tmp_path / "train.log").read_text() == "loss 3.2 | 0:09 left\n"
 
 
+def test_a_validation_within_training_takes_the_place_of_its_bar(tmp_path, monkeypatch):
+    log, _ = a_log(tmp_path, monkeypatch, 80)
+    with log.bar("training", 10) as outer:
+        assert isinstance(outer, TerminalBar) and outer.live.live.is_started
+        with log.bar("scoring", 10) as inner:
+            assert isinstance(inner, TerminalBar) and inner.live.live.is_started
+            assert not outer.live.live.is_started
+        assert outer.live.live.is_started and not inner.live.live.is_started
+    log.close()
+
+
 @dataclasses.dataclass
 class Terminal:
     """A command in a real tmux.

@@ -17,6 +17,7 @@
   const fixed = (digits) => (value) =>
     known(value) ? (Number(value.toFixed(digits)) + 0).toFixed(digits) : "-";
   const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en-US") : "-");
+  const counted = (number, what) => `${whole(number)} ${what}${number === 1 ? "" : "s"}`;
   const plain = (value) => (known(value) ? String(value) : "-");
 
   for (const run of runs) {
@@ -182,7 +183,7 @@
     markSorted("runs", state.sort, state.descending);
     const finished = chosen.filter((run) => known(run.val_bpb)).length;
     $("counts").textContent = `${whole(chosen.length)} of ${whole(runs.length)} runs, `
-      + `${whole(finished)} of them finished, ${whole(data.groups.length)} setting(s)`;
+      + `${whole(finished)} of them finished, ${counted(data.groups.length, "setting")}`;
     $("empty").hidden = chosen.length > 0;
   }
 
@@ -324,7 +325,7 @@
     for (const [key, , form, text] of groupColumns) {
       const words = key === "label" ? `seed ${run.seed}${run.repeated ? ", repeated: does not count" : ""}`
         : key === "verdict" ? (run.status === "finished" ? "" : run.status) : form(group, run);
-      row.append(element("td", words, { class: key === "label" ? "text label" : text ? "text" : "" }));
+      row.append(element("td", words, { "data-key": key, class: key === "label" ? "text label" : text ? "text" : "" }));
     }
     row.addEventListener("click", () => openRun(run, true));
     row.addEventListener("keydown", (event) => event.key === "Enter" && openRun(run, true));
@@ -342,11 +343,11 @@
       margin: { l: 56, r: 14, t: 14, b: 46 }, hovermode: "closest", showlegend: false,
       ...layout,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
-      xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+      xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ticksuffix: " ", ...layout.yaxis },
     }, { responsive: true, displayModeBar: false });
   }
 
-  const title = (text) => ({ title: { text } });
+  const title = (text) => ({ title: { text, standoff: 8 } });
 
   function front(points) {
     const best = [];
@@ -369,7 +370,7 @@
     const traces = [
       dots("seeds", seeds, (run) => run.group, (run) => `${run.group_label}<br>seed ${run.seed}, ${whole(run.steps)} steps`,
         { size: 6, opacity: 0.45 }),
-      dots("means", done, (group) => group.number, (group) => `${group.label}<br>mean of ${group.n} seed(s)`, { size: 11 }),
+      dots("means", done, (group) => group.number, (group) => `${group.label}<br>mean of ${counted(group.n, "seed")}`, { size: 11 }),
     ];
     const sets = [...new Set(done.map((group) => data.sets[group.number]))];
     for (const set of sets) {
