@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from recurgolf.config import ConfigError
@@ -105,6 +105,24 @@ def _locked(handle: int) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
+
+
+def walked(folder: Path, without: Collection[str] = ()) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder in and below this one with the names in it that are no folders; links are
+    followed, and what several names lead to comes once.
+
+    Args:
+        without: names of folders that are not looked into.
+    """
+    seen: set[str] = set()
+    for here, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if name not in without)
+        yield Path(here), files
 
 
 def plain_name(text: str) -> str:

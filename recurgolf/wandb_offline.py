@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recurgolf.config import ConfigError
+from recurgolf.folders import walked
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def check_server(seconds: float = 15.0) -> None:
 def offline_runs(folder: Path) -> list[OfflineRun]:
     """The W&B runs that wait in or below a folder, in order of their paths."""
     found = []
-    for file in sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb")):
+    # Beside the folder of a W&B run lies a link to it, latest-run.
+    below = {path.resolve() for path, _ in walked(folder)}
+    places = [path for path in below if path.match("wandb/offline-run-*")]
+    for file in sorted(file for path in places for file in path.glob("run-*.wandb")):
         run = _run_record(file)
         if run is not None:
             told = (run.project, run.entity, run.run_id, run.display_name)

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -14,8 +15,9 @@ from run_folders import write_run
 from smoke_runs import small
 
 from recurgolf.cli import main
-from recurgolf.compare.runs import read_run
-from recurgolf.compare.sweep import note_failure
+from recurgolf.compare.board import write_board
+from recurgolf.compare.runs import find_runs, read_run
+from recurgolf.compare.sweep import job_folders, note_failure, note_overrides
 from recurgolf.config import ConfigError
 from recurgolf.folders import InUse, claimed, made_whole, only_one, plain_name
 from recurgolf.run import Run
@@ -196,3 +198,20 @@ def test_a_damaged_list_of_jobs_is_named(content, tmp_path):
     (tmp_path / "multirun.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"multirun\.yaml is damaged: it (is no|does not)"):
         jobs_of(tmp_path)
+
+
+def test_links_to_runs_are_followed_and_no_run_comes_twice(tmp_path):
+    run = write_run(tmp_path / "elsewhere/1", 1, 1.0)
+    note_overrides(run, ["seed=1"])
+    gone = tmp_path / "runs/gone"
+    gone.mkdir(parents=True)
+    links = {"all": "elsewhere", "one": "elsewhere/1", "circle": "runs", "none": "nothing"}
+    for name, target in links.items():
+        (tmp_path / "runs" / name).symlink_to(tmp_path / target)
+    (gone / "run.json").symlink_to(tmp_path / "nothing")
+    told: list[str] = []
+    assert [r.folder for r in find_runs([tmp_path / "runs", run], told)] == [run]
+    assert told == [f"left out: {gone}/run.json: a link to what is not there"]
+    assert [path.resolve() for path in job_folders(tmp_path / "runs")] == [run]
+    with pytest.raises(ConfigError, match=r"board\.html: .*; --out FILE writes the page elsewhere"):
+        write_board([run], Path("/proc/nobody/board.html"))

@@ -209,12 +209,19 @@ def test_figures_of_different_texts_are_never_averaged(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_jobs_at_once_by_joblib_end_in_the_same_figures(swept, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    own = ["tracker=offline", "lora.rank=1,2", "seed=1,2", "hydra/launcher=joblib"]
-    sweep(tmp_path, *own, "hydra.launcher.n_jobs=2").finished()
-    found = summaries(tmp_path / "sweep")
-    assert [s["val_bpb"] for s in found] == [s["val_bpb"] for s in summaries(swept[0])]
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_in_other_processes_end_in_the_same_figures_and_a_diverged_one_stops_nobody(
+    swept, tmp_path, launcher
+):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    own = ["seed=1", "optimizer.matrix_lr=0.02,1e30", f"hydra/launcher={launcher}"]
+    ended = sweep(tmp_path, *own)
+    assert ended.code == 1
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in found] == ["finished", "diverged"]
+    assert ended.out.count("\ndiverged: ") == 1
+    of_its_own = json.loads((tmp_path / "sweep/0/summary.json").read_text())
+    assert of_its_own["val_bpb"] == summaries(swept[0])[0]["val_bpb"]
 
 
 def test_a_failing_job_stops_nobody_and_is_listed_with_its_cause(tmp_path):
@@ -240,9 +247,16 @@ def test_a_failing_job_stops_nobody_and_is_listed_with_its_cause(tmp_path):
 
 
 def test_a_job_over_its_budget_is_counted_and_told_by_the_exit_code(tmp_path):
+    """Under joblib, where a job is a line when it begins and one when it ends."""
     own = ["budget.artifact_bytes=30_000", "seed=1,2", "trainer.steps=2"]
-    ended = sweep(tmp_path, *own)
+    ended = sweep(tmp_path, *own, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
     assert ended.code == 3
+    assert "2 jobs: 1 setting x 2 seeds (1, 2) by joblib" in ended.out
+    lines = [line for line in ended.out.splitlines() if line.startswith("job ")]
+    assert lines[::2] == ["job 1 of 2  seed=1", "job 2 of 2  seed=2"]
+    for head, line in zip(lines[::2], lines[1::2], strict=True):
+        said = rf"{head}  val_bpb \d\.\d{{4}}  [\d,]+ bytes OVER THE BUDGET  \d+:\d\d"
+        assert re.fullmatch(said, line), line
     (group,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["groups"]
     assert group["over_budget"] == 2
     assert group["setting"] == "all jobs"

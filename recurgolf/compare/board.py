@@ -80,9 +80,13 @@ def write_board(
     data["reload_seconds"] = reload_seconds
     for line in left_out:
         say(line)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, page(data, drawing))
-    return [out] if reload_seconds else [out, *write_pictures(data, out)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, page(data, drawing))
+        return [out] if reload_seconds else [out, *write_pictures(data, out)]
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"{out}: {why}; --out FILE writes the page elsewhere") from None
 
 
 def plotting_library() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from recurgolf.config import ConfigError
 from recurgolf.disk import DamagedFile, read_json
+from recurgolf.folders import walked
 from recurgolf.log import counted
 from recurgolf.older import modern
 from recurgolf.run import fingerprint_of
@@ -218,7 +218,7 @@ def find_runs(folders: Iterable[Path], left_out: list[str] | None = None) -> lis
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; give folders of runs or sweeps")
-        paths = _run_folders(folder.resolve())
+        paths = _run_folders(folder)
         if not paths:
             raise ConfigError(f"{folder}: no run in or below it (a run's folder has a run.json)")
         for path in paths:
@@ -226,6 +226,8 @@ def find_runs(folders: Iterable[Path], left_out: list[str] | None = None) -> lis
                 found[path] = read_run(path)
             except DamagedFile as error:
                 damaged.append(str(error))
+            except FileNotFoundError as error:
+                damaged.append(f"{error.filename}: a link to what is not there")
     if damaged and (left_out is None or not found):
         raise ConfigError("; ".join(damaged))
     if left_out is not None:
@@ -405,11 +407,8 @@ def _one_run_a_seed(group: Group) -> None:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    found = []
-    for here, below, files in os.walk(folder):
-        if "run.json" in files:
-            found.append(Path(here))
-        below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
+    here = walked(folder, SKIPPED_FOLDERS)
+    found = [path.resolve() for path, files in here if "run.json" in files]
     return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from recurgolf.compare.runs import (
 )
 from recurgolf.config import ConfigError, Diverged
 from recurgolf.disk import DamagedFile, write_file, write_json
-from recurgolf.folders import InUse
+from recurgolf.folders import InUse, walked
 from recurgolf.log import plain_console
 from recurgolf.overrides import is_seed
 
@@ -85,11 +84,8 @@ def read_overrides(folder: Path) -> list[str]:
 
 def job_folders(folder: Path) -> list[Path]:
     """The folders of a sweep's jobs, whatever they are called and however deep: 9 before 10."""
-    found: list[Path] = []
-    for here, below, _ in os.walk(folder):
-        if (Path(here) / OVERRIDES).is_file():
-            found.append(Path(here))
-        below[:] = [name for name in below if name not in (*SKIPPED_FOLDERS, MOVED_ASIDE)]
+    here = walked(folder, {*SKIPPED_FOLDERS, MOVED_ASIDE})
+    found = [path for path, _ in here if (path / OVERRIDES).is_file()]
     return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
 
 
@@ -195,7 +191,6 @@ def finish_sweep(folder: Path) -> Outcome:
     if not jobs:
         raise ConfigError(f"{folder}: no job of a sweep in or below it")
     groups = grouped(jobs)
-    write_json(folder / "sweep.json", {"jobs": jobs, "groups": [as_json(g) for g in groups]})
     # Where no terminal sets a width, a label stays in one line.
     console = plain_console(width=200)
     console.print(table(groups, width=console.width))
@@ -203,7 +198,12 @@ def finish_sweep(folder: Path) -> Outcome:
     for job in failed:
         told = f"{job['status']}: {' '.join(job['overrides'])}: {job['error']}"
         console.print(told, markup=False)
-    console.print(f"sweep: {folder}/sweep.json", markup=False)
+    path = folder / "sweep.json"
+    try:
+        write_json(path, {"jobs": jobs, "groups": [as_json(g) for g in groups]})
+        console.print(f"sweep: {path}", markup=False)
+    except OSError as error:  # the table of somebody else's folder is worth showing all the same
+        console.print(f"not kept in {path}: {error.strerror}", markup=False)
     return Outcome(len(failed), sum(group.over_budget for group in groups))
 
 

@@ -7,7 +7,6 @@ again.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os.path import expanduser
@@ -143,11 +142,11 @@ class Text(FromText):
         if not all(isinstance(name, str) and name for name in listed):
             raise ConfigError(f"data.files={self.files!r}: a file, folder or pattern, or a list")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "".encode(self.encoding)
+        except (LookupError, ValueError):
             raise ConfigError(
-                f"data.encoding={self.encoding!r}: Python has no such encoding; utf-8, latin-1, "
-                "cp1252 and utf-16 are usual ones"
+                f"data.encoding={self.encoding!r}: Python has no such encoding of text; utf-8, "
+                "latin-1, cp1252 and utf-16 are usual ones"
             ) from None
 
     def corpus(self) -> Corpus:

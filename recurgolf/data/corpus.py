@@ -139,6 +139,8 @@ def text_corpus(
     def read() -> Documents:
         texts = {t for path in paths for t in _documents_of(path, text_field, separator, encoding)}
         texts.discard("")
+        if not texts:
+            raise DataError(f"data.files={pattern!r}: there is no text in it")
         wanted = val_documents or max(1, round(val_fraction * len(texts)))
         if wanted >= len(texts):
             blank = separator is None and any("\n\n" in text for text in texts)
@@ -216,6 +218,19 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 """File ending -> how to open what it compresses."""
 
+NO_TEXT = (
+    (0, b"\x1f\x8b", "compressed by gzip: name it *.gz"),
+    (4, b"1AY&SY", "compressed by bzip2: name it *.bz2"),
+    (0, b"\xfd7zXZ\0", "compressed by xz: name it *.xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: name it *.zst"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4, which is not read; unpack it"),
+    (0, b"PK\x03\x04", "a zip archive, which is not read; unpack it"),
+    (257, b"ustar", "a tar archive, which is not read; unpack it"),
+    (0, b"PAR1", "a Parquet file, which is not read; write its texts as JSON lines"),
+    (0, b"%PDF-", "a PDF, which is not read; take the text out of it"),
+)
+"""What stands where in files that their names say nothing of, and what they are."""
+
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
@@ -259,8 +274,9 @@ def _plain(path: Path) -> IO[bytes]:
 
 def _read_plain(data: bytes, path: Path, separator: str | None, encoding: str) -> Iterator[str]:
     """Parts of a plain text; refuses JSON lines, whose syntax nobody wants to train on."""
-    if data[257:262] == b"ustar":
-        raise DataError(f"{path}: a tar archive, which is not read; unpack it")
+    for offset, mark, what in NO_TEXT:
+        if data.startswith(mark, offset):
+            raise DataError(f"{path}: {what}")
     text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding).replace("\r\n", "\n")
     if text.count("\0") > len(text) // 10:  # UTF-16 without its mark, or no text at all
         raise DataError(f"{path}: not {encoding} text, for it is full of NUL characters")
@@ -304,6 +320,8 @@ def _text_of(item: Any, field: str, where: str) -> str:
             item = json.loads(item.decode("utf-8-sig"))
         text = item[field]
         text.encode()  # fails on half a surrogate pair, which JSON can hold and UTF-8 cannot
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8, which JSON has to be ({error})") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where}: expected a JSON object with a text in {field!r} (data.text_field): "

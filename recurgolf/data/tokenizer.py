@@ -123,6 +123,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not path.stat().st_size:  # which the library takes for a model without pieces
+                raise RuntimeError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
@@ -225,7 +227,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         DataError: no such file, another ending, or not what the ending says.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file")
+        here = "" if path.is_absolute() else f" (in {Path.cwd()})"
+        raise DataError(f"{path}: no such tokenizer file{here}")
     if path.suffix not in READERS:
         raise DataError(f"{path}: a tokenizer file ends in {' or '.join(READERS)}")
     return READERS[path.suffix](path)

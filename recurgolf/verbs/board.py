@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recurgolf.compare.board import write_board
 from recurgolf.config import ConfigError
+from recurgolf.folders import walked
 from recurgolf.verbs import parser_of
 
 WATCHED = ("run.json", "metrics.jsonl", "summary.json", "failure.txt")
@@ -64,5 +65,6 @@ def watch(folders: Sequence[Path], out: Path, baseline: str | None, seconds: flo
 
 def _state(folders: Sequence[Path]) -> dict[Path, int]:
     """When the files that the page is made of were written."""
-    files = [path for folder in folders for name in WATCHED for path in folder.rglob(name)]
+    below = [path for folder in folders for path, _ in walked(folder)]
+    files = [path / name for path in below for name in WATCHED]
     return {path: path.stat().st_mtime_ns for path in files if path.exists()}
