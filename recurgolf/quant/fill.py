@@ -275,6 +275,17 @@ def at_step(rules: Rules, step: float) -> dict[str, TensorRule]:
     }
 
 
+def finer(rules: Rules, share: float) -> dict[str, TensorRule]:
+    """The rules with this share of the steps of their k·σ clips, down to the finest step."""
+    found = dict(rules)
+    for name, rule in rules.items() if share < 1 else ():
+        if rule.grid is not None and isinstance(rule.grid.clip, SigmaClip):
+            step = rule.grid.clip.k / code_range(rule.grid.bits)[1]
+            bits, clip = _reach(max(share * step, min(step, STEPS[0])))
+            found[name] = replace(rule, grid=grid_of(rule.grid, bits, clip))
+    return found
+
+
 def _reach(step: float) -> tuple[int, float]:
     """Bits and clip of a step: the fewest that reach far enough."""
     bits = next((b for b in range(2, 8) if step * code_range(b)[1] >= LEAST_CLIP), 8)
@@ -428,6 +439,7 @@ __all__ = [
     "at_step",
     "choices_for",
     "fill",
+    "finer",
     "grid_of",
     "ruled",
     "tabulate",

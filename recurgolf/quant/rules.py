@@ -144,6 +144,10 @@ class Quant(Checked):
     fill_budget: bool = False
     """True: bits and clips of the rules are replaced, per group of layers, so that the file just
     fits budget.artifact_bytes with the least error (see `quant/fill.py`)."""
+    tolerance: Annotated[float | None, above(0)] = None
+    """Bits per byte that packing may cost while the budget has room: beyond it the k·σ clips of the
+    rules give way to finer steps (see `training/tolerance.py`); null: the rules as they are, which
+    they also are for steps that training knows."""
     # Schema defaults are the common classes: OmegaConf composes other kinds over nothing else.
     calibration: Calibration = field(default_factory=Calibration)
     """The text that gptq asks for the inputs of layers; read only where a rule says gptq."""
@@ -171,6 +175,11 @@ class Quant(Checked):
                 f"quant/qat={kind_of(self.qat)} learns quantizer steps, but the rules of quant="
                 f"{kind_of(self)} keep every tensor as a float; choose another, as in quant=int6"
             )
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether the steps of the rules are fitted to the trained network."""
+        return self.tolerance is not None and not self.fill_budget and type(self.qat) is NoQat
 
     def learned(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """The tensors whose steps its QAT learns: rules that keep floats by name hold for it."""

@@ -42,9 +42,11 @@ class QuantizedState(dict[str, Stored]):
     Attributes:
         reports: one for every quantized tensor.
         filled: how bits and clips were chosen, where a search chose them.
+        step_share: the share of their rules' steps that tensors have (`quant.tolerance`).
     """
 
     filled: Filled | None = None
+    step_share = 1.0
 
     def __init__(self, tensors: Mapping[str, Stored], reports: list[MethodReport]):
         super().__init__(tensors)

@@ -24,6 +24,7 @@ from recurgolf.quant import (
     dequantize_state,
     quantize_state,
 )
+from recurgolf.quant.fill import finer
 from recurgolf.run import Run
 from recurgolf.training.calibration import (
     broadcast_weights,
@@ -32,6 +33,7 @@ from recurgolf.training.calibration import (
 )
 from recurgolf.training.filling import fill_rules
 from recurgolf.training.packing import metadata
+from recurgolf.training.tolerance import step_share
 
 if TYPE_CHECKING:
     from recurgolf.training.job import Job
@@ -118,24 +120,36 @@ def quantize_model(job: Job, model: Transformer) -> QuantizedState | None:
     learned = job.run.quant.qat.learned(model)
     if learned:
         return with_learned(job.run, model, learned) if job.ranks.is_first else None
-    if not job.run.quant.fill_budget:
-        return _by_rules(job, model, rules)
+    quant, state = job.run.quant, packed_state(model)
+    if not (quant.fill_budget or quant.tolerant):
+        return _by_rules(job, model, rules, None)
     grams = _calibrated(job, model, weights_under("gptq", rules))
-    filled = fill_rules(job, model, packed_state(model), rules, grams)
-    stored = _by_rules(job, model, filled.rules)
+    if quant.tolerant:
+        share = step_share(job, model, state, rules, grams)
+        stored = _by_rules(job, model, finer(rules, share), grams)
+        if stored is not None:
+            stored.step_share = share
+        return stored
+    filled = fill_rules(job, model, state, rules, grams)
+    stored = _by_rules(job, model, filled.rules, grams)
     if stored is not None:
         stored.filled = filled
     return stored
 
 
 def _by_rules(
-    job: Job, model: Transformer, rules: Mapping[str, TensorRule]
+    job: Job,
+    model: Transformer,
+    rules: Mapping[str, TensorRule],
+    grams: Mapping[str, Tensor] | None,
 ) -> QuantizedState | None:
+    """Quantize in one phase or two; `grams` if the whole network was calibrated already."""
     wanted = weights_under("gptq", rules)
     state = packed_state(model)
     core = [name for name in _looped(job.run, rules) if name in state]
     if not (job.run.quant.calibration.two_phase and set(core) & set(wanted)):
-        return _quantized(job, state, rules, _calibrated(job, model, wanted))
+        grams = _calibrated(job, model, wanted) if grams is None else grams
+        return _quantized(job, state, rules, grams)
     before = {name: tensor.clone() for name, tensor in state.items()}
     flat = {name: tensor for name, tensor in before.items() if name not in core}
     rest = {name: before[name] for name in core}
@@ -185,6 +199,7 @@ def _quantized(
 def quantization_summary(stored: QuantizedState) -> dict[str, Any]:
     """What quantizing took, for summary.json.
 
+    `step_share` is the share of their rules' steps that `quant.tolerance` left the tensors;
     `retried` names every weight whose damping had to be raised, with the damping in the end;
     `zero_rows` has, by component, how many rows of its matrices are all zero, and of how many.
     """
@@ -208,6 +223,7 @@ def quantization_summary(stored: QuantizedState) -> dict[str, Any]:
         "cholesky_retries": sum(report.retries for report in reports),
         "retried": {report.name: report.damping for report in reports if report.retries},
         "corrected": {r.name: [r.error, r.corrected] for r in corrected},
+        "step_share": stored.step_share,
         "zero_rows": {part: found for part, found in zeros.items() if found[0]},
     }
 
