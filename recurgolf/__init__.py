@@ -54,10 +54,13 @@ def train(run: Run, folder: str | Path | None = None, quiet: bool = False) -> Su
     """
     from datetime import datetime
 
-    from recurgolf.config import check_types
+    from recurgolf.config import ConfigError, check_types
     from recurgolf.folders import claimed, plain_name
+    from recurgolf.overrides import added_keys
     from recurgolf.training.launch import launch
 
+    if unknown := next(added_keys(run), None):
+        raise ConfigError(f"{unknown} was assigned, but a run has no such field")
     check_types(run)
     type(run).from_dict(run.to_dict())  # limits and relations, which assigning has not met
     if folder is None:

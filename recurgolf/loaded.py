@@ -51,7 +51,7 @@ class Loaded:
     """
 
     folder: Path
-    run: Run
+    run: Run = field(repr=False)
     model: Transformer = field(repr=False)
     source: str
     _header: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -159,8 +159,9 @@ class Loaded:
         Raises:
             ConfigError: a value outside of what is possible.
         """
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ConfigError(f"temperature={temperature}: a number from 0 (no chance) upwards")
+        number = type(temperature) in (int, float) and math.isfinite(temperature)
+        if not number or temperature < 0:
+            raise ConfigError(f"temperature={temperature!r}: a number from 0 (no chance) upwards")
         for name, value in {"top_k": top_k, "tokens": tokens}.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number, at least 1")
@@ -242,6 +243,8 @@ def load(folder: str | Path, trust: bool = False) -> Loaded:
         ConfigError: no such folder, or nothing in it that can be read; the text says what.
     """
     folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give that of a run")
     path = folder / ARTIFACT
     if not path.exists():
         finished = read_finished(folder, trust)

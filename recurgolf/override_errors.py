@@ -33,6 +33,13 @@ VALUE_FLAGS = (
     *("--package", "-p", "--experimental-rerun"),
 )
 """Flags of Hydra whose value is the next argument."""
+_EXPECTED = {
+    r"Value '(.*)' .*could not be converted to Integer": "a whole number",
+    r"Value '(.*)' .*could not be converted to Float": "a number",
+    r"Value '(.*)' is not a valid bool": "true or false",
+    r"is not a ListConfig": "a list, as in [a,b]",
+}
+"""How OmegaConf refuses a type -> what would be right."""
 
 
 def check_readable(arguments: Sequence[str]) -> None:
@@ -121,6 +128,9 @@ def explain(error: BaseException, folder: Path | None, config: Callable[[], Any]
         return _unknown_key(override.group(1), config, folder)
     if unknown and key:
         return _unknown_key(key.group(1), config, folder)
+    for said, expected in _EXPECTED.items():
+        if key and (value := re.search(said, whole)):
+            return f"{key[1]}{f'={value[1]}' if value.groups() else ''}: expected {expected}"
     if key:
         return f"{key.group(1)}: {texts[-1].splitlines()[0]}"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]

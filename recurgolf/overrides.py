@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ def as_list(overrides: str | Sequence[str]) -> list[str]:
             overrides = shlex.split(overrides)
         except ValueError as error:
             raise ConfigError(f"{overrides}: {error}".replace("No closing", "no closing")) from None
+    if not isinstance(overrides, Iterable):
+        overrides = [overrides]
     for override in overrides:
         if not isinstance(override, str) or ("=" not in override and override[:1] != "~"):
             raise ConfigError(

@@ -123,6 +123,7 @@ def test_tokens_come_as_often_as_temperature_and_top_k_say():
         ({"tokens": 0}, "tokens=0"),
         ({"passes": 0}, "passes=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"temperature": "hot"}, "temperature='hot'"),
     ],
     ids=lambda value: str(value),
 )

@@ -21,7 +21,7 @@ def test_one_string_is_the_command_line():
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [("smoke", "'smoke' is no override"), ([3], "3 is no override"), ("name='x", "no closing")],
+    [("smoke", "'smoke' is no override"), (3, "3 is no override"), ("name='x", "no closing")],
     ids=["a word", "a number", "an open quote"],
 )
 def test_what_is_no_override_is_refused_in_plain_words(asked, said):
@@ -33,6 +33,7 @@ def test_what_is_no_override_is_refused_in_plain_words(asked, said):
     ("part", "name", "value", "said"),
     [
         ("trainer", "steps", "ten", "trainer.steps='ten': expected int"),
+        ("trainer", "stepps", 10, "trainer.stepps was assigned, but a run has no such field"),
         ("trainer", "steps", True, "trainer.steps=True: expected int"),
         ("model", "mixer", "attention", "model.mixer='attention': expected an object of the class"),
         ("lora", "targets", "mlp", "lora.targets='mlp': expected list"),

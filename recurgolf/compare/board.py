@@ -21,6 +21,7 @@ from recurgolf.compare import statistics
 from recurgolf.compare.comparison import Rules, judged
 from recurgolf.compare.runs import (
     ABSENT,
+    TEXT,
     FoundRun,
     Group,
     differing_settings,
@@ -150,6 +151,8 @@ def board_data(
         alike |= {tuple(run.settings.items()): number for run in members}
     points = max(20, min(400, POINTS // (2 * max(1, len(runs)))))
     few = len(runs) <= 60
+    number_of = [numbers.get(r.folder, alike.get(tuple(r.settings.items()), 0)) for r in runs]
+    keys = sorted(differing | {key for group in groups for key in group.differs} - {TEXT})
     return {
         "title": title,
         "made": datetime.now().isoformat(sep=" ", timespec="minutes"),
@@ -159,12 +162,14 @@ def board_data(
         "runs": [
             {
                 **_facts(run, home, left_out),
-                "group": numbers.get(run.folder, alike.get(tuple(run.settings.items()), 0)),
+                "group": number,
                 "repeated": run.folder in repeated,
-                "settings": {k: run.settings.get(k, ABSENT) for k in sorted(differing)},
+                "settings": {
+                    k: groups[number].differs.get(k, run.settings.get(k, ABSENT)) for k in keys
+                },
                 **_measured(run, points if few else min(points, 60), few, left_out),
             }
-            for run in runs
+            for number, run in zip(number_of, runs, strict=True)
         ],
     }
 
@@ -186,12 +191,8 @@ def _comparisons(groups: Sequence[Group], baseline: str | None) -> dict[str, Any
     done = [number for number, group in enumerate(groups) if group.runs]
     if baseline is not None:
         words = set(baseline.split())
-        done = [
-            number
-            for number in done
-            if groups[number].label == baseline
-            or words <= {f"{k}={v}" for k, v in groups[number].differs.items()}
-        ]
+        named = [number for number in done if groups[number].label == baseline]
+        done = named or [number for number in done if words <= groups[number].words]
         if len(done) != 1:
             labels = "; ".join(group.label for group in groups if group.runs)
             raise ConfigError(

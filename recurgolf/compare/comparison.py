@@ -19,6 +19,7 @@ from recurgolf.compare.runs import (
     differing_settings,
     find_runs,
     grouped,
+    name_by_options,
     spread,
 )
 from recurgolf.compare.statistics import Test
@@ -343,6 +344,7 @@ def _groups(
             )
         base = _renamed(bases[0], differing)
         rest = [_renamed(group, differing) for group in (grouped(others) if others else [])]
+        name_by_options([base, *rest])
         for group in rest:
             if group.differs == base.differs:  # the same settings: other code, another machine
                 group.differs["folder"] = _common(group)
@@ -351,7 +353,7 @@ def _groups(
     if baseline is None:
         return groups, None
     wanted = baseline.split()
-    matching = [g for g in groups if set(wanted) <= {f"{k}={v}" for k, v in g.differs.items()}]
+    matching = [g for g in groups if set(wanted) <= g.words]
     matching = matching or [g for g in groups if baseline in {r.name for r in g.runs}]
     if len(matching) != 1:
         number = "no" if not matching else "more than one"

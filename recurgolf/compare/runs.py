@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recurgolf.config import ConfigError
 from recurgolf.disk import DamagedFile, read_json
 from recurgolf.folders import walked
@@ -29,6 +31,8 @@ from recurgolf.settings import NOT_FINGERPRINTED
 
 ABSENT = "-"
 """Stands for a setting that a group does not have, because another kind is chosen there."""
+TEXT = "validation text"
+"""What sets groups apart that were scored on different texts."""
 SKIPPED_FOLDERS = {"checkpoints", "wandb", "scores", ".hydra", "moved_aside", "__pycache__"}
 _NEEDED = ("artifact_bytes", "val_tokens", "val_bytes", "steps", "train_seconds")
 """Figures of a summary that every comparison reads, besides val_bpb."""
@@ -75,6 +79,17 @@ class FoundRun:
         return {
             k: v for k, v in found.items() if k not in {f"trainer.{n}" for n in NOT_FINGERPRINTED}
         }
+
+    @cached_property
+    def chosen(self) -> dict[str, str]:
+        """The options that the command line named: `quant` -> `int6_tiny`; {} where it is gone."""
+        path = self.folder / ".hydra" / "overrides.yaml"
+        try:
+            told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        pairs = [str(one).partition("=") for one in (told if isinstance(told, list) else [])]
+        return {key: value for key, _, value in pairs if key and "." not in key}
 
     @property
     def text(self) -> dict[str, str]:
@@ -148,6 +163,13 @@ class Group:
         """Whether the label leaves out settings that differ."""
         parts = [f"{key}={value}" for key, value in self.differs.items() if value != ABSENT]
         return len(parts) > 4 or len(" ".join(parts)) > 90
+
+    @property
+    def words(self) -> set[str]:
+        """What it may be called by: `lora.rank=2`, of every setting that its runs have."""
+        own = next(iter([*self.runs, *self.unfinished]), None)
+        settings = {**(own.settings if own else {}), **self.differs}
+        return {f"{key}={value}" for key, value in settings.items()}
 
     @property
     def label(self) -> str:
@@ -313,7 +335,7 @@ def grouped(runs: Sequence[FoundRun], by_text: bool = False) -> list[Group]:
         key = tuple(run.settings.get(path, ABSENT) for path in differing)
         own = dict(zip(differing, key, strict=True))
         if by_text and len(texts) > 1:
-            own["validation text"] = ABSENT if run.summary is None else run.scored_text[:12]
+            own[TEXT] = ABSENT if run.summary is None else run.scored_text[:12]
             key = (*key, run.scored_text)
         group = groups.setdefault(key, Group(own))
         (group.unfinished if run.summary is None else group.runs).append(run)
@@ -321,6 +343,7 @@ def grouped(runs: Sequence[FoundRun], by_text: bool = False) -> list[Group]:
     for group in groups.values():
         group.telling = telling
     _name_by_the_finished(list(groups.values()))
+    name_by_options(list(groups.values()))
     for group in groups.values():
         _one_run_a_seed(group)
         group.unfinished = [run for run in group.unfinished if run.seed not in group.seeds]
@@ -339,6 +362,38 @@ def _name_by_the_finished(groups: Sequence[Group]) -> None:
     telling = telling_settings([group.differs for group in done])
     for group in done:
         group.telling = telling
+
+
+def name_by_options(groups: Sequence[Group]) -> None:
+    """Say `quant=int6_tiny` for what that option alone makes different, where all were asked for
+    by the name of an option."""
+    groups = [group for group in groups if group.runs] or groups
+    if len(groups) < 2:
+        return
+    asked = [
+        dict(set.intersection(*(set(run.chosen.items()) for run in (*g.runs, *g.unfinished))))
+        for g in groups
+    ]
+    for key in [key for key in asked[0] if all(key in one for one in asked)]:
+        names, path = [one[key] for one in asked], key.replace("/", ".")
+        below = [k for k in groups[0].differs if f"{k}.".startswith(f"{path}.")]
+        follow = [
+            k
+            for k in below
+            if len({(name, g.differs.get(k)) for name, g in zip(names, groups, strict=True)})
+            == len(set(names))
+        ]
+        if not follow or (path in below and path not in follow):
+            continue
+        for name, group in zip(names, groups, strict=True):
+            renamed = {key if k == follow[0] else k: v for k, v in group.differs.items()}
+            group.differs = {k: v for k, v in renamed.items() if k == key or k not in follow}
+            group.differs[key] = name
+    apart = len({tuple(group.differs.items()) for group in groups}) == len(groups)
+    telling = telling_settings([group.differs for group in groups]) if apart else []
+    for group in groups:
+        # A baseline's folder may have the settings of another group.
+        group.telling = telling or [key for key in group.telling if key in group.differs]
 
 
 def telling_settings(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -419,6 +474,8 @@ def _flat(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, str]]:
             if "kind" in value:
                 yield here, str(value["kind"])
             yield from _flat({k: v for k, v in value.items() if k != "kind"}, here)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            yield from _flat({str(n): item for n, item in enumerate(value)}, here)
         else:
             yield here, value if isinstance(value, str) else json.dumps(value)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -188,6 +189,22 @@ def test_other_kinds_are_named_without_the_settings_of_those_not_chosen(tmp_path
         "looping=cycle looping.passes=3",
         "looping=none",
     ]
+
+
+def test_a_sweep_over_options_is_told_by_their_names_not_by_all_that_is_in_them(tmp_path):
+    for number, (quant, rank, seed) in enumerate(product(("int8", "int6_tiny"), "12", (1, 2))):
+        asked = [f"quant={quant}", f"lora.rank={rank}"]
+        run = write_run(tmp_path / str(number), seed, 1.6, *asked)
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "overrides.yaml").write_text(f"{[*asked, f'seed={seed}']}")
+    groups = grouped(find_runs([tmp_path]))
+    labels = [f"lora.rank={r} quant={q}" for q in ("int8", "int6_tiny") for r in "12"]
+    assert [group.label for group in groups] == labels
+    assert [group.differs["quant"] for group in groups] == ["int8"] * 2 + ["int6_tiny"] * 2
+    assert all(len(group.differs) == 2 and len(group.runs) == 2 for group in groups)
+    # One may still be called by what is in it.
+    (one,) = [g for g in groups if {"quant.rules.0.bits=8", "lora.rank=2"} <= g.words]
+    assert one.label == "lora.rank=2 quant=int8"
 
 
 def test_groups_that_differ_in_much_still_have_labels_of_their_own(tmp_path):

@@ -58,9 +58,13 @@
     return made;
   }
 
-  // A label breaks between its settings, never within one.
+  // A label breaks between its settings; one that is wider than its column, behind a dot.
   function labelled(cell, label) {
-    label.split(" ").forEach((part) => cell.append(element("span", part, { class: "part" }), " "));
+    for (const part of label.split(" ")) {
+      const own = element("span", undefined, { class: "part" });
+      part.split(/(?<=[.=])/).forEach((piece) => own.append(piece, element("wbr")));
+      cell.append(own, " ");
+    }
     return cell;
   }
 
