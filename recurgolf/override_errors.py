@@ -34,8 +34,8 @@ VALUE_FLAGS = (
 )
 """Flags of Hydra whose value is the next argument."""
 _EXPECTED = {
-    r"Value '(.*)' .*could not be converted to Integer": "a whole number",
-    r"Value '(.*)' .*could not be converted to Float": "a number",
+    r"Value '(.*?)' .*could not be converted to Integer": "a whole number",
+    r"Value '(.*?)' .*could not be converted to Float": "a number",
     r"Value '(.*)' is not a valid bool": "true or false",
     r"is not a ListConfig": "a list, as in [a,b]",
 }
