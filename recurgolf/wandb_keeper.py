@@ -21,8 +21,13 @@ from recurgolf.record import AXES
 
 def spawn_keeper() -> subprocess.Popen[str]:
     """Start `keep_wandb_run` in a session of its own, which Ctrl-C at a terminal does not reach."""
-    # Not the service of a W&B run that the user's own program may hold.
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    # Not the service of a W&B run that the user's own program may hold. What is set to nothing is
+    # not set; W&B would refuse it.
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key != "WANDB_SERVICE" and (value or not key.startswith("WANDB_"))
+    }
     # The package may lie where the interpreter does not look by itself.
     program = "import sys; sys.path.append(sys.argv[1]); import recurgolf.wandb_keeper as k"
     home = str(Path(__file__).resolve().parents[1])
@@ -74,7 +79,7 @@ def keep_wandb_run() -> None:
         reply("finished")
         wandb.teardown()
     except BaseException as error:
-        reply("trouble", f"stopped ({_first_line(error)})")
+        reply("trouble", f"stopped ({_in_a_line(error)})")
         if service_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(service_pid, signal.SIGKILL)
@@ -93,14 +98,16 @@ def _open_wandb_run(start: dict[str, Any], reply: Any) -> Any:
         offline = {**start["init"], "mode": "offline", "resume": None}
         run = wandb.init(**offline, settings=wandb.Settings(**start["settings"]))
         reply("started", [run.url, run.settings.sync_dir, _service_pid()])
-        reply("trouble", f"cannot be reached, recording offline instead ({_first_line(error)})")
+        reply("trouble", f"cannot be reached, recording offline instead ({_in_a_line(error)})")
     for name in AXES:
         run.define_metric(name)
     return run
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _in_a_line(error: BaseException) -> str:
+    """An error; which setting is wrong may stand in its second line."""
+    told = " ".join(str(error).partition("[type=")[0].split())
+    return f"{type(error).__name__}: {told}"[:300]
 
 
 def _service_pid() -> int | None:

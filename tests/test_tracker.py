@@ -207,6 +207,7 @@ def test_config_holds_sweep_and_commit_and_system_metrics_are_asked_for(tmp_path
     git("add", "file")
     git("commit", "-qm", "first")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_RUN_ID", "")  # as a shell's way not to set it
     for dirty in (False, True):
         (tmp_path / "file").write_text("2" if dirty else "1")
         folder = tmp_path / f"run{dirty}"

@@ -45,6 +45,8 @@ def audit_and_show(folder: Path, log: Log, **options: Any) -> Audit:
         table.add_row(check.name, number, verdict, escape(check.line))
         log.note(f"audit: {check.name} {number} {check.verdict}: {check.line}")
     if log.console is not None:
+        # In columns of a few characters nothing could be read; a narrow terminal breaks the lines.
+        log.console.width = max(log.console.width, 80)
         log.console.print(table)
     facts = found.facts
     log.line(

@@ -157,7 +157,9 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
 
 def _put(draft: Path, target: Path) -> None:
     """Give a draft its name; a damaged checkpoint under that name makes way."""
-    if target.exists():
+    if target.is_symlink():
+        target.unlink()  # moved elsewhere, and gone from there
+    elif target.exists():
         aside = target.with_name(f"{ASIDE}{target.name}")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,15 @@ def diagnosis(job: Job, state: TrainState, plan: LoopPlan, batches: Batches, los
     report = examine(job, state.model, plan, batches)
     report |= {"step": state.step + 1, "rank": rank, "loss": loss.item()}
     _keep(folder, rank, batches, report)
-    reports = job.ranks.all_gather(report)
-    worst = next((r for r in reports if r["parameters"]), reports[0])
+    worst = first_to_fail(job.ranks.all_gather(report))
     return _message(job.run.trainer, state.skipped, worst, folder)
+
+
+def first_to_fail(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report that tells most: of weights or gradients, else of a loss that was not finite."""
+    seen = [report for report in reports if report["parameters"]]
+    seen += [report for report in reports if not math.isfinite(report["loss"])]
+    return [*seen, *reports][0]
 
 
 def examine(job: Job, model: Transformer, plan: LoopPlan, batches: Batches) -> dict[str, Any]:
@@ -195,7 +202,10 @@ def _message(config: TrainerConfig, skipped: int, report: dict[str, Any], folder
             f"{kind})"
         )
     if not where:
-        where.append("nothing when the batch is run again: the fault was in the gradients alone")
+        where.append(
+            "nothing when the batch is run again: the fault was "
+            + ("in the gradients alone" if math.isfinite(report["loss"]) else "a passing one")
+        )
     remedy = (
         f"this was skip number {skipped} of at most trainer.max_skipped={config.max_skipped}"
         if config.non_finite == "skip"

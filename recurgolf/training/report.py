@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from recurgolf.artifact.ledger import Line
@@ -51,7 +52,10 @@ def full_report(job: Job, summary: Summary, outcome: Outcome) -> None:
         log.line(line)
     page = io.StringIO()
     for console in filter(None, (log.console, plain_console(file=page, width=100))):
-        console.print(byte_table(summary, job.plan.lines))
+        table = byte_table(summary, job.plan.lines)
+        # A narrow terminal breaks the lines; cut off, they would have no figures.
+        console.width = max(console.width, Console(width=10_000).measure(table).maximum)
+        console.print(table)
     log.note(page.getvalue().rstrip())
     seal(folder)
     if run.eval.audit:

@@ -56,6 +56,13 @@ def test_the_newest_is_the_one_with_most_steps_and_drafts_do_not_count(tmp_path)
     assert checkpoint.newest(tmp_path) == last
 
 
+def test_a_link_that_leads_nowhere_makes_way_for_the_checkpoint(tmp_path):
+    (tmp_path / "step_000009").symlink_to(tmp_path / "gone")
+    assert checkpoint.newest(tmp_path) is None
+    _, path = saved(tmp_path, 9)
+    assert checkpoint.newest(tmp_path) == path and not path.is_symlink()
+
+
 def test_one_under_the_name_of_another_step_is_refused_by_both(tmp_path):
     _, path = saved(tmp_path, 3)
     later = path.rename(tmp_path / "step_000900")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import shlex
@@ -25,6 +26,7 @@ from recurgolf.record import read_jsonl
 from recurgolf.training import checkpoint
 from recurgolf.training.faults import RunFailed, is_out_of_memory, out_of_memory
 from recurgolf.training.job import Job
+from recurgolf.training.non_finite import first_to_fail
 from recurgolf.training.trainer import Trainer
 from recurgolf.training.trainer import train as run_training
 
@@ -211,6 +213,16 @@ def test_a_non_finite_gradient_is_traced_to_its_parameter(tmp_path, trainer_in):
     poisoned(trainer, 3, "blocks.0.mlp.up_proj.weight")
     with pytest.raises(RunFailed, match=r"step 3: .*fault was in the gradients alone"):
         trainer.fit()
+
+
+def test_the_rank_whose_loss_was_not_finite_is_named():
+    quiet, loud, told = (
+        {"rank": rank, "loss": loss, "parameters": parameters}
+        for rank, loss, parameters in ((0, 5.0, {}), (1, math.inf, {}), (2, 5.0, {"w": 1}))
+    )
+    assert first_to_fail([quiet, loud])["rank"] == 1
+    assert first_to_fail([quiet, loud, told])["rank"] == 2
+    assert first_to_fail([quiet, quiet]) == quiet
 
 
 def test_skipping_leaves_the_weights_alone_counts_and_has_a_limit(tmp_path, trainer_in):
