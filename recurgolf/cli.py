@@ -42,6 +42,7 @@ from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
 from recurgolf.overrides import config_dir, group_of, quoted, split_arguments
 from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
+from recurgolf.training.signals import WATCHED
 from recurgolf.trust import look_in_working_folder
 
 if TYPE_CHECKING:
@@ -63,35 +64,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     with steady_output(), _interrupts() as heard:
         try:
             code = _code(list(sys.argv[1:] if argv is None else argv))
-        except Exception:
+        except (Exception, SystemExit):
             if not heard:
                 raise
-            # The interrupt met an import that took it for a failure of its own.
-            print("interrupted", file=sys.stderr)
-            code = EXIT_INTERRUPTED
+            # What training does not hear itself, or met an import that took it for a failure.
+            told = signal.Signals(heard[0]).name
+            print("interrupted" if told == "SIGINT" else f"{told}: stopped", file=sys.stderr)
+            code = 128 + heard[0]
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Inside, Ctrl-C raises KeyboardInterrupt as ever, and is noted in the list."""
+    """Inside, Ctrl-C raises KeyboardInterrupt as ever and is noted in the list; what else asks for
+    an end raises SystemExit, so that half-made folders and processes started are cleared away."""
     heard: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
         heard.append(number)
-        signal.default_int_handler(number, frame)
+        if number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        raise SystemExit(128 + number)
 
-    before = signal.getsignal(signal.SIGINT)
-    ours = before is signal.default_int_handler and threading.current_thread() is (
-        threading.main_thread()
-    )
-    if ours:
-        signal.signal(signal.SIGINT, hear)
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in WATCHED if here}
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # nohup and others have their own
+    ours = [number for number, handler in before.items() if handler in usual]
+    for number in ours:
+        signal.signal(number, hear)
     try:
         yield heard
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _settle_surroundings() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from run_folders import write_run
 from smoke_runs import small
 
-from recurgolf.cli import main
+from recurgolf.cli import _interrupts, main
 from recurgolf.compare.board import write_board
 from recurgolf.compare.runs import find_runs, read_run
 from recurgolf.compare.sweep import job_folders, note_failure, note_overrides
@@ -55,6 +56,20 @@ def test_a_folder_under_a_given_name_is_made_by_one_of_those_who_ask(tmp_path):
         (draft / "half").touch()
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_what_ends_a_command_leaves_no_half_made_folder(tmp_path):
+    with (
+        pytest.raises(SystemExit) as end,
+        _interrupts() as heard,
+        made_whole(tmp_path / "packed") as draft,
+    ):
+        (draft / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert (end.value.code, heard) == (143, [signal.SIGTERM])
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_two_processes_never_work_in_one_folder(tmp_path):

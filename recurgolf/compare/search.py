@@ -7,20 +7,23 @@ clearly beaten on the way are ended early.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import quote
 
@@ -35,12 +38,15 @@ from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
 from recurgolf.run import Run
 from recurgolf.training.own_data import check_comparable
+from recurgolf.training.signals import WATCHED
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 
 OBJECTIVES = ("val_bpb", "artifact_bytes", "train_seconds", "params")
 """Figures of a summary that a search can make small."""
 STUDY, RESULT = "study.db", "search.json"
+_COMPOSING = threading.Lock()
+"""Hydra composes once at a time in a process."""
 _POLL_SECONDS = 0.5
 _OVER_BUDGET, _INTERRUPTED = 3, 130
 TWIN = "tried before"
@@ -154,22 +160,49 @@ def _search(asked: Search, say: Callable[[str], None]) -> optuna.Study:
     grid = asked.grid
     wanted = min(asked.trials, len(grid) or asked.trials)
     try:
-        # More than once only where a setting was drawn that had been tried.
-        while (missing := wanted - sum(_ended(trial) for trial in study.trials)) > 0:
-            study.optimize(
-                lambda trial: _run_trial(study, trial, asked, say),
-                n_trials=missing,
-                n_jobs=asked.jobs,
-                catch=(TrialFailed, TriedBefore),
-            )
-    except KeyboardInterrupt:
+        with _ending_trials(asked):
+            _draw(study, asked, wanted, say)
+    except (KeyboardInterrupt, SystemExit) as end:
         asked.stopping.set()
         say("stopped; the same command goes on with this search")
-        raise KeyboardInterrupt("told") from None
+        raise KeyboardInterrupt("told") if isinstance(end, KeyboardInterrupt) else end from None
     if wanted < asked.trials:
         say(f"all {len(grid)} settings of this space are tried")
     _write(study, asked)
     return study
+
+
+def _draw(study: optuna.Study, asked: Search, wanted: int, say: Callable[[str], None]) -> None:
+    """Run trials until so many have ended."""
+    # More than once only where a setting was drawn that had been tried.
+    while (missing := wanted - sum(_ended(trial) for trial in study.trials)) > 0:
+        study.optimize(
+            lambda trial: _run_trial(study, trial, asked, say),
+            n_trials=missing,
+            n_jobs=asked.jobs,
+            catch=(TrialFailed, TriedBefore),
+        )
+
+
+@contextlib.contextmanager
+def _ending_trials(asked: Search) -> Iterator[None]:
+    """Inside, a signal that ends the search ends the trials of its threads, too; Optuna would wait
+    for them."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in WATCHED if here}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        asked.stopping.set()
+        before[number](number, frame)  # type: ignore[operator]
+
+    ours = [number for number, handler in before.items() if callable(handler)]
+    for number in ours:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _ended(trial: FrozenTrial) -> bool:
@@ -232,7 +265,8 @@ def _objectives(
     folder = asked.folder / str(trial.number)
     label = f"trial {trial.number} ({' '.join(chosen)})"
     try:
-        expected = make_plan(asked.compose([*asked.fixed, *chosen])).total_bytes
+        with _COMPOSING:
+            expected = make_plan(asked.compose([*asked.fixed, *chosen])).total_bytes
     except ConfigError as error:
         say(f"{label}: {error}")
         raise TrialFailed(str(error)) from None

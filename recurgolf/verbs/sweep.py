@@ -107,8 +107,14 @@ def _resume(jobs: Sequence[Job], asked: argparse.Namespace) -> int:
         for job in waiting:
             run_job(job)
     else:
+        started: list[subprocess.Popen[bytes]] = []
         with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda job: _in_own_process(job, asked), waiting))
+            try:
+                list(pool.map(lambda job: _in_own_process(job, asked, started), waiting))
+            except BaseException:
+                for process in started:
+                    process.terminate()
+                raise
     return _ended(asked.folder)
 
 
@@ -244,12 +250,15 @@ def _made_way(folder: Path) -> Path:
     return moved_aside(folder, folder.parent / MOVED_ASIDE)
 
 
-def _in_own_process(job: Job, asked: argparse.Namespace) -> None:
+def _in_own_process(
+    job: Job, asked: argparse.Namespace, started: list[subprocess.Popen[bytes]]
+) -> None:
     command = [sys.executable, "-P", "-m", "recurgolf", "sweep", "job", str(asked.folder)]
     command += [str(job.number)]
     command += ["--config-dir", str(asked.config_dir)] if asked.config_dir else []
     command += ["--trust"] if asked.trust else []
-    subprocess.run(command, check=False)
+    with subprocess.Popen(command) as process:
+        started.append(process)
 
 
 def _config_dir(asked: dict[str, Any]) -> Path | None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import subprocess
+import threading
 import time
 
 import optuna
@@ -12,7 +13,7 @@ from command_line import PYTHON, Ended, recurgolf
 from optuna.trial import TrialState, create_trial
 from smoke_runs import small
 
-from recurgolf.compare.search import Search, hopeless
+from recurgolf.compare.search import Search, all_failed, hopeless, search
 from recurgolf.config import ConfigError
 from recurgolf.multirun import search_space
 from recurgolf.overrides import Choice, Interval
@@ -106,6 +107,21 @@ def test_a_space_is_written_as_hydra_writes_it():
 
 def test_nothing_to_vary_is_said(tmp_path):
     assert "something to vary" in recurgolf("search", "seed=1", cwd=tmp_path).refused()
+
+
+def test_trials_at_a_time_are_composed_one_after_another(tmp_path):
+    """Hydra holds one config in a process."""
+    alone = threading.Lock()
+
+    def compose(overrides):
+        assert alone.acquire(blocking=False)
+        time.sleep(0.1)
+        alone.release()
+        raise ConfigError("no such thing")
+
+    space = {"a": Choice(("1", "2", "3", "4"))}
+    asked = Search(tmp_path, (), space, compose, trials=4, jobs=2)
+    assert all_failed(search(asked, lambda text: None))
 
 
 def finished(val_bpb, size):
