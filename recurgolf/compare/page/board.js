@@ -58,11 +58,11 @@
     return made;
   }
 
-  // A label breaks between its settings; one that is wider than its column, behind a dot.
+  // A label breaks between its settings; one that is wider than its column, behind a dot or a =.
   function labelled(cell, label) {
     for (const part of label.split(" ")) {
       const own = element("span", undefined, { class: "part" });
-      part.split(/(?<=[.=])/).forEach((piece) => own.append(piece, element("wbr")));
+      part.split(/(?<=\.)(?=[a-z_])|(?<==)(?=.{9})/).forEach((piece) => own.append(piece, element("wbr")));
       cell.append(own, " ");
     }
     return cell;
