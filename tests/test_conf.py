@@ -54,7 +54,16 @@ def first_of_sweep(word: str) -> str:
     return f"{key}={value.removeprefix('range(').partition(',')[0]}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+def only_its_option(path: Path) -> bool:
+    """Whether a file's command asks for its option alone: exchanging options composes that too."""
+    return commands(path) == [[f"{name_of(path.parent)}={path.stem}"]]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if only_its_option(p) else p for p in FILES],
+    ids=name_of,
+)
 def test_the_commands_of_a_file_compose_and_round_trip(path):
     lines = commands(path)
     assert lines, "a YAML begins with the command that uses it: # recurgolf group=option ..."

@@ -106,7 +106,9 @@ COMPILED = ("trainer.compile=true", "trainer.compile_backend=aot_eager")
 
 
 @pytest.mark.parametrize(
-    "others", [RECOMPUTED, RANKS, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=str
+    "others",
+    [RECOMPUTED, *(pytest.param(one, marks=pytest.mark.slow) for one in (RANKS, COMPILED))],
+    ids=str,
 )
 def test_ranks_and_recomputed_and_compiled_blocks_train_at_the_same_values(others):
     """The first step, from the same weights: a sum in another order lets them round to other codes
