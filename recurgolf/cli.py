@@ -285,9 +285,11 @@ def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | Non
     try:
         with only_one(place, RUNS_SWEEP):
             _by_hydra(job, [*arguments, *([f"{asked.key}={quoted(str(own))}"] if own else [])])
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as error:
         again = f"recurgolf sweep resume {shlex.quote(str(place))}"
         print(f"recurgolf: the sweep was stopped; continue with\n{again}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt("interrupted") from None  # that was the last line
         raise
     return SweepTable.exit_code
 

@@ -110,7 +110,8 @@ def composed_jobs(
                     runs.append(built(hydra.compose(name, list(job))))
                 known.setdefault(key, runs[-1])
             except ConfigError as error:
-                raise ConfigError(f"{error} (no job was started, because of {job})") from None
+                which = " ".join(job)
+                raise ConfigError(f"{error} (no job was started, because of {which})") from None
     return runs
 
 
