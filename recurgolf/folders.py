@@ -40,7 +40,11 @@ def check_new(folder: Path) -> None:
     Raises:
         ConfigError: the folder is in use, or there is a file under its name.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: name one that is new or empty")
+    if any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: name a folder that is new or empty")
 
 

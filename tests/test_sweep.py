@@ -214,7 +214,8 @@ def test_jobs_in_other_processes_end_in_the_same_figures_and_a_diverged_one_stop
     swept, tmp_path, launcher
 ):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
-    own = ["seed=1", "optimizer.matrix_lr=0.02,1e30", f"hydra/launcher={launcher}"]
+    rate = json.loads((swept[0] / "0/run.json").read_text())["optimizer"]["matrix_lr"]
+    own = ["seed=1", f"optimizer.matrix_lr={rate},1e30", f"hydra/launcher={launcher}"]
     ended = sweep(tmp_path, *own)
     assert ended.code == 1
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
