@@ -42,6 +42,8 @@ def replaced(run: Run) -> dict[Target, Target]:
         gone.add("training.trainer:Trainer.warm_up")
     if not run.quant.fill_budget:
         gone.add("training.filling:fill_rules")
+    if not run.quant.qat.learns_steps:
+        gone.add("training.averages:is_worse")
     if not run.quant.tolerant:
         gone.add("training.tolerance:step_share")
     pairs = {name: "Nothing" for name in sorted(gone)}

@@ -77,18 +77,22 @@ def _found(
     return fill(state, rules, budget - code, measure, grams=grams, damage=damage)
 
 
+def probed_rows(job: Job, model: Transformer) -> Tensor:
+    """Token ids of the calibration's text [rows, length], `PROBED_TOKENS` at most."""
+    run, calibration = job.run, job.run.quant.calibration
+    length = calibration.seq_len or run.trainer.seq_len
+    count = min(max(PROBED_TOKENS // length, 1), calibration.sequences)
+    seeds = run.seed_of("data"), run.seed_of("noise")
+    text = CalibrationText(job.dataset, model, run.eval_plan, *seeds, run.data.vocab_size)
+    return calibration.rows(text, range(count), length).to(model.embed.weight.device)
+
+
 def output_damage(job: Job, model: Transformer) -> Callable[[Mapping[str, Tensor]], float]:
     """Weights in place of the model's -> KL divergence of its predictions, in nats per token.
 
     Of the calibration's text, in the plan that is scored. The model stays as it is.
     """
-    run, plan, device = job.run, job.run.eval_plan, model.embed.weight.device
-    calibration = run.quant.calibration
-    length = calibration.seq_len or run.trainer.seq_len
-    count = min(max(PROBED_TOKENS // length, 1), calibration.sequences)
-    seeds = run.seed_of("data"), run.seed_of("noise")
-    text = CalibrationText(job.dataset, model, plan, *seeds, run.data.vocab_size)
-    rows = calibration.rows(text, range(count), length).to(device)
+    rows, plan = probed_rows(job, model), job.run.eval_plan
     parameters = dict(model.named_parameters())
 
     def predictions() -> list[Tensor]:

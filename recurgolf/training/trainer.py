@@ -21,6 +21,7 @@ from recurgolf.log import Bar, time_left
 from recurgolf.looping import LoopPlan
 from recurgolf.optim import training_fraction
 from recurgolf.record import RunIdentity
+from recurgolf.training.averages import averaged_weights
 from recurgolf.training.finish import finish
 from recurgolf.training.job import Job
 from recurgolf.training.network import uncompiled
@@ -284,9 +285,9 @@ class Trainer:
         """Average, checkpoint, validate; then the one end of all runs."""
         job, state = self.job, self.state
         with uncompiled():
-            averaged = state.averager.averaged_state()
             # Before the average: what is resumed from are the weights that train.
             job.guard.save(job, state, "packing")
+            averaged = averaged_weights(job, state)
             if averaged is not None:
                 state.model.load_state_dict(averaged)
                 job.log.line(f"weights: {state.averager.status()}")

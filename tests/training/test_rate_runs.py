@@ -42,6 +42,17 @@ def test_the_file_ends_within_half_a_percent_below_its_budget(others):
     assert run.summary["within_budget"]
 
 
+def test_an_average_is_the_result_only_where_its_own_codes_are_better():
+    """It rounds to codes that training never saw."""
+    slow, fast = (train(*RATE, "averaging=ema", f"averaging.decay={d}") for d in (0.98, 0.8))
+    last = train(*RATE).summary["val_bpb"]
+    assert "weights: the last ones" in slow.ended.out
+    # The header names the average, and a byte there moves the steps; the average is 0.15 behind.
+    assert slow.summary["val_bpb"] == pytest.approx(last, abs=0.02)
+    if "weights: ema over 64 steps" in fast.ended.out:
+        assert fast.summary["val_bpb"] < last + 0.02
+
+
 def test_the_score_before_packing_is_that_of_the_file():
     summary = train(*RATE).summary
     assert summary["val_bpb"] == pytest.approx(summary["pre_quant_val_bpb"], abs=2e-4)
