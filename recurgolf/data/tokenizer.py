@@ -123,8 +123,6 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            if not path.stat().st_size:  # which the library takes for a model without pieces
-                raise RuntimeError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
@@ -226,9 +224,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         DataError: no such file, another ending, or not what the ending says.
     """
-    if not path.is_file():
-        here = "" if path.is_absolute() else f" (in {Path.cwd()})"
-        raise DataError(f"{path}: no such tokenizer file{here}")
+    # An empty file is to SentencePiece a model without pieces.
+    if not path.is_file() or not path.stat().st_size:
+        raise DataError(f"{path.absolute()}: no such tokenizer file, or an empty one")
     if path.suffix not in READERS:
         raise DataError(f"{path}: a tokenizer file ends in {' or '.join(READERS)}")
     return READERS[path.suffix](path)

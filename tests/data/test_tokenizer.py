@@ -101,10 +101,10 @@ def test_vocabulary_too_small_for_the_characters_is_refused():
     [
         ("gone.model", None, "no such tokenizer file"),
         ("bad.model", b"not a model", "not a SentencePiece model"),
-        ("empty.model", b"", "not a SentencePiece model"),
+        ("empty.model", b"", "or an empty one"),
         ("bad.json", b"{}", "not a pure-byte tokenizer"),
         ("odd.json", b'{"vocab_size":300,"config":{"bos_id":1,"byte_offset":4}}', "do not fit"),
-        ("t.txt", b"", "ends in .model or .json"),
+        ("t.txt", b"pieces", "ends in .model or .json"),
     ],
 )
 def test_unusable_tokenizer_file_is_refused(tmp_path, name, content, message):
