@@ -1,12 +1,15 @@
 """What every test shares: one thread, one data cache, no writing outside its own folder."""
 
 import os
+import signal
 
 import pytest
 import torch
 from workers import shared_folder, turn
 
 torch.set_num_threads(1)
+# Under nohup or a service SIGHUP is ignored, which runs respect; tests that send it start here.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

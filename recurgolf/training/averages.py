@@ -34,7 +34,8 @@ def is_worse(job: Job, state: TrainState, averaged: Mapping[str, Tensor]) -> boo
     for weights in (last, averaged):
         model.load_state_dict(weights)
         state.qat.settle()
-        losses.append(_loss(job, as_packed(job.run, model)))
+        with job.clock.phase("quantization"):
+            losses.append(_loss(job, as_packed(job.run, model)))
     model.load_state_dict(last)
     worse = job.ranks.broadcast(losses[0] < losses[1])
     if worse:
