@@ -39,7 +39,13 @@ from recurgolf.multirun import (
     varied_keys,
 )
 from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
-from recurgolf.overrides import config_dir, group_of, quoted, split_arguments
+from recurgolf.overrides import (
+    CONFIG_DIR_FLAGS,
+    config_dir,
+    group_of,
+    quoted,
+    split_arguments,
+)
 from recurgolf.streams import steady_output, use_unicode
 from recurgolf.training.faults import RunFailed, is_full_disk
 from recurgolf.training.signals import WATCHED
@@ -145,7 +151,12 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) and (verb in ("train", "plan") or verb not in VERBS):
         folder = config_dir(arguments)
         words = rest if verb in VERBS else arguments
-        asked = [help_of(word, folder) for word in words if re.match(r"[a-z][^=]*$", word)]
+        named_words = [
+            word
+            for before, word in zip(["", *words], words, strict=False)
+            if before not in CONFIG_DIR_FLAGS and re.match(r"[a-z][^=]*$", word)
+        ]
+        asked = [help_of(word, folder) for word in named_words]
         print("\n\n".join(asked) or help_text(folder))
         return 0
     if verb not in VERBS:

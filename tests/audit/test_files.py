@@ -248,6 +248,7 @@ def limits_of(folder):
     return _limits(folder, config, json.loads((folder / "summary.json").read_text()), "score")
 
 
+@pytest.mark.slow
 def test_a_score_that_is_no_number_is_printed_by_no_program(folder, facts):
     """Weights that are finite, and whose products are not."""
     held = load(folder / "artifact.bin")
@@ -339,6 +340,7 @@ def test_the_command_says_what_failed_and_ends_with_1(folder):
     assert seal.audit_state(folder) == "failed: limits, rescored, files"
 
 
+@pytest.mark.slow
 def test_an_audit_that_cannot_be_kept_is_shown_all_the_same(folder):
     """A folder stands where the file would go, so that the system itself refuses the write."""
     (folder / "audit.json").mkdir()

@@ -83,6 +83,7 @@ def test_a_finished_run_passes_every_check(tmp_path):
     assert again == written
 
 
+@pytest.mark.slow
 def test_a_run_whose_training_program_counts_is_no_false_alarm(tmp_path):
     """train_gpt.py is then the counted file, and the one that scores again."""
     run = train("artifact.code=train")

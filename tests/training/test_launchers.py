@@ -107,6 +107,7 @@ def test_slurm_on_a_machine_without_it_is_refused_in_a_line(tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_the_gpu_check_runs_its_path_on_a_cpu(tmp_path):
     data = [word for word in small() if word.startswith("data")]
     done = subprocess.run(

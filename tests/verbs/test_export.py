@@ -174,7 +174,7 @@ def test_what_is_no_experiment_over_seeds_is_refused(exported, tmp_path):
 
 
 def test_the_run_can_count_the_program_that_trains(tmp_path):
-    run = train("artifact.code=train", "budget.artifact_bytes=60000")
+    run = train("artifact.code=train", "budget.artifact_bytes=65000")
     ledger = run.json("ledger.json")
     size = (run.path / "train_gpt.py").stat().st_size
     assert ledger["code"]["counted"] == "train_gpt.py, packed"
