@@ -44,8 +44,10 @@ def replaced(run: Run) -> dict[Target, Target]:
         gone.add("training.filling:fill_rules")
     if not run.quant.qat.learns_steps:
         gone.add("training.averages:is_worse")
-    if not run.quant.tolerant:
+    if run.quant.tolerated is None:
         gone.add("training.tolerance:step_share")
+    if run.quant.tolerated is None and not run.quant.fill_budget:
+        gone.add("training.probe:Probe")
     pairs = {name: "Nothing" for name in sorted(gone)}
     pairs |= {
         "config:suggestion": "no_words",

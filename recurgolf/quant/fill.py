@@ -278,7 +278,9 @@ def at_step(rules: Rules, step: float) -> dict[str, TensorRule]:
 def finer(rules: Rules, share: float) -> dict[str, TensorRule]:
     """The rules with this share of the steps of their k·σ clips, down to the finest step."""
     found = dict(rules)
-    for name, rule in rules.items() if share < 1 else ():
+    if share == 1:  # their own bits and clips, not the fewest bits that reach as far
+        return found
+    for name, rule in rules.items():
         if rule.grid is not None and isinstance(rule.grid.clip, SigmaClip):
             step = rule.grid.clip.k / code_range(rule.grid.bits)[1]
             bits, clip = _reach(max(share * step, min(step, STEPS[0])))

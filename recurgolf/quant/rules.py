@@ -177,9 +177,9 @@ class Quant(Checked):
             )
 
     @property
-    def tolerant(self) -> bool:
-        """Whether the steps of the rules are fitted to the trained network."""
-        return self.tolerance is not None and not self.fill_budget and type(self.qat) is NoQat
+    def tolerated(self) -> float | None:
+        """The `tolerance` where the steps of the rules are the file's; None where others are."""
+        return None if self.fill_budget or type(self.qat) is not NoQat else self.tolerance
 
     def learned(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """The tensors whose steps its QAT learns: rules that keep floats by name hold for it."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recurgolf.model.transformer import Transformer
-from recurgolf.training.filling import probed_rows
 from recurgolf.training.job import Job
+from recurgolf.training.probe import probed_rows
 from recurgolf.training.quantize import as_packed
 from recurgolf.training.state import TrainState
 

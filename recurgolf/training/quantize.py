@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recurgolf.artifact import pack_bytes
 from recurgolf.artifact.ledger import component
 from recurgolf.log import counted
 from recurgolf.model.transformer import TRAINING_ONLY, Transformer
@@ -32,7 +31,7 @@ from recurgolf.training.calibration import (
     collect_grams,
 )
 from recurgolf.training.filling import fill_rules
-from recurgolf.training.packing import metadata
+from recurgolf.training.probe import Probe, by_the_first, file_bytes
 from recurgolf.training.tolerance import step_share
 
 if TYPE_CHECKING:
@@ -71,14 +70,7 @@ def file_size(job: Job, model: Transformer) -> FileSize:
 
 def measure_file(job: Job, model: Transformer, learned: Mapping[str, QuantizedTensor]) -> int:
     """Bytes of the model file with these tensors, and the rest by its rules. Collective."""
-    size = 0
-    if job.ranks.is_first:
-        with job.clock.phase("quantization"), torch.no_grad():
-            stored = with_learned(job.run, model, learned)
-            size = len(
-                pack_bytes(metadata(job.run, job.dataset), stored, job.run.artifact.codec)[0]
-            )
-    return job.ranks.broadcast(size)
+    return by_the_first(job, lambda: file_bytes(job, with_learned(job.run, model, learned)))
 
 
 def with_learned(
@@ -120,17 +112,18 @@ def quantize_model(job: Job, model: Transformer) -> QuantizedState | None:
     learned = job.run.quant.qat.learned(model)
     if learned:
         return with_learned(job.run, model, learned) if job.ranks.is_first else None
-    quant, state = job.run.quant, packed_state(model)
-    if not (quant.fill_budget or quant.tolerant):
+    tolerance = job.run.quant.tolerated
+    if tolerance is None and not job.run.quant.fill_budget:
         return _by_rules(job, model, rules, None)
     grams = _calibrated(job, model, weights_under("gptq", rules))
-    if quant.tolerant:
-        share = step_share(job, model, state, rules, grams)
+    probe = Probe(job, model, packed_state(model), grams)
+    if tolerance is not None:
+        share = step_share(probe, rules, tolerance)
         stored = _by_rules(job, model, finer(rules, share), grams)
         if stored is not None:
             stored.step_share = share
         return stored
-    filled = fill_rules(job, model, state, rules, grams)
+    filled = fill_rules(probe, rules)
     stored = _by_rules(job, model, filled.rules, grams)
     if stored is not None:
         stored.filled = filled

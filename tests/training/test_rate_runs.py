@@ -1,6 +1,7 @@
 """Runs with the bytes in their loss: they end just below the budget, at the values they trained."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -49,8 +50,10 @@ def test_an_average_is_the_result_only_where_its_own_codes_are_better():
     assert "weights: the last ones" in slow.ended.out
     # The header names the average, and a byte there moves the steps; the average is 0.15 behind.
     assert slow.summary["val_bpb"] == pytest.approx(last, abs=0.02)
-    if "weights: ema over 64 steps" in fast.ended.out:
-        assert fast.summary["val_bpb"] < last + 0.02
+    own, average = map(float, re.findall(r"(?:ones,|has) (\d\.\d{4})", slow.ended.out))
+    assert own < average
+    # An average of five steps may be either; it must not be worse than its end.
+    assert fast.summary["val_bpb"] < last + 0.02
 
 
 def test_the_score_before_packing_is_that_of_the_file():
