@@ -11,7 +11,6 @@ as a value is kept whole.
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from recurgolf.counted.minify import dense, minified
+from recurgolf.counted.minify import minified
+from recurgolf.counted.statements import (
+    bound_by,
+    facts_of,
+    head_of,
+    is_wanted,
+    text_of,
+    text_of_class,
+    text_of_import,
+)
 
 
 class Target(NamedTuple):
@@ -218,7 +226,7 @@ class Shaker:
                 rest.append(line)
             else:
                 later.append(line)
-        self._read(name, [*_head_of(node), *rest])
+        self._read(name, [*head_of(node), *rest])
         for line in later:
             if line.name in self.names:
                 self._read(name, [line])
@@ -280,24 +288,24 @@ class Shaker:
         lines: list[str] = []
         for index, node in enumerate(module.bodies):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = tuple(a for a in node.names if whole or _wanted(node, a, mentioned))
+                names = tuple(a for a in node.names if whole or is_wanted(node, a, mentioned))
                 if names:
-                    lines.append(_import_text(node, names))
+                    lines.append(text_of_import(node, names))
             elif isinstance(node, ast.ClassDef):
                 if index in kept:
-                    lines.append(_class_text(node, tuple(self._body_of(node))))
+                    lines.append(text_of_class(node, tuple(self._body_of(node))))
             elif index in kept:
-                lines.append(_text(node))
+                lines.append(text_of(node))
         # At the end, since the stub's module may import from this one.
         for target in sorted(self.seen & self.replaced.keys()):
             if target.module == name:
-                lines += map(_text, _stand_in(target.name or "", self.replaced[target]))
+                lines += map(text_of, _stand_in(target.name or "", self.replaced[target]))
         return "\n".join(lines)
 
     def _parts_of(self, node: ast.stmt) -> list[ast.AST]:
         """The parts of a statement that are kept."""
         is_class = isinstance(node, ast.ClassDef)
-        return [*_head_of(node), *self._body_of(node)] if is_class else [node]
+        return [*head_of(node), *self._body_of(node)] if is_class else [node]
 
     def _body_of(self, node: ast.ClassDef) -> list[ast.stmt]:
         return [line for line in node.body if line not in self.dropped]
@@ -338,29 +346,6 @@ def _stand_in(name: str, other: Target) -> list[ast.stmt]:
     return lines if bound == name else [*lines, *ast.parse(f"{name} = {bound}").body]
 
 
-def _head_of(node: ast.ClassDef) -> list[ast.AST]:
-    """All of a class but its body."""
-    return [*node.decorator_list, *node.bases, *node.keywords]
-
-
-# Statements are minified once and the same objects in every program: what is cached by statement
-# is read and written once for all programs of a process.
-@functools.cache
-def _class_text(node: ast.ClassDef, body: tuple[ast.stmt, ...]) -> str:
-    lines = list(body) or [ast.Pass()]
-    return _text(ast.ClassDef(node.name, node.bases, node.keywords, lines, node.decorator_list))
-
-
-@functools.cache
-def _import_text(node: ast.Import | ast.ImportFrom, names: tuple[ast.alias, ...]) -> str:
-    return _text(_with_names(node, list(names)))
-
-
-@functools.cache
-def _text(node: ast.stmt) -> str:
-    return dense(ast.unparse(node))
-
-
 def _library_names(module: str, name: str) -> set[str]:
     """Attributes of the base classes that come from other packages.
 
@@ -374,77 +359,6 @@ def _library_names(module: str, name: str) -> set[str]:
         if base.__module__.partition(".")[0] != package and base is not object
         for attribute in dir(base)
     }
-
-
-def bound_by(node: ast.stmt) -> Iterator[str]:
-    """Top-level names that a statement binds."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        if not (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
-            yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
-    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        # Assignments to an item or attribute bind no name and are kept with the module.
-        if all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
-            for target in targets:
-                yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
-    else:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                yield inner.id
-            elif isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
-                yield inner.name
-            elif isinstance(inner, (ast.Import, ast.ImportFrom)):
-                yield from (alias.asname or alias.name.partition(".")[0] for alias in inner.names)
-
-
-class Facts(NamedTuple):
-    """What a statement says.
-
-    Attributes:
-        imports: the imports inside of it.
-        mentions: names that it reads, each with the attribute accessed on it, or None.
-        attributes: names of attributes, whatever object they belong to.
-        texts: its string constants.
-    """
-
-    imports: list[ast.Import | ast.ImportFrom]
-    mentions: list[tuple[str, str | None]]
-    attributes: set[str]
-    texts: set[str]
-
-
-@functools.cache
-def facts_of(node: ast.AST) -> Facts:
-    """Read a statement, or a part of one."""
-    facts = Facts([], [], set(), set())
-    bases: set[ast.AST] = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Attribute):
-            facts.attributes.add(inner.attr)
-            if isinstance(inner.value, ast.Name):
-                bases.add(inner.value)
-                facts.mentions.append((inner.value.id, inner.attr))
-        elif isinstance(inner, ast.Name) and inner not in bases:
-            facts.mentions.append((inner.id, None))
-        elif isinstance(inner, (ast.Import, ast.ImportFrom)):
-            facts.imports.append(inner)
-        elif isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-            facts.texts.add(inner.value)
-    return facts
-
-
-def _wanted(node: ast.Import | ast.ImportFrom, alias: ast.alias, mentioned: set[str]) -> bool:
-    if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-        return True
-    return alias.name == "*" or (alias.asname or alias.name.partition(".")[0]) in mentioned
-
-
-def _with_names(node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> ast.stmt:
-    if isinstance(node, ast.Import):
-        return ast.Import(names)
-    return ast.ImportFrom(node.module, names, node.level)
 
 
 def exists(name: str) -> bool:
