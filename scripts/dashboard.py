@@ -128,7 +128,8 @@ def settings_table(folders: Sequence[Path]) -> str:
 
     A setting whose mean score no smaller mean file reaches is on the Pareto front.
     """
-    from recurgolf.compare.runs import find_runs, grouped, spread
+    from recurgolf.compare.groups import grouped, spread
+    from recurgolf.compare.runs import find_runs
 
     groups = [group for group in grouped(find_runs(folders)) if group.runs]
     groups.sort(key=lambda group: group.spread("artifact_bytes")[0])

@@ -19,16 +19,8 @@ from urllib.parse import quote
 
 from recurgolf.compare import statistics
 from recurgolf.compare.comparison import Rules, judged
-from recurgolf.compare.runs import (
-    ABSENT,
-    TEXT,
-    FoundRun,
-    Group,
-    differing_settings,
-    find_runs,
-    grouped,
-    is_figure,
-)
+from recurgolf.compare.groups import ABSENT, TEXT, Group, differing_settings, grouped
+from recurgolf.compare.runs import FoundRun, find_runs, is_figure
 from recurgolf.config import ConfigError
 from recurgolf.disk import DamagedFile, read_json, write_file
 from recurgolf.record import history, read_jsonl

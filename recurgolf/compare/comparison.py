@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from recurgolf.compare import statistics
-from recurgolf.compare.runs import (
+from recurgolf.compare.groups import (
     ABSENT,
-    FoundRun,
     Group,
     differing_settings,
-    find_runs,
     grouped,
     name_by_options,
     spread,
 )
+from recurgolf.compare.runs import FoundRun, find_runs
 from recurgolf.compare.statistics import Test
 from recurgolf.config import ConfigError
 from recurgolf.eval.several import DAMAGES

@@ -16,23 +16,21 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from recurgolf.compare.groups import ABSENT, TEXT, Group
 from recurgolf.compare.runs import (
-    ABSENT,
-    SKIPPED_FOLDERS,
+    OVERRIDES,
     FoundRun,
-    Group,
+    folders_with,
     foreign_summary,
-    numeric,
+    read_overrides,
     read_run,
 )
 from recurgolf.config import ConfigError, Diverged
 from recurgolf.disk import DamagedFile, write_file, write_json
-from recurgolf.folders import InUse, walked
+from recurgolf.folders import InUse
 from recurgolf.log import plain_console
 from recurgolf.overrides import is_seed
 
-OVERRIDES = ".hydra/overrides.yaml"
-"""In the folder of every job: its overrides."""
 JOBS_FILE = "multirun.yaml"
 """In a sweep's folder: what Hydra was asked for."""
 MOVED_ASIDE = "moved_aside"
@@ -73,20 +71,9 @@ def note_overrides(folder: Path, overrides: list[str]) -> None:
         write_file(path, yaml.safe_dump(overrides))
 
 
-def read_overrides(folder: Path) -> list[str]:
-    """What was recorded for a job."""
-    try:
-        told = yaml.safe_load((folder / OVERRIDES).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [str(item) for item in told] if isinstance(told, list) else []
-
-
 def job_folders(folder: Path) -> list[Path]:
     """The folders of a sweep's jobs, whatever they are called and however deep: 9 before 10."""
-    here = walked(folder, {*SKIPPED_FOLDERS, MOVED_ASIDE})
-    found = [path for path, _ in here if (path / OVERRIDES).is_file()]
-    return sorted(found, key=lambda path: [numeric(part) for part in path.parts])
+    return folders_with(OVERRIDES, folder, without=[MOVED_ASIDE])
 
 
 def note_failure(folder: Path, error: Exception, job: str = "this job") -> None:
@@ -165,8 +152,8 @@ def _by_text(group: Group) -> list[Group]:
         return [group]
     parts = []
     for text in texts:
-        title = f"{group.title}, validation text {text[:12] or 'unknown'}"
-        differs = {**group.differs, "validation text": text[:12]}
+        title = f"{group.title}, {TEXT} {text[:12] or 'unknown'}"
+        differs = {**group.differs, TEXT: text[:12]}
         runs = [run for run in group.runs if run.scored_text == text]
         parts.append(Group(differs, runs, title=title))
     parts[-1].unfinished = group.unfinished

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from recurgolf.compare.comparison import METRICS, TESTS, Comparison, Rules, as_json, compare
-from recurgolf.compare.runs import ABSENT, Group, seed_list
+from recurgolf.compare.groups import ABSENT, Group, seed_list
 from recurgolf.compare.statistics import MARGIN_NATS, Test
 from recurgolf.compare.sweep import table
 from recurgolf.disk import json_text

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from recurgolf.compare.preview import SweepAhead
+from recurgolf.compare.runs import read_overrides
 from recurgolf.compare.sweep import (
     FAILURE,
     JOBS_FILE,
@@ -29,7 +30,6 @@ from recurgolf.compare.sweep import (
     job_folders,
     note_failure,
     note_overrides,
-    read_overrides,
 )
 from recurgolf.config import ConfigError
 from recurgolf.folders import moved_aside, only_one

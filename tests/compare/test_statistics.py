@@ -15,7 +15,8 @@ from smoke_runs import train
 
 from recurgolf.compare import statistics
 from recurgolf.compare.comparison import Rules, compare
-from recurgolf.compare.runs import find_runs, grouped, seed_list
+from recurgolf.compare.groups import grouped, seed_list
+from recurgolf.compare.runs import find_runs
 from recurgolf.compare.sweep import table
 from recurgolf.config import ConfigError
 
