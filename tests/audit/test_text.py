@@ -220,7 +220,9 @@ def test_calibration_on_validation_text():
     assert found.verdict == "fail" and "1 of 1 calibration rows" in found.line
 
 
-@pytest.mark.parametrize("base", ["trained on validation", "gone", "honest"])
+@pytest.mark.parametrize(
+    "base", ["trained on validation", "gone", "its data have changed", "honest"]
+)
 def test_weights_that_come_from_another_run(base, tmp_path):
     """What it has read, this run has read."""
     data = dataset()
@@ -236,8 +238,12 @@ def test_weights_that_come_from_another_run(base, tmp_path):
     config = {"trainer": {}, "data": {**node, "vocab_size": 512}}
     if base != "gone":
         (tmp_path / "base" / "run.json").write_text(json.dumps(config))
+    if base == "its data have changed":
+        step = tmp_path / "base" / "checkpoints" / "step_000008"
+        step.mkdir(parents=True)
+        (step / "state.json").write_text(json.dumps({"data": {"train": "another text"}}))
     own = json.loads((train().path / "run.json").read_text())
     own["trainer"]["base"] = str(tmp_path / "base")
     found = separation_of(own, data, [])
     assert found.verdict == ("pass" if base == "honest" else "fail"), found
-    assert ("could not be compared" in found.line) == (base == "gone")
+    assert ("could not be compared" in found.line) == (base in ("gone", "its data have changed"))
