@@ -1,4 +1,4 @@
-"""What bytes in the loss cost a step: quant/qat=rate against the same run without it."""
+"""What bytes in the loss cost a step in time and memory: quant/qat=rate against a run without."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from benches.memory import peak_above
 from benches.timing import interleaved, show_ratio
 
 import recurgolf
@@ -33,4 +34,7 @@ def main(asked: argparse.Namespace) -> None:
 
         parts = {name: lambda t=trainer: steps(t) for name, trainer in trainers.items()}
         times = interleaved(parts, asked.rounds, warmup=1)
+        peak = {name: peak_above(part, trainers[name].job.device) for name, part in parts.items()}
     show_ratio(f"{EVERY} steps with rate / without", times, "rate", "without", 1.08)
+    added = f"{peak['rate'] / 1e6:.1f} MB with, {peak['without'] / 1e6:.1f} MB without"
+    print(f"memory of a step above what is kept between steps: {added}")
