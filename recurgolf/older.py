@@ -28,6 +28,7 @@ REMOVED: dict[tuple[str, str], Any] = {
     ("lawa", "min_snapshots"): 2,
     ("swa", "below_lr_scale"): 0.2,
     ("swa", "min_snapshots"): 1,
+    ("rate", "share"): 1.0,
 }
 """(kind, old name) -> the only value that is left of what the field could say."""
 

@@ -1,6 +1,7 @@
-"""Learned quantizer steps: what layers see of a tensor, and what its codes cost.
+"""Learned quantizer steps: what layers see of the weights, and what their codes cost.
 
-`rate.py` trains with them; nothing here knows of a budget.
+`rate.py` trains with them; nothing here knows of a budget. All tensors are worked on at once, their
+entries one after the other: a GPU takes longer to start an operation than to round a matrix.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurgolf.quant.quantized_tensor import QuantizedTensor, per_column, scale_shape
+from recurgolf.quant.quantized_tensor import QuantizedTensor
 from recurgolf.quant.rate_models import CODES, LIMIT, RateModel
 
 PER_OCTAVE = 8
@@ -24,69 +26,81 @@ SMALLEST, LARGEST = -13.0, 12.0
 """log2 of the smallest and the largest step; float16 has fewer digits below, and ends above."""
 
 
-def rounded(weight: Tensor, step: Tensor, rows_stay: bool) -> Tensor:
-    """Codes from -127 to 127, as floats; `rows_stay`: in every row at least the largest entry's."""
-    codes = (weight / step).round_().clamp_(-LIMIT, LIMIT)
-    if rows_stay:
-        largest = weight.abs().argmax(dim=1, keepdim=True)
-        sign = torch.where(weight.gather(1, largest) < 0, -1.0, 1.0).to(codes.dtype)
-        gone = ~codes.any(dim=1, keepdim=True)
-        codes.scatter_(1, largest, torch.where(gone, sign, codes.gather(1, largest)))
-    return codes
-
-
 class StepRounding(torch.autograd.Function):
-    """`step * round(w / step)` with codes from -127 to 127; steps broadcast over w.
+    """`step * round(w / step)` of all tensors, with codes from -127 to 127.
 
-    Gradients go to w and to `log_step`, of which the steps are the rounded powers of two.
+    Gradients go straight through to the weights and, as in learned step size quantization (arXiv
+    1902.08153), to the logarithms of the steps, of which the steps are the rounded powers of two.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor, rows_stay: bool
-    ) -> Tensor:
-        seen = rounded(weight, step, rows_stay).mul_(step)
-        # What the step's gradient needs: the value seen less the weight, step * (code - w / step).
-        ctx.save_for_backward(seen - weight)
-        ctx.shape = log_step.shape
-        return seen
+        ctx: Any, log_steps: Tensor, steps: LearnedSteps, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        flat = steps.flat(weights)
+        step = steps.spread(steps.scales().to(flat.dtype))
+        seen = steps.rounded(flat, step).mul_(step)
+        # What a step's gradient needs: the value seen less the weight, step * (code - w / step).
+        ctx.save_for_backward(seen - flat)
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        # Tensors of their own, as parameters are: a compiled network would look at views twice.
+        return tuple(part.clone() for part in steps.split(seen))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (error,) = grads, ctx.saved_tensors
-        return grad, (grad * error).sum_to_size(ctx.shape) * math.log(2), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (error,), steps = ctx.saved_tensors, ctx.steps
+        whole = [
+            part.new_zeros(()).expand_as(part) if grad is None else grad
+            for grad, part in zip(grads, steps.split(error), strict=True)
+        ]
+        to_step = steps.by_step(steps.flat(whole).mul_(error), torch.sum) * math.log(2)
+        return to_step, None, *grads
 
 
 class TableBits(torch.autograd.Function):
-    """Bits of `w / step + noise` under a table [255] of bits per code, summed over the weight."""
+    """Bits of `w / step + noise` under the tables of all tensors, summed over their entries."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, log_step: Tensor, step: Tensor, table: Tensor, noise: Tensor
+        ctx: Any, log_steps: Tensor, steps: LearnedSteps, noise: Tensor, *weights: Tensor
     ) -> Tensor:
-        value = weight / step
+        flat = steps.flat(weights)
+        tables, per_step = steps.tables.to(flat.dtype), steps.scales().to(flat.dtype)
+        value = flat.div_(steps.spread(per_step))
         place = noise.add_(value).add_(LIMIT).clamp_(0, 2 * LIMIT - 1e-3)
         low = place.int()
-        slope = table.diff()[low]
-        bits = torch.addcmul(table[low], slope, place.sub_(low))
-        ctx.save_for_backward(slope / step, value.mul_(slope).sum_to_size(log_step.shape))
+        place.sub_(low)
+        low += steps.spread(steps.tensor_of_step * CODES)
+        slope = F.pad(tables.diff(), (0, 1)).flatten().index_select(0, low)
+        to_step = steps.by_step(value.mul_(slope), torch.sum)
+        # Gone before more is made: logits are alive too, and this is where memory is highest.
+        del flat, value
+        bits = tables.flatten().index_select(0, low).addcmul_(slope, place)
+        ctx.save_for_backward(slope.div_(steps.spread(per_step)), to_step)
+        ctx.steps = steps
         return bits.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_weight, to_step = ctx.saved_tensors
-        return grads[0] * to_weight, -grads[0] * to_step * math.log(2), None, None, None
+        (to_weights, to_step), (grad,) = ctx.saved_tensors, grads
+        return (
+            -grad * to_step * math.log(2),
+            None,
+            None,
+            *ctx.steps.split(grad * to_weights),
+        )
 
 
 class LearnedSteps(nn.Module):
     """The steps of a model's tensors, and what is known of their codes; a part of the model.
 
-    Parameters lie beside the model's own, so that they are optimized, averaged, saved and resumed
-    like these; what carries over from step to step lies in buffers.
+    The steps are a parameter beside the model's own, so that they are optimized, averaged, saved
+    and resumed like these; what carries over from step to step lies in buffers.
 
     Attributes:
-        log_steps: tensor name, dots as colons -> log2 of its steps, [rows, groups] of a matrix,
-            [1, 1] where all share one, [1] * ndim of what is no matrix.
+        log_steps: [steps] log2 of the steps, tensor after tensor: of every row, of every group of
+            columns in a row, or one for all.
         counts: [tensors, 255] how often every code from -127 to 127 came at the last look.
         tables: [tensors, 255] bits of every code.
         log_rate: natural logarithm of λ.
@@ -94,6 +108,8 @@ class LearnedSteps(nn.Module):
         overhead: bits of the file beyond the entropy of the codes, when it was last packed.
         progress: share of the active part of training that was done at the last look.
         age: optimizer steps since it began; below 0: it has not.
+        tensor_of_step: [steps] which tensor a step belongs to.
+        step_of_entry: [entries] which step an entry has.
     """
 
     def __init__(
@@ -103,27 +119,34 @@ class LearnedSteps(nn.Module):
         *,
         per: str,
         group_size: int | None,
-        share: float,
         lr: float,
         first_rate: float,
     ):
         """Steps of tensors of these shapes; `start_at` gives them their size.
 
         Args:
-            per, group_size, share, lr: as `Rate` has them.
+            per, group_size, lr: as `Rate` has them.
             first_rate: λ to begin with.
         """
         super().__init__()
         self.names, self.rate_model = list(shapes), model
-        self.group_size, self.share = group_size, share
-        self.numel = sum(math.prod(shape) for shape in shapes.values())
-        self.log_steps = nn.ParameterDict()
-        for name, shape in shapes.items():
-            matrix = len(shape) == 2 and per != "tensor"
-            start = scale_shape(tuple(shape), group_size or shape[1], True) if matrix else ()
-            parameter = nn.Parameter(torch.zeros(start or [1] * len(shape)))
-            parameter.optimizer_role, parameter.optimizer_lr = "rate", lr  # type: ignore[attr-defined]
-            self.log_steps[_key(name)] = parameter
+        self.shapes = [tuple(shape) for shape in shapes.values()]
+        self.group_size = group_size
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.numel = sum(self.sizes)
+        # (columns, entries that share a step) of every tensor, a vector being one row.
+        self._rows = [
+            (shape[1], group_size or shape[1])
+            if len(shape) == 2 and per != "tensor"
+            else (size, size)
+            for shape, size in zip(self.shapes, self.sizes, strict=True)
+        ]
+        self.num_steps = [
+            size // columns * math.ceil(columns / run)
+            for size, (columns, run) in zip(self.sizes, self._rows, strict=True)
+        ]
+        self.log_steps = nn.Parameter(torch.zeros(sum(self.num_steps)))
+        self.log_steps.optimizer_role, self.log_steps.optimizer_lr = "rate", lr  # type: ignore[attr-defined]
         double = torch.float64
         for name, value in (
             ("counts", torch.zeros(len(self.names), CODES, dtype=double)),
@@ -135,6 +158,9 @@ class LearnedSteps(nn.Module):
             ("age", torch.tensor(-1)),
         ):
             self.register_buffer(name, value)
+        of = [torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(self.num_steps)]
+        self.register_buffer("tensor_of_step", torch.cat(of), persistent=False)
+        self.register_buffer("step_of_entry", self._owners(), persistent=False)
         self.counts: Tensor
         self.tables: Tensor
         self.log_rate: Tensor
@@ -142,63 +168,88 @@ class LearnedSteps(nn.Module):
         self.overhead: Tensor
         self.progress: Tensor
         self.age: Tensor
+        self.tensor_of_step: Tensor
+        self.step_of_entry: Tensor
+
+    def _owners(self) -> Tensor:
+        found, first = [], 0
+        for size, count, (columns, run) in zip(self.sizes, self.num_steps, self._rows, strict=True):
+            steps = torch.arange(first, first + count, dtype=torch.int32)
+            rows = steps.view(size // columns, -1).repeat_interleave(run, dim=1)
+            found.append(rows[:, :columns].flatten())
+            first += count
+        return torch.cat(found)
 
     @property
     def active(self) -> bool:
         """Whether layers see the file's values."""
         return int(self.age) >= 0
 
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[entries] of all tensors, in a copy."""
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    def split(self, entries: Tensor) -> list[Tensor]:
+        """[entries] as the tensors that they are of."""
+        parts = zip(entries.split(self.sizes), self.shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
+
+    def spread(self, per_step: Tensor) -> Tensor:
+        """[steps] -> [entries]."""
+        return per_step.index_select(0, self.step_of_entry)
+
+    def by_step(self, entries: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """[entries] -> [steps], by a sum or a maximum that zeros do not change."""
+        found = []
+        for part, (columns, run) in zip(entries.split(self.sizes), self._rows, strict=True):
+            rows = F.pad(part.view(-1, columns), (0, -columns % run)) if columns % run else part
+            found.append(reduce(rows.view(-1, run), dim=1))
+        return torch.cat(found)
+
     @torch.no_grad()
-    def scales(self, name: str) -> Tensor:
-        """A tensor's steps as the file will hold them: float16, shaped as its parameter."""
-        shifted = self.log_steps[_key(name)] + self.log_factor.float()
+    def scales(self) -> Tensor:
+        """[steps] as the file will hold them, float16."""
+        shifted = self.log_steps + self.log_factor.float()
         levels = (shifted.clamp(SMALLEST, LARGEST) * PER_OCTAVE).round()
         return (levels / PER_OCTAVE).exp2().half()
 
-    def broadcast(self, name: str, per_step: Tensor, shape: Sequence[int]) -> Tensor:
-        """What is shaped as a tensor's steps, so that it broadcasts over the tensor."""
-        if per_step.ndim == 2 and per_step.shape[1] > 1:
-            return per_column(per_step, tuple(shape), self.group_size)
-        return per_step
+    def rounded(self, entries: Tensor, step: Tensor) -> Tensor:
+        """[entries] codes from -127 to 127, as floats; in every row of the token table at least
+        that of its largest entry."""
+        codes = (entries / step).round_().clamp_(-LIMIT, LIMIT)
+        if TOKENS in self.names:
+            at = self.names.index(TOKENS)
+            weight, own = self.split(entries)[at], self.split(codes)[at]
+            largest = weight.abs().argmax(dim=1, keepdim=True)
+            sign = torch.where(weight.gather(1, largest) < 0, -1.0, 1.0).to(codes.dtype)
+            gone = ~own.any(dim=1, keepdim=True)
+            own.scatter_(1, largest, torch.where(gone, sign, own.gather(1, largest)))
+        return codes
 
-    def steps_of(self, name: str, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The parameter and the steps, as they broadcast over a tensor of this shape."""
-        free, step = self.log_steps[_key(name)], self.scales(name).float()
-        return self.broadcast(name, free, shape), self.broadcast(name, step, shape)
+    @torch.no_grad()
+    def codes(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """[entries] codes of all weights, as floats."""
+        flat = self.flat([weights[name] for name in self.names])
+        return self.rounded(flat, self.spread(self.scales().float()))
 
     @torch.no_grad()
     def start_at(self, weights: Mapping[str, Tensor], bits: float) -> None:
         """Steps in proportion to the size of rows, so that all codes take about so many bits."""
+        flat = self.flat([weights[name] for name in self.names])
+        entries = self.by_step(torch.ones_like(flat), torch.sum)
+        size = (self.by_step(flat.square(), torch.sum) / entries).sqrt()
         low, high = -6.0, 2.0
         for _ in range(12):
             middle = (low + high) / 2
-            self._start(weights, middle)
+            self._start(size, middle)
             low, high = (middle, high) if self.look(weights) > bits else (low, middle)
-        self._start(weights, high)
+        self._start(size, high)
         self.look(weights)
 
-    def _start(self, weights: Mapping[str, Tensor], log_relative: float) -> None:
-        for name in self.names:
-            size = self._by_step(name, weights[name].square(), torch.mean).sqrt()
-            # What starts at zero will not stay there: as if it were small.
-            wanted = size.clamp_min(0.01) * 2.0**log_relative
-            self.log_steps[_key(name)].copy_(wanted.log2().clamp_min(SMALLEST))
-
-    def _by_step(self, name: str, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-        """Values of a tensor reduced to the shape of its steps."""
-        steps = self.log_steps[_key(name)]
-        if steps.ndim != 2 or steps.numel() == 1:
-            return reduce(values).reshape(steps.shape)
-        if steps.shape[1] == 1:
-            return reduce(values, dim=1).reshape(steps.shape)
-        parts = values.split(self.group_size or values.shape[1], dim=1)
-        return torch.stack([reduce(part, dim=1) for part in parts], dim=1)
-
-    @torch.no_grad()
-    def codes(self, name: str, weight: Tensor) -> Tensor:
-        """The codes of a weight, int8."""
-        _, step = self.steps_of(name, weight.shape)
-        return rounded(weight, step, name == TOKENS).to(torch.int8)
+    def _start(self, size: Tensor, log_relative: float) -> None:
+        # What starts at zero will not stay there: as if it were small.
+        wanted = size.clamp_min(0.01) * 2.0**log_relative
+        self.log_steps.copy_(wanted.log2().clamp_min(SMALLEST))
 
     @torch.no_grad()
     def look(self, weights: Mapping[str, Tensor]) -> float:
@@ -207,21 +258,23 @@ class LearnedSteps(nn.Module):
         Steps that are too small for their largest entry grow, so that no code is beyond 127; those
         that make zeros of all entries stay within reach of a way back.
         """
-        for name in self.names:
-            steps = self.log_steps[_key(name)]
-            largest = self._by_step(name, weights[name].abs(), torch.amax)
-            least = largest.clamp_min(1e-9).log2() - math.log2(LIMIT - 7)
-            most = largest.clamp_min(2.0**-6).log2() + 2
-            factor = self.log_factor.float()
-            steps.copy_((steps + factor).clamp(least, torch.maximum(least, most)) - factor)
+        flat = self.flat([weights[name] for name in self.names])
+        largest = self.by_step(flat.abs_(), torch.amax)
+        least = largest.clamp_min(1e-9).log2() - math.log2(LIMIT - 7)
+        most = largest.clamp_min(2.0**-6).log2() + 2
+        factor = self.log_factor.float()
+        shifted = (self.log_steps + factor).clamp(least, torch.maximum(least, most))
+        self.log_steps.copy_(shifted - factor)
         return self.count(weights)
 
     @torch.no_grad()
     def count(self, weights: Mapping[str, Tensor]) -> float:
         """`look`, and all steps stay as they are."""
-        for row, name in zip(self.counts, self.names, strict=True):
-            codes = self.codes(name, weights[name]).flatten().int() + LIMIT
-            row.copy_(torch.bincount(codes, minlength=CODES))
+        places = (
+            self.codes(weights).int().add_(self.spread(self.tensor_of_step * CODES)).add_(LIMIT)
+        )
+        counts = torch.bincount(places, minlength=self.counts.numel())
+        self.counts.copy_(counts.view_as(self.counts))
         return float(self.bits().sum())
 
     def bits(self) -> Tensor:
@@ -231,48 +284,32 @@ class LearnedSteps(nn.Module):
 
     def fit(self) -> None:
         """Tables of bits for the codes as they were at the last look."""
-        tables = [self.rate_model.table(row) for row in self.counts.cpu()]
-        self.tables.copy_(torch.stack(tables))
+        self.tables.copy_(self.rate_model.table(self.counts))
 
     def rate(self, weights: Mapping[str, Tensor], seed: int) -> Tensor:
         """Expected bits per weight, with a gradient to weights and steps."""
-        total = torch.zeros((), device=self.counts.device)
-        noise = torch.Generator(total.device).manual_seed(seed)
-        for name, table in zip(self.names, self.tables, strict=True):
-            weight, scale = weights[name], 1.0
-            log_step, step = self.steps_of(name, weight.shape)
-            count = math.ceil(self.share * len(weight)) if weight.ndim == 2 else len(weight)
-            if count < len(weight):
-                first = torch.randint(
-                    len(weight) - count + 1, (), generator=noise, device=noise.device
-                )
-                part = slice(int(first), int(first) + count)
-                scale, weight = len(weight) / count, weight[part]
-                if len(step) > 1:
-                    log_step, step = log_step[part], step[part]
-            u = torch.rand(weight.shape, generator=noise, device=weight.device) - 0.5
-            total = total + scale * TableBits.apply(weight, log_step, step, table, u)
-        return total / self.numel
+        generator = torch.Generator(self.counts.device).manual_seed(seed)
+        noise = torch.rand(self.numel, generator=generator, device=generator.device) - 0.5
+        own = [weights[name] for name in self.names]
+        return TableBits.apply(self.log_steps, self, noise, *own) / self.numel
 
     def seen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor as the file will hold it, with a gradient."""
-        steps = {name: self.steps_of(name, weights[name].shape) for name in self.names}
-        return {
-            name: StepRounding.apply(weights[name], *both, name == TOKENS)
-            for name, both in steps.items()
-        }
+        own = [weights[name] for name in self.names]
+        values = StepRounding.apply(self.log_steps, self, *own)
+        return dict(zip(self.names, values, strict=True))
 
     @torch.no_grad()
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
         """The tensors of the file: the codes that training saw."""
+        all_codes = self.split(self.codes(weights).to(torch.int8).cpu())
+        all_scales = self.scales().cpu().split(self.num_steps)
         found = {}
-        for name in self.names:
-            codes = self.codes(name, weights[name]).cpu()
+        for name, codes, scales in zip(self.names, all_codes, all_scales, strict=True):
             grouped = self.group_size if codes.ndim == 2 else None
-            steps = self.log_steps[_key(name)]
-            scales = self.scales(name).cpu()
             if codes.ndim == 2:
-                scales = scales.expand(len(codes), steps.shape[1])
+                scales = scales.view(-1, 1) if len(scales) == 1 else scales.view(len(codes), -1)
+                scales = scales.expand(len(codes), -1)
                 width = grouped or codes.shape[1]
                 used = torch.stack([part.any(dim=1) for part in codes.split(width, dim=1)], dim=1)
                 # Where all is zero the step says nothing, and one value is shorter than many.
@@ -282,10 +319,6 @@ class LearnedSteps(nn.Module):
                 scales = scales.reshape(())
             bits = next(b for b in range(2, 9) if int(codes.abs().max()) < 2 ** (b - 1))
             found[name] = QuantizedTensor(
-                codes, scales.contiguous(), bits, grouped, method="learned"
+                codes.contiguous(), scales.contiguous(), bits, grouped, method="learned"
             )
         return found
-
-
-def _key(name: str) -> str:
-    return name.replace(".", ":")

@@ -77,9 +77,6 @@ class Rate(Qat):
     octaves over the optimizer steps that have bytes in their loss, at most 0.15."""
     min_numel: Annotated[int, at_least(1)] = 64
     """Tensors with fewer entries stay floats."""
-    share: Annotated[float, above(0, at_most=1)] = 1.0
-    """Of the rows of every matrix, how many are looked at for the bits of a step; the rest counts
-    like them."""
     model: str = "histogram"
     """How many bits a code is taken to cost: `histogram`, `laplace`, `logistic` or `gaussian`."""
 
@@ -115,7 +112,6 @@ class Rate(Qat):
             REGISTRY["quant/rate_model"][self.model](),
             per=self.per,
             group_size=self.group_size,
-            share=self.share,
             lr=own,
             first_rate=self.price or START_RATE,
         )
@@ -152,6 +148,7 @@ class RateAware(QuantAware):
     ):
         super().__init__(config.snap, {}, {}, config.start_fraction, ahead=False)
         self.config, self.steps, self.file, self._ahead = config, steps, file, ahead
+        self._age = 0  # of the steps, in a training step that has bytes in its loss
         aim = config.aim(file.budget)
         self.target = None if aim is None else aim - file.code
         self.weights = {n: p for n, p in model.named_parameters() if n in set(steps.names)}
@@ -175,11 +172,11 @@ class RateAware(QuantAware):
     def update(self, fraction: float) -> None:
         if fraction < self.start_fraction:
             return
-        steps = self.steps
+        steps, age = self.steps, int(self.steps.age)
         done = (fraction - self.start_fraction) / (1 - self.start_fraction)
-        if not self.active:
+        if age < 0:
             self._begin()
-        elif int(steps.age) % EVERY == 0:
+        elif age % EVERY == 0:
             bits = steps.look(self.weights)
             if any(float(steps.progress) < at <= done for at in MEASURED_AT):
                 self._measure(bits)
@@ -188,6 +185,8 @@ class RateAware(QuantAware):
             steps.progress.fill_(done)
             steps.fit()
         steps.age += 1
+        # Read once a step, before there is work on a GPU that would have to be waited for.
+        self._age = int(steps.age)
 
     def _begin(self) -> None:
         steps, target = self.steps, self.target
@@ -249,14 +248,13 @@ class RateAware(QuantAware):
 
     def price(self) -> Tensor | None:
         """λ * bits per weight, for the loss; None while bytes do not count."""
-        if not self.active:
+        if not self._age:
             return None
-        steps = self.steps
-        seed = self.file.seed + 1_000_003 * int(steps.age)
-        return math.exp(float(steps.log_rate)) * steps.rate(self.weights, seed)
+        rate = self.steps.rate(self.weights, self.file.seed + 1_000_003 * self._age)
+        return self.steps.log_rate.exp().float() * rate
 
     def seen(self) -> AbstractContextManager[None]:
-        if self.active:
+        if self._age:
             return self._swapped(self.steps.seen(self.weights))
         if self._ahead:
             # A compiled graph tells parameters from other tensors; it shall not meet both.

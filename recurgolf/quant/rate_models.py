@@ -1,8 +1,8 @@
 """How many bits a code costs, by the codes that a tensor has now: the rate models of `rate.py`.
 
-A model turns counts of the codes -127 to 127 into a table of bits. Scales have closed forms or are
-found on the counts, so that nothing here is a parameter: at the best scale the bits do not change
-with it (envelope theorem), and their gradient is that of the codes alone.
+A model turns counts of the codes -127 to 127, of any number of tensors, into tables of bits. Scales
+follow from the counts, so that nothing here is a parameter: at the best scale the bits do not
+change with it (envelope theorem), and their gradient is that of the codes alone.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recurgolf.config import option
 
 LIMIT = 127
 CODES = 2 * LIMIT + 1
-_PLACES = torch.arange(-LIMIT, LIMIT + 1, dtype=torch.float64)
-_EDGES = torch.arange(-LIMIT, LIMIT, dtype=torch.float64) + 0.5
+
+
+def _codes(like: Tensor) -> Tensor:
+    return torch.arange(-LIMIT, LIMIT + 1, dtype=like.dtype, device=like.device)
+
+
+def _share(counts: Tensor) -> Tensor:
+    return counts / counts.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _mean_magnitude(counts: Tensor) -> Tensor:
+    return (_share(counts) * _codes(counts).abs()).sum(-1, keepdim=True)
 
 
 PRIOR = 0.02
@@ -28,7 +39,7 @@ class RateModel:
     """Counts of codes -> bits of codes."""
 
     def table(self, counts: Tensor) -> Tensor:
-        """Bits [255] float64 of every code from -127 to 127; counts [255]."""
+        """Bits [..., 255] of every code from -127 to 127; counts [..., 255] float64."""
         raise NotImplementedError
 
 
@@ -38,9 +49,8 @@ class Histogram(RateModel):
     with a table per tensor takes (soft histograms: parameter-golf #1805)."""
 
     def table(self, counts: Tensor) -> Tensor:
-        both = (counts + counts.flip(0)) / 2
-        share = both / both.sum().clamp_min(1)
-        blend = (1 - PRIOR) * share + PRIOR * Laplace().table(counts).neg().exp2()
+        both = (counts + counts.flip(-1)) / 2
+        blend = (1 - PRIOR) * _share(both) + PRIOR * Laplace().table(counts).neg().exp2()
         return -blend.log2()
 
 
@@ -51,16 +61,17 @@ class _Curve(RateModel):
         """Its cumulative distribution function at scale 1."""
         raise NotImplementedError
 
-    def scale(self, counts: Tensor) -> float:
-        """The scale, in steps."""
+    def scale(self, counts: Tensor) -> Tensor:
+        """The scales [..., 1], in steps."""
         raise NotImplementedError
 
     def table(self, counts: Tensor) -> Tensor:
-        cumulative = self.below(_EDGES / self.scale(counts))
-        ends = torch.cat([cumulative.new_zeros(1), cumulative, cumulative.new_ones(1)])
+        edges = _codes(counts)[:-1] + 0.5
+        ends = F.pad(self.below(edges / self.scale(counts)), (1, 0))
+        ends = F.pad(ends, (0, 1), value=1.0)
         # Differences of numbers close to 1 lose their digits: the upper half mirrors the lower.
         cells = ends.diff()
-        cells[LIMIT + 1 :] = cells[:LIMIT].flip(0)
+        cells[..., LIMIT + 1 :] = cells[..., :LIMIT].flip(-1)
         return -cells.clamp_min(2.0**-40).log2()
 
 
@@ -72,12 +83,9 @@ class Laplace(_Curve):
         tail = 0.5 * edges.abs().neg().exp()
         return torch.where(edges < 0, tail, 1 - tail)
 
-    def scale(self, counts: Tensor) -> float:
-        # Of the geometric distribution of |code| >= 1: mean m gives a ratio of (m - 1) / m.
-        share = counts / counts.sum().clamp_min(1)
-        mean = float((share * _PLACES.abs()).sum())
+    def scale(self, counts: Tensor) -> Tensor:
         # sinh(1 / 2b) = 1 / (2 mean) for rounded Laplace numbers.
-        return 0.5 / math.asinh(0.5 / max(mean, 1e-3))
+        return 0.5 / (0.5 / _mean_magnitude(counts).clamp_min(1e-3)).asinh()
 
 
 @option("quant/rate_model", "logistic")
@@ -87,10 +95,8 @@ class Logistic(_Curve):
     def below(self, edges: Tensor) -> Tensor:
         return torch.sigmoid(edges)
 
-    def scale(self, counts: Tensor) -> float:
-        share = counts / counts.sum().clamp_min(1)
-        mean = float((share * _PLACES.abs()).sum())
-        return max(mean, 0.05) / (2 * math.log(2))
+    def scale(self, counts: Tensor) -> Tensor:
+        return _mean_magnitude(counts).clamp_min(0.05) / (2 * math.log(2))
 
 
 @option("quant/rate_model", "gaussian")
@@ -100,9 +106,9 @@ class Gaussian(_Curve):
     def below(self, edges: Tensor) -> Tensor:
         return torch.special.ndtr(edges)
 
-    def scale(self, counts: Tensor) -> float:
-        share = counts / counts.sum().clamp_min(1)
-        return max(float((share * _PLACES.square()).sum()), 0.02) ** 0.5
+    def scale(self, counts: Tensor) -> Tensor:
+        square = (_share(counts) * _codes(counts).square()).sum(-1, keepdim=True)
+        return square.clamp_min(0.02).sqrt()
 
 
 __all__ = ["CODES", "LIMIT", "Gaussian", "Histogram", "Laplace", "Logistic", "RateModel"]
