@@ -24,11 +24,15 @@ from recurgolf.training.summary import Summary, environment
 if TYPE_CHECKING:
     from recurgolf.data import Dataset
     from recurgolf.model.transformer import Transformer
+    from recurgolf.run import Run
     from recurgolf.training.job import Job
     from recurgolf.training.state import TrainState
 
 LOCK_SECONDS = 30.0
 """A killed run's ranks need a moment to end; who comes after them waits so long."""
+OFTEN = 4
+"""A text read so often is nearly as good as new text; more of it is worth less and less (arXiv
+2305.16264), and a network without decay learns it by heart."""
 
 
 class Guard:
@@ -54,6 +58,8 @@ class Guard:
         if job.ranks.is_first:
             for line in job.run.tracker.told():
                 job.log.line(line)
+            if read_again := repeats(job.run, job.dataset.train_tokens):
+                job.log.line(read_again)
             self.found = resume.find(job.run, job.folder, job.log.line)
             resume.make_room(job.run, job.folder, self.found, job.log.line)
         self.found = job.ranks.broadcast(self.found)
@@ -178,4 +184,15 @@ def drop_diverged(folder: Path) -> None:
             path.unlink()
 
 
-__all__ = ["Guard", "drop_diverged"]
+def repeats(run: Run, train_tokens: int) -> str | None:
+    """How often the training text is read, where that is more than a few times."""
+    config = run.trainer
+    times = config.steps * config.batch_tokens / train_tokens
+    if config.progress != "steps" or times <= OFTEN:
+        return None
+    decay = ": weights that decay learn less of it by heart, optimizer.matrix_weight_decay=0.1"
+    advice = "" if run.optimizer.matrix_weight_decay else decay
+    return f"the training text is read {times:.1f} times over{advice}"
+
+
+__all__ = ["Guard", "drop_diverged", "repeats"]

@@ -19,6 +19,7 @@ from smoke_runs import composed, small, train
 
 from recurgolf.log import Log, time_left
 from recurgolf.terminal import TerminalBar, terminal_bar
+from recurgolf.training.guard import repeats
 from recurgolf.training.report import packing_advice
 from recurgolf.training.summary import Summary
 
@@ -61,6 +62,23 @@ def test_a_line_of_training_tells_loss_bpb_visits_speed_and_time_left():
         ratio = summary["val_bpb"] / summary["val_loss"]
         assert float(match[3]) == pytest.approx(loss * ratio, rel=0.01)
     assert "\x1b" not in run.ended.out, "a bar was drawn into a file"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), None),
+        (("trainer.steps=5000",), "5.0 times over: weights that decay"),
+        (("trainer.steps=5000", "optimizer.matrix_weight_decay=0.1"), "5.0 times over"),
+        (("trainer.steps=5000", "trainer.progress=wallclock"), None),
+    ],
+    ids=["once", "often", "often, with decay", "steps unknown"],
+)
+def test_a_text_that_is_read_again_and_again_is_told_before_training(overrides, said):
+    run = composed("experiment=smoke", "trainer.batch_tokens=1024", *overrides)
+    found = repeats(run, 1_024_000)
+    assert found is None if said is None else said in found
+    assert found is None or ("weight_decay" in found) == ("decay" in said)
 
 
 def a_log(tmp_path, monkeypatch, width: int, term: str = "xterm-256color"):
