@@ -55,10 +55,11 @@ class Guard:
 
     def begin(self, job: Job) -> None:
         """Find what to continue from, and leave only that in the folder. Collective."""
+        read_again = repeats(job.run, job.dataset.train_tokens)  # all ranks prepare the data
         if job.ranks.is_first:
             for line in job.run.tracker.told():
                 job.log.line(line)
-            if read_again := repeats(job.run, job.dataset.train_tokens):
+            if read_again:
                 job.log.line(read_again)
             self.found = resume.find(job.run, job.folder, job.log.line)
             resume.make_room(job.run, job.folder, self.found, job.log.line)
