@@ -25,7 +25,14 @@ from hydra.experimental.callback import Callback
 from recurgolf import __version__
 from recurgolf.composing import built, compose, compose_parts, explained, prepared, with_vocabulary
 from recurgolf.conf import conf_folder
-from recurgolf.config import ConfigError, suggestion
+from recurgolf.config import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OVER_BUDGET,
+    EXIT_USER_ERROR,
+    ConfigError,
+    suggestion,
+)
 from recurgolf.folders import claimed, only_one
 from recurgolf.help import VERBS, help_of, help_text
 from recurgolf.multirun import (
@@ -41,8 +48,8 @@ from recurgolf.multirun import (
 from recurgolf.override_errors import COMPOSE_ERRORS, is_bug
 from recurgolf.overrides import (
     CONFIG_DIR_FLAGS,
+    check_parts,
     config_dir,
-    group_of,
     quoted,
     split_arguments,
 )
@@ -55,11 +62,6 @@ if TYPE_CHECKING:
     from recurgolf.compare.preview import SweepAhead
     from recurgolf.run import Run
     from recurgolf.training.summary import Summary
-
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
-EXIT_OVER_BUDGET = 3
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -192,11 +194,7 @@ def _plan_command(arguments: list[str]) -> int:
 
 
 def _ahead(asked: Command, arguments: Sequence[str], folder: Path | None) -> SweepAhead:
-    """What is known of a sweep before it starts; all of its jobs are composed.
-
-    Raises:
-        ConfigError: a job that would be refused, by its overrides.
-    """
+    """What is known of a sweep before it starts; all of its jobs are composed."""
     from recurgolf.compare.preview import SweepAhead, look_ahead
 
     elsewhere = "" if asked.launcher == "basic" else asked.launcher
@@ -226,10 +224,8 @@ def _planned(arguments: list[str]) -> Run:
 
     run = Run.read(Path(arguments[0]), trust)
     overrides = split_arguments(arguments[1:], "plan")[0]
-    for override in overrides:
-        if group_of(override) not in ("quant", "looping", "eval"):
-            raise ConfigError(f"plan FOLDER takes quant, looping and eval, not {override!r}")
-    return compose_parts(run, overrides) if overrides else run
+    check_parts(overrides, ("quant", "looping", "eval"), "plan FOLDER")
+    return compose_parts(run, overrides)
 
 
 def _train_command(arguments: list[str]) -> int:
@@ -272,11 +268,7 @@ def _train_command(arguments: list[str]) -> int:
 
 
 def _train_sweep(asked: Command | None, arguments: list[str], folder: Path | None) -> int:
-    """Run the jobs of a sweep.
-
-    Args:
-        asked: None where Hydra only prints something.
-    """
+    """Run the jobs of a sweep."""
     if asked is None:
         _by_hydra(lambda config: None, arguments)
         return 0
@@ -342,9 +334,6 @@ def _own_folder(asked: Command) -> Path | None:
 
     Returns:
         The folder, where it is to be a new one; None: the one that was named.
-
-    Raises:
-        ConfigError: the folder that was named is another one's.
     """
     from recurgolf.compare.sweep import check_new_sweep
     from recurgolf.training.resume import check_unused
@@ -402,6 +391,4 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         from recurgolf.compare.sweep import finish_sweep
 
-        jobs = finish_sweep(Path(config.hydra.sweep.dir))
-        over = EXIT_OVER_BUDGET if jobs.over_budget else 0
-        SweepTable.exit_code = EXIT_FAILED if jobs.failed else over
+        SweepTable.exit_code = finish_sweep(Path(config.hydra.sweep.dir))

@@ -151,8 +151,13 @@ def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
     """A Run with some of its parts changed by overrides, the rest as it was.
 
     A key alone (`eval.stride=32`) changes the run's own option; a group (`eval=sliding`) starts
-    from that option's YAML.
+    from that option's YAML. Other data keep the model's vocabulary, unless they name their own.
     """
+    if not overrides:
+        return run
+    keys = {override.partition("=")[0] for override in overrides}
+    if "data" in keys and "data.vocab_size" not in keys:
+        overrides = [f"data.vocab_size={run.data.vocab_size}", *overrides]
     changed: dict[str, list[str]] = {}
     for override in overrides:
         changed.setdefault(group_of(override), []).append(override)
@@ -239,11 +244,7 @@ class _PageNode(ConfigNode):
 
 
 def register(folder: Path | None = None) -> None:
-    """Hand Hydra the schemas, as schema/<group>/<kind>, and the options on the pages of systems.
-
-    Args:
-        folder: a user's own, whose pages are read as well.
-    """
+    """Hand Hydra the schemas, as schema/<group>/<kind>, and the options on the pages of systems."""
     from recurgolf.run import Run
 
     store = ConfigStore.instance()

@@ -45,11 +45,7 @@ def group_names() -> list[str]:
 
 
 def options(folder: Path | None = None) -> dict[str, list[str]]:
-    """Group -> the names of its options.
-
-    Args:
-        folder: a user's own, searched as well.
-    """
+    """Group -> the names of its options."""
     found: dict[str, set[str]] = {}
     for conf in filter(None, (conf_folder(), folder)):
         for path in conf.glob("*/**/*.yaml"):
@@ -230,11 +226,7 @@ def _changed(page: Page, group: str, pages: Mapping[str, Page]) -> str | None:
 
 
 def read_yaml(path: Path) -> Any:
-    """What is in a file.
-
-    Raises:
-        ConfigError: it is not YAML.
-    """
+    """What is in a file."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), loader)

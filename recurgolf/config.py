@@ -29,6 +29,8 @@ T = TypeVar("T")
 REGISTRY: dict[str, dict[str, type]] = {}
 """Group -> kind -> dataclass. Filled by the `@option` lines when the package's modules load."""
 
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_OVER_BUDGET, EXIT_INTERRUPTED = 1, 2, 3, 130
+"""Exit codes of the command line."""
 
 CONFIG_LIBRARY_ERRORS = (OmegaConfBaseException,)
 """What OmegaConf raises on a wrong key or type; override_errors.py rewords it."""
@@ -230,12 +232,6 @@ def check_types(node: Any, path: str = "") -> None:
     """Refuse a field of an option tree that was assigned a value of another type.
 
     Composing does so itself; Python assigns anything.
-
-    Args:
-        path: dotted path of the node.
-
-    Raises:
-        ConfigError: the field, its value and what belongs there.
     """
     for name, hint in typing.get_type_hints(type(node)).items():
         if not hasattr(node, name) or typing.get_origin(hint) is typing.ClassVar:

@@ -7,6 +7,7 @@ Python says which file could not be opened, but not which one could not grow.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -46,9 +47,6 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, have the disk hold it, and rename it.
 
     Whatever goes wrong, what was there under the name before is still there, whole.
-
-    Raises:
-        OSError: the disk's own, with `filename`.
     """
     data = content.encode() if isinstance(content, str) else content
     draft = path.with_name(f".{path.name}.draft")
@@ -119,4 +117,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["DamagedFile", "flush", "json_text", "read_json", "write_file", "write_json", "writing"]
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,11 +35,7 @@ def claimed(folder: Path) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a destination that holds something.
-
-    Raises:
-        ConfigError: the folder is in use, or there is a file under its name.
-    """
+    """Refuse a destination that holds something."""
     if not folder.exists():
         return
     if not folder.is_dir():

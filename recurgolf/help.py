@@ -50,11 +50,7 @@ _EXAMPLES = """\
 
 
 def help_text(folder: Path | None = None) -> str:
-    """Verbs, groups with their options, systems with their groups, and three examples.
-
-    Args:
-        folder: a user's own, whose options are listed as well.
-    """
+    """Verbs, groups with their options, systems with their groups, and three examples."""
     systems = parts_of_systems(folder)
     verbs = "\n".join(f"  {name:<11}{text}" for name, text in VERBS.items())
     groups = "\n".join(
@@ -93,11 +89,7 @@ def group_help(group: str, folder: Path | None = None) -> str:
 
 
 def help_of(word: str, folder: Path | None = None) -> str:
-    """What `--help WORD` says: of a group, of a part of a run, or of one key.
-
-    Raises:
-        ConfigError: there is no group and no key of that name.
-    """
+    """What `--help WORD` says: of a group, of a part of a run, or of one key."""
     groups = {*options(folder), *_parts()} - {"hydra", "name", "seed", "plugins"}
     for name in (word, word.replace(".", "/")):
         if name in groups:

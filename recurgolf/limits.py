@@ -132,6 +132,3 @@ def refused(cls: type, values: Mapping[str, Any], path: str) -> str | None:
                     each = "each " if several else ""
                     return f"{key}={value!r}: {each}{limit}{limit.hint(item)}"
     return None
-
-
-__all__ = ["Choice", "Limit", "Range", "above", "at_least", "limits_of", "not_empty", "one_of"]

@@ -29,6 +29,7 @@ from recurgolf.data.tokenizer import PieceKind, Tokenizer
 from recurgolf.eval import Score, ScoredModel, score
 from recurgolf.looping import LoopPlan
 from recurgolf.model.transformer import Transformer
+from recurgolf.overrides import check_parts
 from recurgolf.run import Run
 from recurgolf.training.base import read_finished
 from recurgolf.training.packing import ARTIFACT
@@ -86,13 +87,8 @@ class Loaded:
         """
         from recurgolf.composing import compose_parts
 
-        if wrong := [o for o in overrides if o.partition("=")[0].split(".")[0] not in PARTS]:
-            raise ConfigError(f"evaluate takes overrides of eval and data, not {wrong[0]!r}")
-        given = list(overrides)
-        if any(o.startswith("data=") for o in given):
-            # The model's, where the data option would bring its own size.
-            given.insert(0, f"data.vocab_size={self.run.data.vocab_size}")
-        run = compose_parts(self.run, given) if given else self.run
+        check_parts(overrides, PARTS, "evaluate")
+        run = compose_parts(self.run, overrides)
         dataset = self._dataset if run.data == self.run.data else self._prepared(run)
         protocol = run.eval.alone
         protocol.check_model(self.model.config, self.run.looping)
@@ -155,9 +151,6 @@ class Loaded:
 
         Returns:
             The prompt, as the tokenizer reads it, and what follows.
-
-        Raises:
-            ConfigError: a value outside of what is possible.
         """
         number = type(temperature) in (int, float) and math.isfinite(temperature)
         if not number or temperature < 0:

@@ -79,12 +79,7 @@ def counted(number: int, what: str) -> str:
 
 
 def time_left(done: int, total: int, seconds: float, cap: float | None) -> str:
-    """`3:05 left`: to the last step at the pace so far, or to the cap where that comes first.
-
-    Args:
-        seconds: on the training clock so far.
-        cap: where it ends; None: nowhere.
-    """
+    """`3:05 left`: to the last step at the pace so far, or to the cap where that comes first."""
     left, whose = seconds / max(1, done) * (total - done), ""
     if cap is not None and cap - seconds < left:
         left, whose = max(0.0, cap - seconds), f" of the cap of {cap:.0f} s"

@@ -44,11 +44,7 @@ def varied_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def of_sweep(run: Run, overrides: Sequence[str], varied: Sequence[str]) -> Run:
-    """A job's Run, whose tracker knows what the sweep varies: `demo lora.rank=2`.
-
-    Args:
-        overrides: the job's own.
-    """
+    """A job's Run, whose tracker knows what the sweep varies: `demo lora.rank=2`."""
     jobs = [o for o in overrides if o.partition("=")[0] in varied]
     own = [o for o in jobs if not is_seed(o)]
     own = [o for o in own if o.partition("=")[0] != "name" and o != f"experiment={run.name}"]
@@ -87,13 +83,6 @@ def composed_jobs(
     """The Run of every job of a sweep, so that none trains before all are known to be right.
 
     Jobs that differ in `seed` alone are composed once.
-
-    Args:
-        jobs: overrides of every one.
-        folder: a user's own, as --config-dir.
-
-    Raises:
-        ConfigError: the first job that does not compose, by its overrides.
     """
     known: dict[tuple[str, ...], Run] = {}
     runs = []
@@ -116,11 +105,7 @@ def composed_jobs(
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a sweep, in the order in which Hydra's own sweeper runs them.
-
-    Raises:
-        ConfigError: ranges that only a searching sweeper can read.
-    """
+    """The overrides of every job of a sweep, in the order of Hydra's own sweeper."""
     with hydra_initialized():
         parsed = _parsed(overrides)
     for override in parsed:
@@ -177,11 +162,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def command(arguments: Sequence[str], folder: Path | None) -> Command | None:
-    """What Hydra would do with a command line; None where it only prints something.
-
-    Args:
-        folder: a user's own, as --config-dir.
-    """
+    """What Hydra would do with a command line; None where it only prints something."""
     asked = get_args_parser().parse_args(list(arguments))
     if asked.cfg or asked.info or asked.hydra_help or asked.shell_completion:
         return None
@@ -223,9 +204,6 @@ def run_single(asked: Command, folder: Path | None, job: Callable[[Any], Any]) -
     """Have Hydra make the folder of a single run, keep its config there and call the job.
 
     Its `main` does the same, but composes twice more: to learn that it is a single run, and to run.
-
-    Args:
-        folder: to use in place of the one that the config names.
     """
     assert asked.loader is not None
     told = asked.loader.config
@@ -281,11 +259,7 @@ def _asked_of(told: Any) -> Iterator[None]:
 
 
 def _check_apart(jobs: Sequence[Sequence[str]], name: str, folder: Path | None) -> None:
-    """Refuse a `hydra.sweep.subdir` that sends two jobs into one folder.
-
-    Args:
-        jobs: overrides of every one, those of Hydra's own part among them.
-    """
+    """Refuse a `hydra.sweep.subdir` that sends two jobs into one folder."""
     seen: dict[str, int] = {}
     with hydra_initialized(folder):
         for number, overrides in enumerate(jobs):
@@ -302,11 +276,7 @@ def _check_apart(jobs: Sequence[Sequence[str]], name: str, folder: Path | None) 
 
 
 def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Choice | Interval]]:
-    """Overrides of a search: those of every trial, and the space of the others.
-
-    Raises:
-        ConfigError: an interval without width, or a logarithmic one that reaches zero.
-    """
+    """Overrides of a search: those of every trial, and the space of the others."""
     check_readable(overrides)
     check_overrides(overrides, group_names())
     with hydra_initialized():

@@ -43,14 +43,7 @@ _EXPECTED = {
 
 
 def check_readable(arguments: Sequence[str]) -> None:
-    """Refuse overrides that break the grammar, in words that say what to quote.
-
-    Args:
-        arguments: of the command line, flags among them.
-
-    Raises:
-        ConfigError: with the override as it can be read, and as a shell takes it.
-    """
+    """Refuse overrides that break the grammar, in words that say what to quote."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or "=" not in argument or before in VALUE_FLAGS:
             continue

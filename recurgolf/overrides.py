@@ -20,11 +20,7 @@ CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 
 
 def as_list(overrides: str | Sequence[str]) -> list[str]:
-    """Overrides from Python: a list of them, or one string as it would be typed.
-
-    Raises:
-        ConfigError: a quote that is not closed; what is no text with a sign =.
-    """
+    """Overrides from Python: a list of them, or one string as it would be typed."""
     if isinstance(overrides, str):
         try:
             overrides = shlex.split(overrides)
@@ -42,15 +38,7 @@ def as_list(overrides: str | Sequence[str]) -> list[str]:
 
 
 def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
-    """Refuse what Hydra itself would break on.
-
-    Args:
-        groups: names of the config groups, `model/mixer` where nested.
-
-    Raises:
-        ConfigError: nothing in front of the sign =; a group set to null, added with +, or written
-            with dots; a sweep by Slurm on a machine without it.
-    """
+    """Refuse what Hydra itself would break on."""
     if (
         "hydra/launcher=slurm" in overrides
         and {"-m", "--multirun"} & set(overrides)
@@ -78,11 +66,7 @@ def check_overrides(overrides: Sequence[str], groups: Collection[str]) -> None:
 
 
 def split_arguments(arguments: Sequence[str], verb: str) -> tuple[list[str], Path | None]:
-    """Overrides and the folder of --config-dir, for verbs that compose without Hydra's own main.
-
-    Raises:
-        ConfigError: anything else on the line.
-    """
+    """Overrides and the folder of --config-dir, for verbs that compose without Hydra's own main."""
     overrides: list[str] = []
     skip = False
     for argument in arguments:
@@ -98,11 +82,7 @@ def split_arguments(arguments: Sequence[str], verb: str) -> tuple[list[str], Pat
 
 
 def config_dir(arguments: Sequence[str]) -> Path | None:
-    """The folder given by --config-dir, absolute; None without one.
-
-    Raises:
-        ConfigError: it is no folder.
-    """
+    """The folder given by --config-dir, absolute; None without one."""
     for position, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag in CONFIG_DIR_FLAGS:
@@ -116,6 +96,14 @@ def config_dir(arguments: Sequence[str]) -> Path | None:
 def group_of(override: str) -> str:
     """The first name in an override: `quant` of `quant.bits=4` and of `quant/qat=none`."""
     return re.split(r"[=./]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def check_parts(overrides: Iterable[str], allowed: Sequence[str], verb: str) -> None:
+    """Refuse overrides of other parts of a run than these."""
+    for override in overrides:
+        if group_of(override) not in allowed:
+            named = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
+            raise ConfigError(f"{verb} takes overrides of {named}, not {override!r}")
 
 
 def is_seed(override: str) -> bool:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from recurgolf.artifact.ledger import Line, component, predict
 from recurgolf.config import ConfigError, to_dict
-from recurgolf.counted.code import Codes, codes_of
+from recurgolf.counted.code import Codes
 from recurgolf.looping import LoopPlan
 from recurgolf.model.transformer import TRAINING_ONLY
 from recurgolf.quant import TensorRule
@@ -135,7 +135,7 @@ def make_plan(run: Run) -> Plan:
         params=sum(math.prod(shape) for shape in shapes.values()),
         effective_params=effective(kept, training),
         flops_per_token=flops_per_token(run, training),
-        code=codes_of(run),
+        code=Codes(run),
         lines=predicted_lines(run, kept),
         budget_bytes=run.budget.artifact_bytes,
     )
@@ -159,7 +159,7 @@ def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
     if not run.quant.fill_budget:
         return lines
     # One step for all layers that fills what the code leaves; the search will vary it by layer.
-    left = run.budget.artifact_bytes - codes_of(run).counted.packed_bytes
+    left = run.budget.artifact_bytes - Codes(run).counted.packed_bytes
     finest, coarsest = STEPS[0], STEPS[-1]
     for _ in range(12):
         step = math.sqrt(finest * coarsest)
@@ -174,11 +174,7 @@ def predicted_lines(run: Run, shapes: dict[str, tuple[int, ...]]) -> list[Line]:
 def learned_lines(
     run: Run, shapes: dict[str, tuple[int, ...]], header: dict[str, Any]
 ) -> list[Line]:
-    """The bytes that training will aim at, spread evenly: it alone knows where they will go.
-
-    Raises:
-        ConfigError: not even weights that are all zero would fit.
-    """
+    """The bytes that training will aim at, spread evenly: it alone knows where they will go."""
     learned, kept = run.quant.learned(shapes), TensorRule("none", keep_dtype=run.quant.keep_dtype)
     rest = {name: kept for name in shapes if name not in learned}
     lines = {
@@ -189,7 +185,7 @@ def learned_lines(
     count = sum(map(math.prod, learned.values()))
     bits = PRICED_BITS
     if aim is not None:
-        code = codes_of(run).counted.packed_bytes
+        code = Codes(run).counted.packed_bytes
         left = aim - code - sum(line.predicted for line in lines.values())
         if left <= 0:
             raise ConfigError(
@@ -213,7 +209,7 @@ def check_ending(run: Run) -> None:
     """
     shapes = packed_shapes(shapes_of(run))
     run.quant.assign(shapes)
-    check_budget(codes_of(run).counted.packed_bytes, run.budget.artifact_bytes)
+    check_budget(Codes(run).counted.packed_bytes, run.budget.artifact_bytes)
     if run.quant.learned(shapes):
         predicted_lines(run, shapes)
 

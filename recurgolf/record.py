@@ -47,6 +47,8 @@ class RunIdentity:
 class Tracker:
     """Takes the numbers of one run. As a context manager it is always finished.
 
+    This one records nothing: that of every rank but the first.
+
     Attributes:
         run_id: to keep in checkpoints, so that a resumed run is the same run.
         location: an address or a folder where the run can be looked at, once it is known.
@@ -84,10 +86,6 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         self.finish(_exit_code(error))
-
-
-class NoTracker(Tracker):
-    """Records nothing: every rank but the first."""
 
 
 class JsonlTracker(Tracker):

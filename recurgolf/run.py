@@ -171,11 +171,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, trust: bool = False) -> Run:
-        """The Run of a finished run's folder.
-
-        Args:
-            trust: import plugins of it that are not installed.
-        """
+        """The Run of a finished run's folder."""
         path = Path(folder) / "run.json"
         try:
             data = read_json(path)

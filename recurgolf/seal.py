@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recurgolf.disk import read_json, write_json
+from recurgolf.disk import read_json, sha256, write_json
 
 FILE = "seal.json"
 AUDIT = "audit.json"
@@ -77,7 +77,7 @@ def broken(folder: Path) -> list[str]:
     found += [f"{name} was added since the run ended" for name in now["files"] if name not in files]
     # Checkpoints are large and may be deleted; one that is there must be the run's own.
     state = Path(folder) / "checkpoints" / name / "state.json"
-    if checkpoint and state.is_file() and _sha256(state) != state_digest:
+    if checkpoint and state.is_file() and sha256(state) != state_digest:
         found.append(f"checkpoint {name} is not the one that the run ended on")
     if not found and signature != _signature({"files": files, "checkpoint": checkpoint}):
         found.append(f"the signature in {FILE} is not that of its list")
@@ -154,7 +154,7 @@ def audit_state(folder: Path) -> str:
 def _content(folder: Path) -> dict[str, Any]:
     paths = [folder / name for name in SEALED if (folder / name).is_file()]
     paths += sorted((folder / SCORES).glob("*.npz"))
-    files = {str(p.relative_to(folder)): _sha256(p) for p in paths}
+    files = {str(p.relative_to(folder)): sha256(p) for p in paths}
     return {"files": files, "checkpoint": _checkpoint(folder)}
 
 
@@ -163,16 +163,11 @@ def _checkpoint(folder: Path) -> dict[str, str] | None:
     states = sorted((folder / "checkpoints").glob("step_*/state.json"))
     if not states:
         return None
-    return {"name": states[-1].parent.name, "state": _sha256(states[-1])}
+    return {"name": states[-1].parent.name, "state": sha256(states[-1])}
 
 
 def _signature(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import locale
 import os
 import sys
 from collections.abc import Iterator
@@ -93,19 +94,10 @@ def use_unicode() -> None:
 
     Files are UTF-8 whatever the locale; only what is printed follows it.
     """
-    if sys.flags.utf8_mode or codecs.lookup(_locale_encoding()).name == "utf-8":
+    if sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
         return
     printed = getattr(sys.stdout, "encoding", None)
     if printed:
         os.environ.setdefault("PYTHONIOENCODING", printed)
     os.environ["PYTHONUTF8"] = "1"
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-
-def _locale_encoding() -> str:
-    import locale
-
-    return locale.getpreferredencoding(False)
-
-
-__all__ = ["Steady", "steady_output", "use_unicode"]

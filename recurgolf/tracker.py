@@ -4,8 +4,8 @@ W&B lives in a process of its own, fed through a bounded queue and a pipe. Its s
 unreachable, stopped or killed: training neither waits for it nor ends with it, the local record
 stays whole, the fact is said once on stderr, and `finish` returns within a stated time. A training
 process that dies without a word closes the pipe, and the W&B run is then marked as failed. Here are
-the options; `wandb_tracker.py` and `wandb_keeper.py` are the two ends of the pipe. With
-`wandb_keeper.py` and `wandb_offline.py` this is the only module that imports wandb.
+the options; `wandb_tracker.py` has both ends of the pipe. These two and `wandb_offline.py` are the
+only importers of wandb.
 """
 
 from __future__ import annotations
@@ -277,14 +277,7 @@ def git_state() -> dict[str, Any]:
 
 
 def check_key(asked: str) -> None:
-    """Refuse to upload without an account.
-
-    Args:
-        asked: what wants to, for the message.
-
-    Raises:
-        ConfigError: there is no API key, or W&B does not take it.
-    """
+    """Refuse to upload without an account."""
     import wandb
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import authenticate_session

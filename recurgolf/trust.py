@@ -21,12 +21,6 @@ def check_trusted(plugins: Any, trust: bool) -> None:
     """Refuse plugins that are not installed: a folder that somebody sent may hold anything.
 
     A module that this process has imported already was asked for by its user.
-
-    Args:
-        plugins: as run.json has them.
-
-    Raises:
-        ConfigError: naming them, and the way to allow them.
     """
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         raise ConfigError(f"plugins={plugins!r}: a list of names of modules")
@@ -82,6 +76,3 @@ def _installed() -> Sequence[str]:
         if told.get("dir_info", {}).get("editable"):
             homes.append(unquote(urlparse(told["url"]).path))
     return homes
-
-
-__all__ = ["check_trusted", "look_in_working_folder"]

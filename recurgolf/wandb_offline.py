@@ -67,11 +67,7 @@ def _server() -> str:
 
 
 def check_server(seconds: float = 15.0) -> None:
-    """Refuse to upload where nobody answers, which W&B itself would try for many minutes.
-
-    Raises:
-        ConfigError: with what went wrong.
-    """
+    """Refuse to upload where nobody answers, which W&B itself would try for many minutes."""
     try:
         urllib.request.urlopen(_server(), timeout=seconds).close()
     except urllib.error.HTTPError:

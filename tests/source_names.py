@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from gated_delta_layer import ImportedLayer, layer_state_from
 from torch import Tensor
 
 from recurgolf.importers import Imported
-from recurgolf.importers.gated_delta_layer import layer_state_from
 from recurgolf.importers.source import Place
 
 
@@ -34,15 +36,22 @@ def to_source(
     return found
 
 
+def set_looping(imported: Imported, active: bool) -> None:
+    """Without it the model runs every block once, as training does before a delayed loop begins."""
+    run = copy.copy(imported.run)  # not composed: its adapters would be refused
+    if not active:
+        run.looping = dataclasses.replace(run.looping, passes=1, passes_eval=None)
+    imported.model.run = run
+
+
 def gradients(imported: Imported, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the last backward left at a whole system that was read from `source`."""
     named = {name: p.grad for name, p in imported.model.transformer.named_parameters()}
     return to_source(imported.places, named, {name: t.shape for name, t in source.items()})
 
 
-def layer_gradients(imported: Imported, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def layer_gradients(model: ImportedLayer, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the last backward left at a single layer that was read from `source`."""
-    model = imported.model
     found = {n: p.grad for n, p in model.layer.named_parameters()}
     found |= {n.replace("/", "."): p.grad for n, p in model.factors.items()}
     # Ours are rows of the source's, some several times: the way back is that map's derivative.

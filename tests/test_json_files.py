@@ -10,7 +10,6 @@ ELSEWHERE = {
     "record.py": "turns NaN into words that it reads back, and allows none in JSON",
     "run.py": "a Run, whose limits let only finite numbers in; digests",
     "wandb_tracker.py": "a pipe between two processes of this program",
-    "wandb_keeper.py": "the other end of that pipe",
     "seal.py": "digests",
     "artifact/container.py": "allows no NaN in a header",
     "artifact/ledger.py": "counted to the byte",

@@ -80,7 +80,7 @@ def notebook(tmp_path_factory) -> Iterator[Notebook]:
     try:
         client.wait_for_ready(timeout=60)
         running = Notebook(client)
-        running.cell("import recurgolf", "from recurgolf import notebook")
+        running.cell("import recurgolf", "from recurgolf import terminal")
         yield running
     finally:
         client.stop_channels()
@@ -88,7 +88,7 @@ def notebook(tmp_path_factory) -> Iterator[Notebook]:
 
 
 def test_a_run_has_one_bar_that_is_updated_and_every_line_once(notebook):
-    notebook.cell("notebook.SECONDS_BETWEEN_UPDATES = 0.0")
+    notebook.cell("terminal.SECONDS_BETWEEN_UPDATES = 0.0")
     shown = notebook.train()
     (place,) = shown.displays.values()
     assert place[0].split()[0] == "training" and place[0].endswith("0/8")

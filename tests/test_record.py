@@ -11,8 +11,8 @@ import pytest
 
 from recurgolf.record import (
     JsonlTracker,
-    NoTracker,
     SeveralTrackers,
+    Tracker,
     history,
     read_jsonl,
 )
@@ -110,7 +110,7 @@ def test_history_takes_the_repeated_steps_of_a_resumed_run_and_forgets_an_older_
 
 def test_a_failing_block_finishes_all_trackers_with_its_exit_code(tmp_path):
     first, second = (JsonlTracker(tmp_path / name) for name in ("first", "second"))
-    with pytest.raises(KeyboardInterrupt), SeveralTrackers([first, NoTracker(), second]) as both:
+    with pytest.raises(KeyboardInterrupt), SeveralTrackers([first, Tracker(), second]) as both:
         both.log({"loss": 1.0}, step=3)
         both.summary({"val_bpb": 1.2})
         raise KeyboardInterrupt

@@ -20,7 +20,7 @@ OTHERS = {
     "training/launch.py": "an empty mark that a run was begun",
     "training/supervise.py": "notes between processes of one run, in a temporary folder",
     "tracker.py": "an empty mark that a run id is taken",
-    "wandb_keeper.py": "the null device",
+    "wandb_tracker.py": "the null device",
 }
 WRITERS = {
     "write_text",

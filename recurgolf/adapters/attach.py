@@ -39,9 +39,6 @@ def attach(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None
 
     Returns:
         The Run with a `lora` part that describes the model as it is now.
-
-    Raises:
-        ConfigError: see `check`.
     """
     check(run, model, adapter, tokenizer)
     model.adapters = _bank(run, adapter).to(model.embed.weight.device)
@@ -52,12 +49,7 @@ def attach(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None
 
 
 def check(run: Run, model: Transformer, adapter: Adapter, tokenizer: str | None = None) -> None:
-    """Refuse an adapter that does not fit a model.
-
-    Raises:
-        ConfigError: another tokenizer or base, a layer out of range, a module that the layer does
-            not have, a shape mismatch, or an iteration beyond the visits of the block.
-    """
+    """Refuse an adapter that does not fit a model."""
     check_base(model, adapter.base, tokenizer)
     visits = visits_of(run)
     for place, factors in adapter.factors.items():
@@ -142,9 +134,6 @@ def adapter_of(run: Run, adapters: Adapters, base: Base | None = None) -> Adapte
     """A model's adapters as an `Adapter` that can be written, blended or merged.
 
     Where no block is visited twice, factors have no iteration: that is ordinary LoRA.
-
-    Args:
-        base: the model they were trained on.
     """
     config, visits = run.lora, visits_of(run)
     first = 1 if config.visits == "repeats" else 0

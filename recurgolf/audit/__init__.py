@@ -11,7 +11,6 @@ score_before_update, single_pass (`prediction`), bytes, separation, limits (`acc
 from recurgolf.audit.check import Audit, Check
 from recurgolf.audit.finished_run import audit_run
 from recurgolf.audit.report import audit_and_show, audit_at_the_end
-from recurgolf.audit.texts import validation_text
 from recurgolf.seal import AUDIT as FILE
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "audit_and_show",
     "audit_at_the_end",
     "audit_run",
-    "validation_text",
 ]

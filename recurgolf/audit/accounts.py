@@ -7,20 +7,18 @@ from the ledger of phases and held against the budget's caps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from recurgolf.artifact.score import text_of
 from recurgolf.audit.check import FAIL, PASS, Check
 from recurgolf.audit.separation import Overlap, overlap_with_rows
 from recurgolf.budget import TRAINING, Budget
-from recurgolf.data.byte_count import ByteCount, decoded_bytes
-from recurgolf.data.normalizer import normalizer_of
+from recurgolf.data import Dataset
+from recurgolf.data.byte_count import decoded_bytes
 from recurgolf.data.shards import Tokens
-from recurgolf.data.tokenizer import Tokenizer
-from recurgolf.eval.text import Text
+from recurgolf.data.tokenizer import normalizer_of
 
 PUBLIC_DOCUMENTS = 50_000
 PUBLIC_BYTES = 151_080_891
@@ -41,35 +39,11 @@ WRITTEN = (TRAINING, "checkpoint")
 """Phases that may end a step behind the cap that ends training."""
 
 
-@dataclass(frozen=True)
-class ValidationText:
-    """What the byte check looks at.
-
-    Attributes:
-        byte_count: the table that the scores were divided by.
-        sidecar: bytes of every token as the exporter counted them, where a data set has it.
-        documents: number of documents.
-        entry: the data set's statistics in its manifest, {} without one.
-        name: of the data set.
-        raw_bytes: of the raw text, counted again; None where the raw text is not here.
-        told_raw_bytes: as the data set says; by them val_bpb_raw was divided.
-    """
-
-    tokens: Tokens
-    tokenizer: Tokenizer
-    byte_count: ByteCount
-    sidecar: np.ndarray | None
-    documents: int
-    entry: Mapping[str, Any]
-    name: str
-    raw_bytes: int | None = None
-    told_raw_bytes: int | None = None
-
-
 def byte_check(
-    text: ValidationText,
+    data: Dataset,
     evals: Mapping[str, Mapping[str, float]],
     times: Mapping[str, np.ndarray] | None = None,
+    raw_bytes: int | None = None,
     altered: str = "",
 ) -> Check:
     """Decode the validation text and compare: table, sidecar, manifest, raw text, public totals,
@@ -78,21 +52,24 @@ def byte_check(
     Args:
         evals: `evals` of summary.json.
         times: protocol -> how often each target was scored, where that was measured.
+        raw_bytes: of the raw text, counted again; None where it is not here.
         altered: where the tokens are not those of the raw text.
     """
-    counted = text.byte_count.total(text.tokens)
-    decoded = decoded_bytes(text.tokens, text.tokenizer)
+    counted = data.byte_count.total(data.tokens)
+    decoded = decoded_bytes(data.tokens, data.tokenizer)
     wrong = [altered] if altered else []
     if counted != decoded:
         wrong.append(f"the table counts {counted:,} bytes, the decoded text has {decoded:,}")
-    total = counted if text.sidecar is None else int(np.asarray(text.sidecar, np.int64).sum())
-    wrong += _against_raw(text, decoded, total)
-    known = {"tokens_val": len(text.tokens), "docs_val": text.documents}
-    for key, found in known.items():
-        if key in text.entry and int(text.entry[key]) != found:
-            wrong.append(f"the manifest says {key}={text.entry[key]}, there are {found}")
-    wrong += _public_totals(text, total)
-    targets = len(text.tokens) - 1
+    sidecar = data.val_byte_sidecar
+    total = counted if sidecar is None else int(np.asarray(sidecar, np.int64).sum())
+    wrong += _against_raw(data, raw_bytes, decoded, total)
+    entries = data.manifest.get("datasets") or []
+    stats = next((e.get("stats") or {} for e in entries if e.get("name") == data.name), {})
+    for key, found in {"tokens_val": len(data.tokens), "docs_val": data.val_documents}.items():
+        if key in stats and int(stats[key]) != found:
+            wrong.append(f"the manifest says {key}={stats[key]}, there are {found}")
+    wrong += _public_totals(data, total)
+    targets = len(data.tokens) - 1
     for name, entry in evals.items():
         tokens, size = entry.get("tokens", targets), entry.get("bytes", total)
         if tokens > targets:
@@ -100,29 +77,28 @@ def byte_check(
         if size > total or (tokens == targets and size != total):
             wrong.append(f"{name} divided by {size:,} bytes, the text has {total:,}")
         elif times is not None and name in times and len(times[name]):
-            own = bytes_of(text, times[name])
+            own = bytes_of(data, times[name])
             if size != own:
                 wrong.append(f"{name} divided by {size:,} bytes, its targets have {own:,}")
     line = f"bytes that table and decoded text differ by; {decoded:,} bytes in {targets:,} targets"
-    if text.sidecar is not None:
+    if sidecar is not None:
         line += f", {total:,} by the sidecar"
-    if text.raw_bytes is not None:
-        line += f", {text.raw_bytes:,} in the raw text"
+    if raw_bytes is not None:
+        line += f", {raw_bytes:,} in the raw text"
     line = "; ".join([line, *wrong])
     return Check("bytes", abs(counted - decoded), FAIL if wrong else PASS, line)
 
 
-def bytes_of(text: ValidationText, times: np.ndarray) -> int:
+def bytes_of(data: Dataset, times: np.ndarray) -> int:
     """Bytes of the targets that were scored, every one as often as it was."""
-    whole = Text(text.tokens, text.byte_count, text.sidecar)
+    whole = text_of(data)
     return int((whole.bytes_of(0, whole.num_targets) * times).sum())
 
 
-def _against_raw(text: ValidationText, decoded: int, total: int) -> list[str]:
+def _against_raw(data: Dataset, raw: int | None, decoded: int, total: int) -> list[str]:
     """Where decoded text, sidecar and manifest count more than the text before the tokenizer."""
     wrong = []
-    rewritten = normalizer_of(text.tokenizer.path)
-    raw, told = text.raw_bytes, text.told_raw_bytes
+    rewritten, told = normalizer_of(data.tokenizer.path), data.val_raw_bytes
     if raw is not None:
         if decoded > raw * (1 + RAW_SLACK):
             how = f" (its normalizer: {rewritten})" if rewritten else ""
@@ -147,17 +123,17 @@ def _against_raw(text: ValidationText, decoded: int, total: int) -> list[str]:
     return wrong
 
 
-def _public_totals(text: ValidationText, total: int) -> list[str]:
+def _public_totals(data: Dataset, total: int) -> list[str]:
     """Differences from the public validation set, where the data claims to be it."""
-    if not (text.name.startswith("fineweb10B") and text.documents == PUBLIC_DOCUMENTS):
+    if not (data.name.startswith("fineweb10B") and data.val_documents == PUBLIC_DOCUMENTS):
         return []
     wrong = []
     if abs(total - PUBLIC_BYTES) > PUBLIC_SLACK * PUBLIC_BYTES:
         wrong.append(f"{total:,} bytes, but the public validation set has {PUBLIC_BYTES:,}")
-    tokens, row = PUBLIC_TOKENS.get(text.tokenizer.vocab_size, (0, 1))
-    usable = (len(text.tokens) - 1) // row * row
+    tokens, row = PUBLIC_TOKENS.get(data.tokenizer.vocab_size, (0, 1))
+    usable = (len(data.tokens) - 1) // row * row
     # Another tokenizer of the same size, such as one for re-cased text, has a total of its own.
-    if tokens and text.name == f"fineweb10B_sp{text.tokenizer.vocab_size}" and usable != tokens:
+    if tokens and data.name == f"fineweb10B_sp{data.tokenizer.vocab_size}" and usable != tokens:
         wrong.append(f"{usable:,} targets in rows of {row}, the public export has {tokens:,}")
     return wrong
 

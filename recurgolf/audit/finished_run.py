@@ -20,7 +20,7 @@ from recurgolf.audit.isolated import Rescored, differences, rescore, text_alone
 from recurgolf.audit.prediction import POSITIONS, prediction_checks, worst_of
 from recurgolf.audit.scorer import Hints, Scored
 from recurgolf.audit.scoring_process import scoring_process
-from recurgolf.audit.texts import other_than_raw, raw_texts_of, separation_of, validation_text
+from recurgolf.audit.texts import other_than_raw, raw_texts_of, separation_of
 from recurgolf.budget import Budget
 from recurgolf.config import ConfigError, from_dict
 from recurgolf.counted.code import COUNTED
@@ -105,9 +105,10 @@ def audit_run(
     texts = raw_texts_of(config, dataset)
     checks += [
         byte_check(
-            validation_text(dataset, texts),
+            dataset,
             summary.get("evals") or {},
             {name: one.times for name, one in scored.items()},
+            None if texts is None else sum(len(text.encode()) for text in texts),
             other_than_raw(dataset, texts),
         ),
         separation_of(config, dataset, calibration),
@@ -401,11 +402,7 @@ def _run_json(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What summary.json says; nothing where there is none.
-
-    Raises:
-        DamagedFile: it is no JSON object, or what the checks look at is of another type.
-    """
+    """What summary.json says; nothing where there is none."""
     path = folder / "summary.json"
     try:
         summary = read_json(path)

@@ -112,7 +112,8 @@ def score_before_update(trials: Trials, count: int) -> Check:
     for first, stop in chunks:
         target = int(trials.chance.integers(first + 1, stop))
         found = trials.scored(trials.changed(target + 1, stop + 1))
-        worst = _worse(worst, _moved(found, trials.plain, target))
+        moved = _moved(found, trials.plain, target)
+        worst = worst if moved <= worst else moved
     return judged(
         "score_before_update",
         worst,
@@ -305,10 +306,6 @@ def _moved(found: Scored, plain: Scored, count: int) -> float:
     if not len(difference):
         return 0.0
     return float("inf") if np.isnan(difference).any() else float(difference.max())
-
-
-def _worse(one: float, other: float) -> float:
-    return other if not other <= one else one
 
 
 def worst_of(checks: Sequence[Check], names: Sequence[str]) -> Check:

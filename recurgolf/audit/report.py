@@ -24,9 +24,6 @@ def audit_and_show(folder: Path, log: Log, **options: Any) -> Audit:
     """Audit a finished run, write audit.json into its folder and show the table.
 
     A run with plugins is judged in a process of its own, since this one may have imported them.
-
-    Args:
-        options: of `audit_run`.
     """
     found = audit_run(folder, log.line, **options)
     try:

@@ -227,13 +227,8 @@ def _facts(folder: Path, place: Path) -> dict[str, Any]:
     if sidecar is not None:
         np.save(place / _SIDECAR, sidecar)
     np.save(place / _ROWS, scoring.calibration_rows())
-    return {**scoring.facts(), "modules": _module_files()}
-
-
-def _module_files() -> list[str]:
-    """Files of all modules that were imported here."""
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    return sorted({file for file in files if isinstance(file, str)})
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {**scoring.facts(), "modules": sorted(filter(None, files))}
 
 
 def scorers_of(folder: Path, tokenizer: Path, sidecar: Path) -> dict[str, LocalScorer]:
@@ -295,7 +290,7 @@ class Scoring:
 
     def facts(self) -> dict[str, Any]:
         from recurgolf.config import kind_of
-        from recurgolf.counted.code import codes_of
+        from recurgolf.counted.code import Codes
 
         return {
             "protocols": {n: dataclasses.asdict(s.hints) for n, s in self.scorers.items()},
@@ -303,7 +298,7 @@ class Scoring:
             "header": dict(self.scored_model.metadata),
             "parts": self.parts(),
             "code": self.run.artifact.code,
-            "program": hashlib.sha256(codes_of(self.run).counted.source.encode()).hexdigest(),
+            "program": hashlib.sha256(Codes(self.run).counted.source.encode()).hexdigest(),
             "kind": kind_of(self.run.eval),
             "data": str(self.dataset.folder.resolve()),
             "tokenizer": str(self.dataset.tokenizer.path.resolve()),

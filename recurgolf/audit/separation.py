@@ -113,11 +113,7 @@ class Sketch:
 
 
 def overlap_with_training(val_tokens: Tokens, train_shards: Iterable[Path], bos_id: int) -> Overlap:
-    """Compare all training text with all validation text.
-
-    Args:
-        train_shards: in the order of the stream.
-    """
+    """Compare all training text with all validation text."""
     sketch = Sketch(val_tokens, bos_id)
     for path in train_shards:
         tokens = read_shard(path)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recurgolf.artifact.score import text_of
-from recurgolf.audit.accounts import ValidationText, separation_check
+from recurgolf.audit.accounts import separation_check
 from recurgolf.audit.check import FAIL, Check, not_applicable
 from recurgolf.audit.separation import overlap_with_training
 from recurgolf.config import REGISTRY, ConfigError, from_dict
@@ -18,27 +18,6 @@ from recurgolf.data import Data, DataError, Dataset
 from recurgolf.data.byte_count import check_texts, decoded
 from recurgolf.data.dataset import raw_texts
 from recurgolf.disk import read_json
-
-
-def validation_text(dataset: Dataset, texts: list[str] | None = None) -> ValidationText:
-    """What the byte check looks at, of a data set.
-
-    Args:
-        texts: raw documents, whose UTF-8 bytes are counted; None where they are not here.
-    """
-    entries: list[Any] = dataset.manifest.get("datasets") or []
-    entry = next((e for e in entries if e.get("name") == dataset.name), {})
-    return ValidationText(
-        dataset.validation_tokens(),
-        dataset.tokenizer,
-        dataset.byte_count,
-        dataset.val_byte_sidecar,
-        dataset.val_documents,
-        entry.get("stats") or {},
-        dataset.name,
-        None if texts is None else sum(len(text.encode()) for text in texts),
-        dataset.val_raw_bytes,
-    )
 
 
 def raw_texts_of(config: Mapping[str, Any], dataset: Dataset) -> list[str] | None:

@@ -96,12 +96,7 @@ def plotting_library() -> str:
 
 
 def page(data: Mapping[str, Any], drawing: str) -> str:
-    """The HTML text.
-
-    Args:
-        data: of `board_data`.
-        drawing: source of plotly.js.
-    """
+    """The HTML text."""
     files = resources.files("recurgolf.compare") / "page"
     parts = {
         "style": (files / "board.css").read_text(encoding="utf-8"),

@@ -108,9 +108,6 @@ def compare(
         baseline: a folder, or words of a group's setting such as `lora.rank=0`.
         seeds: the seeds that were meant to be run; only they count. None: as sweep.json says, for
             information, and all count.
-
-    Raises:
-        ConfigError: nothing to compare, figures that do not compare, a baseline that is none.
     """
     rules = rules or Rules()
     left_out: list[str] = []
@@ -154,11 +151,7 @@ def _why_none(groups: Sequence[Group]) -> str:
 
 
 def check_comparable(runs: Sequence[FoundRun]) -> None:
-    """Refuse figures of different tokenizers, validation texts or protocols.
-
-    Raises:
-        ConfigError: naming what differs and an example of each.
-    """
+    """Refuse figures of different tokenizers, validation texts or protocols."""
     if not all((run.summary or {}).get("text") for run in runs):  # of an older version: by sizes
         runs = [dataclasses.replace(r, summary={**(r.summary or {}), "text": {}}) for r in runs]
     for what in ("tokenizer", "validation text", "protocol"):
@@ -212,17 +205,21 @@ def tests_of(
     found: dict[str, Test | None] = {}
     values = [group.values(rules.metric), baseline.values(rules.metric)]
     found["welch"] = statistics.welch(values[0], values[1], margin)
-    pairs = [
-        [dict(zip(g.seeds, v, strict=True))[seed] for seed in group.seeds if seed in baseline.seeds]
-        for g, v in zip((group, baseline), values, strict=True)
-    ]
-    found["paired"] = statistics.paired(pairs[0], pairs[1], margin)
+    pairs = _pairs(group, baseline, rules.metric)
+    found["paired"] = statistics.paired([a for a, _ in pairs], [b for _, b in pairs], margin)
     if documents and rules.metric == "val_bpb":  # the scores kept are those of the packed file
         sides = [document_nats(group), document_nats(baseline)]
         if sides[0] and sides[1] and sides[0][0] == sides[1][0]:
             (_, mine, sizes), (_, theirs, _) = sides[0], sides[1]
             found["documents"] = statistics.over_documents(mine, theirs, sizes, margin)
     return {name: test for name, test in found.items() if test is not None}
+
+
+def _pairs(group: Group, baseline: Group, metric: str) -> list[tuple[float, float]]:
+    """A figure of a group and of the baseline under every seed that they share."""
+    theirs = dict(zip(baseline.seeds, baseline.values(metric), strict=True))
+    mine = zip(group.seeds, group.values(metric), strict=True)
+    return [(value, theirs[seed]) for seed, value in mine if seed in theirs]
 
 
 def document_nats(group: Group) -> tuple[str, np.ndarray, np.ndarray] | None:
@@ -268,9 +265,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
             found.append(f"{group.label}: seed {run.seed} ran again; left out: {run.folder}")
         states = [run.audit for run in group.runs]
         for state in dict.fromkeys(states):
-            found.append(
-                f"{group.label}: {states.count(state)} of {len(states)} runs: {_audit(state)}"
-            )
+            told = state if state.startswith("not audited") else f"audit {state}"
+            found.append(f"{group.label}: {states.count(state)} of {len(states)} runs: {told}")
         for what in ("hardware", "name"):
             told = group.told(what)
             if len(told) > 1:
@@ -279,10 +275,6 @@ def notes(groups: Sequence[Group]) -> list[str]:
     if len(machines) > 1:
         found.append(f"measured on different hardware or precision: {'; '.join(machines)}")
     return found
-
-
-def _audit(state: str) -> str:
-    return state if state.startswith("not audited") else f"audit {state}"
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -346,7 +338,8 @@ def _groups(
         name_by_options([base, *rest])
         for group in rest:
             if group.differs == base.differs:  # the same settings: other code, another machine
-                group.differs["folder"] = _common(group)
+                folders = [run.folder for run in (*group.runs, *group.unfinished)]
+                group.differs["folder"] = os.path.commonpath(folders)
         return [base, *rest], base
     groups = grouped(others)
     if baseline is None:
@@ -408,9 +401,7 @@ def _explain(
 def _deviations(group: Group, baseline: Group, rules: Rules) -> tuple[float, float] | None:
     """Deviations that the number of seeds depends on; one side's stands in for an unknown one."""
     if rules.test == "paired":
-        theirs = dict(zip(baseline.seeds, baseline.values(rules.metric), strict=True))
-        mine = dict(zip(group.seeds, group.values(rules.metric), strict=True))
-        gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs]
+        gains = [theirs - mine for mine, theirs in _pairs(group, baseline, rules.metric)]
         found = spread(gains)[1] if gains else None
         return None if not found else (found, 0.0)
     both = [g.spread(rules.metric)[1] for g in (group, baseline)]
@@ -427,12 +418,6 @@ def _renamed(group: Group, differing: Sequence[str]) -> Group:
     return dataclasses.replace(group, differs={k: settings.get(k, ABSENT) for k in differing})
 
 
-def _common(group: Group) -> str:
-    """The folder that holds all runs of a group."""
-    runs = [*group.runs, *group.unfinished]
-    return os.path.commonpath([run.folder for run in runs])
-
-
 def _labels(groups: Sequence[Group]) -> str:
     return ", ".join(repr(group.label) for group in groups)
 
@@ -440,6 +425,3 @@ def _labels(groups: Sequence[Group]) -> str:
 def _short(value: str) -> str:
     hashed = len(value) >= 16 and all(c in "0123456789abcdef" for c in value)
     return f"{value[:12]}…" if hashed else value
-
-
-__all__ = ["Comparison", "Rules", "Verdict", "as_json", "compare"]

@@ -228,11 +228,7 @@ def declared_seeds(runs: Sequence[FoundRun]) -> list[str]:
 
 
 def seed_list(text: str) -> list[str]:
-    """`1-5` or `1,2,9` as a list of seeds.
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """`1-5` or `1,2,9` as a list of seeds."""
     seeds: list[str] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)

@@ -28,9 +28,6 @@ CURVES = 40
 def write_pictures(data: Mapping[str, Any], page: Path) -> list[Path]:
     """Write `<page>_pareto.png` and so on beside a board.
 
-    Args:
-        data: of `board.board_data`.
-
     Returns:
         The files; a plot without anything to show is left out.
     """

@@ -207,6 +207,3 @@ def _flops_per_second() -> float:
         return best
     finally:
         torch.set_num_threads(before)
-
-
-__all__ = ["Expected", "SweepAhead", "look_ahead"]

@@ -159,11 +159,7 @@ def find_runs(folders: Iterable[Path], left_out: list[str] | None = None) -> lis
 
 
 def read_run(folder: Path) -> FoundRun:
-    """A run's folder, finished or not.
-
-    Raises:
-        DamagedFile: run.json or summary.json is not what a run writes.
-    """
+    """A run's folder, finished or not."""
     config = read_json(folder / "run.json")
     for name in ("seeds", "trainer", "eval"):
         if not isinstance(config.get(name) or {}, Mapping):
@@ -176,7 +172,9 @@ def read_run(folder: Path) -> FoundRun:
     if stale := foreign_summary(folder):
         print(f"{folder}: {stale}: left out", file=sys.stderr)
         return FoundRun(folder, config, None)
-    if _diverged(summary):
+    told = summary.get("status")
+    # Earlier versions wrote NaN as the score of such a run and called it finished.
+    if told == "diverged" or (told is not None and summary.get("val_bpb", 0) is None):
         return FoundRun(folder, config, None, status="diverged")
     if (folder / "failure.txt").exists():  # of a later attempt; the summary is of an earlier one
         return FoundRun(folder, config, None)
@@ -193,12 +191,6 @@ def foreign_summary(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""  # absent, damaged or of another version: told by who reads it
     return "" if told == own else f"its summary.json is of another run ({told}, run.json: {own})"
-
-
-def _diverged(summary: Mapping[str, Any]) -> bool:
-    """Earlier versions wrote NaN as the score of such a run and called it finished."""
-    told = summary.get("status")
-    return told == "diverged" or (told is not None and summary.get("val_bpb", 0) is None)
 
 
 def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:

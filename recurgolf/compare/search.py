@@ -31,7 +31,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from recurgolf.config import ConfigError, suggestion
+from recurgolf.config import EXIT_INTERRUPTED, EXIT_OVER_BUDGET, ConfigError, suggestion
 from recurgolf.disk import write_json
 from recurgolf.folders import only_one
 from recurgolf.overrides import Choice, Interval, quoted
@@ -48,7 +48,6 @@ STUDY, RESULT = "study.db", "search.json"
 _COMPOSING = threading.Lock()
 """Hydra composes once at a time in a process."""
 _POLL_SECONDS = 0.5
-_OVER_BUDGET, _INTERRUPTED = 3, 130
 TWIN = "tried before"
 """Attribute of a trial whose setting another one has tried."""
 _MOST_SETTINGS = 10_000
@@ -295,9 +294,9 @@ def _objectives(
                 process.terminate()
                 process.wait()
     trial.set_user_attr("curve", validation_curve(folder))
-    if process.returncode == _INTERRUPTED:  # by the same Ctrl-C that is to end the search
+    if process.returncode == EXIT_INTERRUPTED:  # by the same Ctrl-C that is to end the search
         raise KeyboardInterrupt
-    if process.returncode not in (0, _OVER_BUDGET) or not (folder / SUMMARY).exists():
+    if process.returncode not in (0, EXIT_OVER_BUDGET) or not (folder / SUMMARY).exists():
         last = (folder / "console.log").read_text().strip().splitlines()[-1:]
         say(f"{label}: failed with exit code {process.returncode}: {' '.join(last)}")
         raise TrialFailed(label)
@@ -440,6 +439,3 @@ def _write(study: optuna.Study, asked: Search) -> None:
         if TWIN not in trial.user_attrs
     ]
     write_json(asked.folder / RESULT, {"fixed": list(asked.fixed), "trials": trials})
-
-
-__all__ = ["Choice", "Interval", "Search", "all_failed", "front", "hopeless", "search", "table"]

@@ -52,11 +52,7 @@ class Test:
 
 
 def margin_bpb(tokens: int, num_bytes: int, nats: float = MARGIN_NATS) -> float:
-    """A margin in nats per token as bits per byte, for the text at hand.
-
-    Args:
-        tokens, num_bytes: targets scored, and the bytes they stand for.
-    """
+    """A margin in nats per token as bits per byte, for the text at hand."""
     return nats / math.log(2) * tokens / num_bytes
 
 
@@ -188,10 +184,6 @@ def seeds_needed(
 
     Whichever of the questions (beyond the margin, beyond it the other way, within it) has the
     answer yes is asked. None where more than `MOST_SEEDS` would be needed.
-
-    Args:
-        gain: estimated.
-        deviations: sample deviations of candidate and baseline.
     """
     distance = abs(abs(gain) - margin)
     # Within the margin both of its ends have to be excluded.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from recurgolf.compare.runs import (
     read_overrides,
     read_run,
 )
-from recurgolf.config import ConfigError, Diverged
+from recurgolf.config import EXIT_FAILED, EXIT_OVER_BUDGET, ConfigError, Diverged
 from recurgolf.disk import DamagedFile, write_file, write_json
 from recurgolf.folders import InUse
 from recurgolf.log import plain_console
@@ -44,12 +43,6 @@ def check_new_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
     """Refuse to begin a sweep in a folder that another sweep, or any run, has used.
 
     The very same sweep may go on under `trainer.resume=auto`.
-
-    Args:
-        jobs: overrides of all that is to run.
-
-    Raises:
-        ConfigError: what is there, and how to go on.
     """
     there = [read_overrides(path) for path in job_folders(folder)]
     if not there and not any(folder.glob("*/run.json")) and not (folder / JOBS_FILE).exists():
@@ -77,11 +70,7 @@ def job_folders(folder: Path) -> list[Path]:
 
 
 def note_failure(folder: Path, error: Exception, job: str = "this job") -> None:
-    """Leave the cause in the job's folder, where the table at the end finds it.
-
-    Args:
-        job: what to call it on the console.
-    """
+    """Leave the cause in the job's folder, where the table at the end finds it."""
     if isinstance(error, InUse):  # the folder is the other's, who may well finish
         print(f"recurgolf: {job}: {error}", file=sys.stderr)
         return
@@ -160,20 +149,8 @@ def _by_text(group: Group) -> list[Group]:
     return parts
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How many jobs of a sweep failed or diverged, and how many made a file over the budget."""
-
-    failed: int
-    over_budget: int
-
-
-def finish_sweep(folder: Path) -> Outcome:
-    """Write sweep.json, print the table and what failed.
-
-    Raises:
-        ConfigError: no job has left anything.
-    """
+def finish_sweep(folder: Path) -> int:
+    """Write sweep.json, print the table and what failed; the exit code."""
     jobs = read_jobs(folder)
     if not jobs:
         raise ConfigError(f"{folder}: no job of a sweep in or below it")
@@ -191,7 +168,9 @@ def finish_sweep(folder: Path) -> Outcome:
         console.print(f"sweep: {path}", markup=False)
     except OSError as error:  # the table of somebody else's folder is worth showing all the same
         console.print(f"not kept in {path}: {error.strerror}", markup=False)
-    return Outcome(len(failed), sum(group.over_budget for group in groups))
+    if failed:
+        return EXIT_FAILED
+    return EXIT_OVER_BUDGET if any(group.over_budget for group in groups) else 0
 
 
 def table(

@@ -100,7 +100,7 @@ class PackedCode:
 
 
 class Codes:
-    """The programs of a Run, and which of them counts (`artifact.code`)."""
+    """The programs of a Run, packed when they are asked for; `artifact.code` says which counts."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -138,11 +138,6 @@ class Codes:
         }
 
 
-def codes_of(run: Run) -> Codes:
-    """The programs of a run; each is packed on first access."""
-    return Codes(run)
-
-
 def code_of(run: Run) -> PackedCode:
     """Pack the program that scores a run's artifact."""
     return pack_code([run.model, run.looping, run.lora, run.eval.alone], codec=run.artifact.codec)
@@ -152,9 +147,6 @@ def training_code_of(run: Run, score: PackedCode | None = None) -> PackedCode:
     """Pack the program that trains this Run, writes its artifact and scores it.
 
     It has no tracker and only writes the local record.
-
-    Args:
-        score: `code_of(run)`, if already packed.
     """
     from recurgolf.tracker import NoTracking
 

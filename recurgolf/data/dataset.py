@@ -102,11 +102,7 @@ class Dataset(ValidationData):
         return {"validation": self.fingerprint, **found}
 
     def check_contents(self, before: dict[str, str]) -> None:
-        """Refuse to continue on data other than a checkpoint's.
-
-        Raises:
-            DataError: the shards that are new, gone or different.
-        """
+        """Refuse to continue on data other than a checkpoint's."""
         now = self.contents
         differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if differing:
@@ -121,9 +117,6 @@ def open_validation(folder: Path, tokenizer_path: Path | None, vocab_size: int) 
     """Read the validation shards of a folder as the challenge ships them.
 
     `../../manifest.json` names the tokenizer, unless one is given.
-
-    Raises:
-        DataError: something is missing or does not fit together.
     """
     if not folder.is_dir():
         raise DataError(f"data.path={folder}: no such folder")
@@ -165,11 +158,7 @@ def open_validation(folder: Path, tokenizer_path: Path | None, vocab_size: int) 
 
 
 def tokenizer_of(folder: Path, tokenizer_path: Path | None) -> Tokenizer:
-    """The tokenizer of a folder of shards: the one given, or that of its manifest.
-
-    Raises:
-        DataError: there is none, or it cannot be read.
-    """
+    """The tokenizer of a folder of shards: the one given, or that of its manifest."""
     manifest = _read_manifest(_root(folder) / MANIFEST)
     return read_tokenizer(tokenizer_path or _listed_tokenizer(folder, manifest))
 
@@ -179,9 +168,6 @@ def open_dataset(folder: Path, tokenizer_path: Path | None, vocab_size: int) -> 
 
     The manifest, where there is one, also gives the name, the licence, the bytes of the raw text
     and checksums. Shards are read once; what was found is remembered in the cache.
-
-    Raises:
-        DataError: something is missing, damaged or does not fit together.
     """
     found = open_validation(folder, tokenizer_path, vocab_size)
     root, entry = _root(folder), _entry(folder, found.manifest)

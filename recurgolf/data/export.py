@@ -69,9 +69,6 @@ def cached_export(corpus: Corpus, settings: ExportSettings, step: Step, anew: bo
 
     It appears under its name only when it is complete, so processes that build it at the same time
     do no harm: the first to finish wins.
-
-    Args:
-        anew: make it again, in place of one that is there.
     """
     root = cache_folder()
     folder = root / f"{corpus.name}-{_identity(corpus, settings)[:16]}"

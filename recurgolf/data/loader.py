@@ -44,31 +44,11 @@ class Loader:
             x and y, int64 [global_tokens / (world_size * grad_accum * seq_len), seq_len]; y is the
             token behind each x.
         """
-        rows = self.rows(global_tokens, grad_accum)
         self.check(global_tokens, grad_accum)
-        return self._next_rows(rows)
-
-    def rows(self, global_tokens: int, grad_accum: int) -> int:
-        """Rows of this rank's micro-step.
-
-        Raises:
-            ConfigError: the tokens do not divide into whole rows.
-        """
-        unit = self.world_size * grad_accum * self.seq_len
-        if global_tokens < unit or global_tokens % unit:
-            raise ConfigError(
-                f"a batch of {global_tokens} tokens does not divide into whole rows: it must be a "
-                f"multiple of world_size {self.world_size} x grad_accum {grad_accum} x seq_len "
-                f"{self.seq_len} = {unit}"
-            )
-        return global_tokens // unit
+        return self._next_rows(global_tokens // (self.world_size * grad_accum * self.seq_len))
 
     def check(self, global_tokens: int, grad_accum: int) -> None:
-        """Refuse a batch that the training tokens cannot fill once.
-
-        Raises:
-            DataError: fewer tokens than one batch.
-        """
+        """Refuse a batch that the training tokens cannot fill once."""
         raise NotImplementedError
 
     def order_key(self, world_size: int, grad_accum: int) -> str:

@@ -47,11 +47,7 @@ def fingerprints(paths: Iterable[Path]) -> dict[Path, Fingerprint]:
 
 
 def check_unchanged(before: Mapping[Path, Fingerprint]) -> None:
-    """Refuse to go on with files that no longer hold what they did.
-
-    Raises:
-        DataChanged: the first one that changed or is gone, with what was and what is.
-    """
+    """Refuse to go on with files that no longer hold what they did."""
     for path, known in before.items():
         try:
             now = path.stat()
@@ -75,11 +71,7 @@ def checksums(manifest: Mapping[str, Any], root: Path) -> dict[str, Any]:
 def check_checksums(
     manifest: Mapping[str, Any], root: Path, files: Mapping[Path, Fingerprint]
 ) -> None:
-    """Refuse a manifest or files that are not what the manifest's checksums say, if it has any.
-
-    Raises:
-        DataError: the first that differs.
-    """
+    """Refuse a manifest or files that are not what the manifest's checksums say, if it has any."""
     whole = {key: value for key, value in manifest.items() if key != "sha256"}
     listed = whole.get("files")
     if "sha256" not in manifest or not isinstance(listed, Mapping):

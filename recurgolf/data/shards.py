@@ -44,22 +44,14 @@ class DataChanged(RunFailed):
 
 
 def write_shard(path: Path, tokens: Tokens) -> None:
-    """Write one shard, replacing `path`.
-
-    Args:
-        tokens: 1-D uint16.
-    """
+    """Write one shard, replacing `path`."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     write_file(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def count_tokens(path: Path) -> int:
-    """Number of tokens of a shard, from its header; magic, version and file size are checked.
-
-    Raises:
-        DataError: the file is missing or is not exactly one shard.
-    """
+    """Number of tokens of a shard, from its header; magic, version and file size are checked."""
     try:
         with path.open("rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)

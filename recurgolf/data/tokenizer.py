@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -219,11 +220,7 @@ READERS: dict[str, type[SentencePieceTokenizer] | type[PureByteTokenizer]] = {
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `.model` (SentencePiece) or `.json` (pure bytes) file.
-
-    Raises:
-        DataError: no such file, another ending, or not what the ending says.
-    """
+    """The tokenizer of a `.model` (SentencePiece) or `.json` (pure bytes) file."""
     # An empty file is to SentencePiece a model without pieces.
     if not path.is_file() or not path.stat().st_size:
         raise DataError(f"{path.absolute()}: no such tokenizer file, or an empty one")
@@ -236,9 +233,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     """Train a SentencePiece BPE model with the challenge's settings.
 
     The same documents, settings and sentencepiece version give the same bytes.
-
-    Raises:
-        DataError: the text cannot carry a vocabulary of that size.
     """
     model = io.BytesIO()
     try:
@@ -284,3 +278,28 @@ def chunks(text: str, longest: int) -> Iterator[str]:
                     stop -= 1
         yield data[start:stop].decode().strip()
         start = stop
+
+
+STANDARD_NORMALIZERS = ("identity", "nmt_nfkc")
+PROBES = (*string.ascii_letters, *string.digits, *string.punctuation, *"äéñßøçа日本の中한ا")
+
+
+def normalizer_of(path: Path) -> str:
+    """What a tokenizer's file replaces that no standard normalizer does: `'e' becomes 'eeee'`;
+    empty where it does nothing of the kind.
+
+    The challenge's tokenizers normalize by NFKC, which leaves nearly all bytes as they are. A file
+    can hold any table, and one that lengthens the text lowers every score per byte of it.
+    """
+    if path.suffix != ".model":
+        return ""
+    model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    standard = [
+        sentencepiece.SentencePieceNormalizer(rule_name=name) for name in STANDARD_NORMALIZERS
+    ]
+    for probe in PROBES:
+        text = f"x{probe}x"
+        got = model.normalize(text).replace(SPACE, "")
+        if got not in {one.normalize(text).replace(SPACE, "") for one in standard}:
+            return f"{probe!r} becomes {got[1:-1]!r}"
+    return ""

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from recurgolf.importers.settings import IDLE, TRAINING_DEFAULTS, UNTIED_DEFAULTS, shared_overrides
-from recurgolf.importers.source import Place, System, whole_places
-from recurgolf.model.transformer import Transformer
+from recurgolf.importers.source import System
 
 DEFAULTS = {
     **TRAINING_DEFAULTS,
@@ -42,10 +39,4 @@ def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def places(
-    model: Transformer, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> list[Place]:
-    return whole_places(model)
-
-
-SYSTEM = System("baseline", "parameter_golf_baseline", DEFAULTS, overrides, places, IDLE)
+SYSTEM = System("baseline", "parameter_golf_baseline", DEFAULTS, overrides, idle=IDLE)

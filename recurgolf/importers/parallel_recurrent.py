@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from recurgolf.importers.settings import IDLE, TRAINING_DEFAULTS, numbers, shared_overrides
-from recurgolf.importers.source import Place, System, whole_places
-from recurgolf.model.transformer import Transformer
+from recurgolf.importers.source import System
 
 DEFAULTS = {
     **TRAINING_DEFAULTS,
@@ -78,18 +75,11 @@ def _scoring(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def places(
-    model: Transformer, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> list[Place]:
-    return whole_places(model)
-
-
 # The group size of its codes is read nowhere in the source.
 SYSTEM = System(
     "parallel_recurrent",
     "parallel_recurrent",
     DEFAULTS,
     overrides,
-    places,
-    IDLE | {"gptq_group_size"},
+    idle=IDLE | {"gptq_group_size"},
 )

@@ -55,7 +55,8 @@ class System:
         experiment: the experiment that a Run starts from.
         defaults: the source's settings that reach the Run, and their values there.
         overrides: settings -> what they change in the experiment, as composition takes it.
-        places: (model, settings, weights) -> where every tensor lies.
+        places: (model, settings, weights) -> where every tensor lies; by their names alone, where
+            nothing is said.
         idle: further settings of the source, which change neither its model nor its score.
         off: further settings of the source that are not reproduced -> the value that asks for
             nothing; any other is refused.
@@ -66,22 +67,16 @@ class System:
     experiment: str
     defaults: Mapping[str, Any]
     overrides: Callable[[Mapping[str, Any]], dict[str, Any]]
-    places: Callable[[Transformer, Mapping[str, Any], Mapping[str, Tensor]], list[Place]]
+    places: Callable[[Transformer, Mapping[str, Any], Mapping[str, Tensor]], list[Place]] = (
+        lambda model, settings, weights: whole_places(model)
+    )
     idle: frozenset[str] = frozenset()
     off: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_weights(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in float32 from `.safetensors`, or from `.pt` without running code in it.
-
-    Args:
-        weights: the file, or the state dict itself.
-
-    Raises:
-        ConfigError: another kind of file, one that holds something else, or a value that is no
-            finite number.
-    """
+    """A state dict in float32 from `.safetensors`, or from `.pt` without running code in it."""
     path: Any = "given" if isinstance(weights, Mapping) else Path(weights)
     if isinstance(weights, Mapping):
         tensors: Any = weights
@@ -122,11 +117,7 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def lay(model: nn.Module, places: Iterable[Place], weights: Mapping[str, Tensor]) -> None:
-    """Write a source's weights into our parameters.
-
-    Raises:
-        ConfigError: a tensor that is missing, of another shape or of no use; the message names it.
-    """
+    """Write a source's weights into our parameters."""
     places = list(places)
     ours = dict(model.named_parameters())
     _check(places, ours, weights)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recurgolf.config import ConfigError
-from recurgolf.disk import flush, json_text, read_json
+from recurgolf.disk import flush, json_text, read_json, sha256
 from recurgolf.training.faults import full_disk, is_full_disk
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -59,7 +59,7 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         save_file(tensors, draft / TENSORS)
-        digest = _sha256(draft / TENSORS)
+        digest = sha256(draft / TENSORS)
         whole = json.loads(json_text({**state, "step": step, "tensors_sha256": digest}))
         whole["state_sha256"] = _digest_of(whole)
         (draft / STATE).write_text(json.dumps(whole, indent=1) + "\n")
@@ -100,7 +100,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text())
-        digest = _sha256(path / TENSORS)
+        digest = sha256(path / TENSORS)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest_of(state):
@@ -174,11 +174,6 @@ def _val_bpb(path: Path) -> float | None:
 
 def _digest_of(state: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 __all__ = ["CheckpointError", "load", "newest", "prune", "read_state", "save", "steps"]

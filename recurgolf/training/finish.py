@@ -14,7 +14,7 @@ import torch
 
 from recurgolf.artifact import load
 from recurgolf.artifact.score import rebuild
-from recurgolf.data.normalizer import normalizer_of
+from recurgolf.data.tokenizer import normalizer_of
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import by_passes, named_protocols
 from recurgolf.model.transformer import Transformer

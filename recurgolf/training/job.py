@@ -20,7 +20,7 @@ from recurgolf.disk import writing
 from recurgolf.eval import ScoredModel, Text
 from recurgolf.log import Log
 from recurgolf.plan import Plan, make_plan
-from recurgolf.record import NoTracker, Tracker
+from recurgolf.record import Tracker
 from recurgolf.run import Run
 from recurgolf.terminal import terminal_bar
 from recurgolf.training.clock import Caps, Clock
@@ -96,7 +96,7 @@ class Job:
             telemetry=curves,
             report=full_report,
             planner=make_plan,
-            tracker=NoTracker(),
+            tracker=Tracker(),
             known_as=known_as,
         )
 

@@ -8,29 +8,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-MODULES = {
-    "adapters": "adapters",
-    "audit": "audit",
-    "board": "board",
-    "compare": "compare",
-    "completion": "completion",
-    "control": "control",
-    "evaluate": "evaluate",
-    "export": "export",
-    "import": "import_checkpoint",
-    "pack": "pack",
-    "resume": "resume",
-    "sample": "sample",
-    "search": "search",
-    "sweep": "sweep",
-    "sync": "sync",
-}
-"""Verb -> module in this package; each is imported when it is asked for."""
-
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Carry out a verb; the exit code."""
-    return import_module(f"recurgolf.verbs.{MODULES[verb]}").main(arguments)
+    """Carry out a verb, whose module is imported only now; the exit code."""
+    name = "import_checkpoint" if verb == "import" else verb
+    return import_module(f"recurgolf.verbs.{name}").main(arguments)
 
 
 class Help(argparse.HelpFormatter):
@@ -66,11 +48,7 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def parser_of(verb: str, about: str | None, epilog: str | None = None) -> VerbParser:
-    """The parser of a verb.
-
-    Args:
-        about: a docstring.
-    """
+    """The parser of a verb."""
     return VerbParser(
         prog=f"recurgolf {verb}", description=inspect.cleandoc(about or ""), epilog=epilog
     )

@@ -22,6 +22,7 @@ from recurgolf.adapters.attach import linear_modules
 from recurgolf.config import ConfigError
 from recurgolf.folders import check_new, made_whole
 from recurgolf.model.transformer import Transformer
+from recurgolf.overrides import check_parts
 from recurgolf.run import Run
 from recurgolf.training.base import FinishedRun, read_finished
 from recurgolf.training.new_folder import keep_weights, new_folder, pack, pack_and_score
@@ -123,9 +124,7 @@ def _write_run(asked: argparse.Namespace, found: FinishedRun, run: Run, model: T
     """A run folder of a model that no training has made."""
     from recurgolf.composing import compose_parts
 
-    for override in asked.overrides:
-        if override.partition("=")[0].split(".")[0].split("/")[0] not in OVERRIDABLE:
-            raise ConfigError(f"adapters takes overrides of quant and data, not {override!r}")
+    check_parts(asked.overrides, OVERRIDABLE, "adapters")
     # Nothing trains here, and what was trained alone before is a whole model now.
     run.trainer = dataclasses.replace(run.trainer, trainable="all", base=None)
     run = compose_parts(run, asked.overrides) if asked.overrides else Run.from_dict(run.to_dict())

@@ -9,14 +9,16 @@ from pathlib import Path
 from recurgolf.artifact import ArtifactError, load
 from recurgolf.artifact.decode import MissingLibrary
 from recurgolf.artifact.score import Scorable, check_data, check_run, rebuild
-from recurgolf.config import ConfigError
+from recurgolf.config import EXIT_FAILED, ConfigError
 from recurgolf.data import Dataset
 from recurgolf.data.shard_fingerprints import check_unchanged
 from recurgolf.disk import DamagedFile, json_text, read_json, write_json
 from recurgolf.eval import Eval, Score
 from recurgolf.eval.several import free_names, named_protocols, write_scores
 from recurgolf.eval.ttt import SgdEval
+from recurgolf.loaded import PARTS
 from recurgolf.log import Log
+from recurgolf.overrides import check_parts, group_of
 from recurgolf.run import Run
 from recurgolf.seal import resealing
 from recurgolf.terminal import terminal_bar
@@ -26,7 +28,6 @@ from recurgolf.training.scoring import entry_of, score_all
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.verbs import add_json, add_trust, parser_of
 
-EXIT_FAILED = 1
 OTHER_EVALS = "evals.json"
 """Where entries go in a folder without a summary (an imported checkpoint)."""
 
@@ -123,29 +124,16 @@ def _asked(run: Run, overrides: Sequence[str]) -> tuple[Run, dict[str, Eval]]:
     """The finished Run with the data asked for, and every protocol asked for."""
     from recurgolf.composing import compose_parts
 
-    common = _same_vocabulary(run, overrides)
+    check_parts(overrides, PARTS, "evaluate")
+    common: list[str] = []
     each: list[list[str]] = []
     for override in overrides:
-        key = override.partition("=")[0]
-        if key.split(".")[0].split("/")[0] not in ("eval", "data"):
-            raise ConfigError(f"evaluate takes overrides of eval and data, not {override!r}")
-        if key == "eval":
+        if override.startswith("eval="):
             each.append([override])
-        elif key.startswith("eval") and each:
+        elif group_of(override) == "eval" and each:
             each[-1].append(override)
         else:
             common.append(override)
     wanted = [[line[0], *common, *line[1:]] for line in each] or [common]
-    runs = [compose_parts(run, line) if line else run for line in wanted]
+    runs = [compose_parts(run, line) for line in wanted]
     return runs[0], named_protocols([one.eval for one in runs], run.trainer.seq_len)
-
-
-def _same_vocabulary(run: Run, overrides: Sequence[str]) -> list[str]:
-    """The artifact's vocabulary, for a data option that would bring its own size."""
-    keys = [override.partition("=")[0] for override in overrides]
-    if "data" in keys and "data.vocab_size" not in keys:
-        return [f"data.vocab_size={run.data.vocab_size}"]
-    return []
-
-
-__all__ = ["OTHER_EVALS", "main"]

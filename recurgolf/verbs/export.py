@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from recurgolf.config import ConfigError
-from recurgolf.counted.code import Codes, codes_of, write_readable
-from recurgolf.disk import write_file, write_json
+from recurgolf.audit.isolated import rescore
+from recurgolf.compare.runs import read_run
+from recurgolf.config import EXIT_OVER_BUDGET, ConfigError, kind_of
+from recurgolf.counted.code import TRAIN_NAME, Codes, write_readable
+from recurgolf.data import DataError
+from recurgolf.data.dataset import tokenizer_of
+from recurgolf.disk import read_json, write_file, write_json
 from recurgolf.folders import made_whole
-from recurgolf.log import Log
+from recurgolf.log import Log, counted
 from recurgolf.run import Run
 from recurgolf.seal import FILE as SEAL
 from recurgolf.seal import audit_state, broken
-from recurgolf.settings import NOT_FINGERPRINTED
+from recurgolf.training.own_data import check_own_data
 from recurgolf.training.packing import ARTIFACT
 from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 from recurgolf.verbs import add_trust, parser_of
-from recurgolf.verbs.export_check import check
 from recurgolf.verbs.export_text import readme, requirements, submission
-
-EXIT_OVER_BUDGET = 3
 
 
 @dataclass
@@ -94,14 +94,7 @@ def told(folder: Path, runs: Sequence[Finished], codes: Codes, log: Log) -> int:
 
 
 def read_finished(folder: Path, trust: bool = False) -> Finished:
-    """A run that has a result.
-
-    Args:
-        trust: import plugins of it that are not installed.
-
-    Raises:
-        ConfigError: it has none, or its files are not those of one run.
-    """
+    """A run that has a result."""
     run = Run.read(folder, trust)
     for name in (SUMMARY, ARTIFACT):
         if not (folder / name).exists():
@@ -118,20 +111,15 @@ def read_finished(folder: Path, trust: bool = False) -> Finished:
 
 
 def check_alike(runs: Sequence[Finished]) -> None:
-    """Refuse runs that are not one experiment with different seeds.
-
-    Raises:
-        ConfigError: naming the key that differs, or a seed that comes twice.
-    """
-    first = _settings(runs[0].run.to_dict())
+    """Refuse runs that are not one experiment with different seeds."""
+    first = read_run(runs[0].folder).settings
     for other in runs[1:]:
-        mine = _settings(other.run.to_dict())
-        odd = [key for key in sorted({*first, *mine}) if first.get(key) != mine.get(key)]
-        if odd:
-            key = odd[0]
+        mine = read_run(other.folder).settings
+        if differing := sorted(dict(mine.items() ^ first.items())):
+            key = differing[0]
             raise ConfigError(
                 f"{other.folder} is another experiment than {runs[0].folder}: {key} is "
-                f"{mine.get(key)!r}, not {first.get(key)!r}; one export holds seeds of one run"
+                f"{mine.get(key)}, not {first.get(key)}; one export holds seeds of one run"
             )
     seeds = [one.run.seed for one in runs]
     twice = {seed for seed in seeds if seeds.count(seed) > 1}
@@ -139,23 +127,10 @@ def check_alike(runs: Sequence[Finished]) -> None:
         raise ConfigError(f"seed {min(twice)} comes twice; export one run for every seed")
 
 
-def _settings(node: Any, path: str = "") -> dict[str, Any]:
-    """Every value of a run by its key, without seeds and without who watches."""
-    if not isinstance(node, dict):
-        return {path: node}
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        own = f"{path}.{key}" if path else key
-        watching = path == "trainer" and key in NOT_FINGERPRINTED
-        if own not in ("seed", "seeds", "name", "tracker") and not watching:
-            found.update(_settings(value, own))
-    return found
-
-
 def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Codes:
     """Write the folder; the first run's artifact is the one that is shipped."""
     first = runs[0]
-    codes = codes_of(first.run)
+    codes = Codes(first.run)
     write_file(folder / "train_gpt.py", codes.train.source)
     write_file(folder / "score.py", codes.score.source)
     for name in (ARTIFACT, SUMMARY, "run.json"):
@@ -172,3 +147,72 @@ def write(folder: Path, runs: Sequence[Finished], credits: dict[str, str]) -> Co
     write_file(folder / "README.md", readme(first.run, summaries, codes, entry))
     write_file(folder / "requirements.txt", requirements(first.run, codes.train))
     return codes
+
+
+def check(folder: Path, data: Path | None, log: Log, trust: bool = False) -> int:
+    """Score an exported folder on its own, and compare with its summary.json digit for digit.
+
+    Args:
+        data: folder of the shards; None: where the run's own data are.
+        trust: import plugins that are not installed.
+
+    Returns:
+        0, or 1 where the numbers differ or the program fails.
+    """
+    run, summary = Run.read(folder, trust), Summary.read(folder)
+    if not (folder / TRAIN_NAME).exists():
+        raise ConfigError(f"{folder} has no {TRAIN_NAME}: it was not made by recurgolf export")
+    if data is None:
+        dataset = run.data.prepare(log.line)
+        check_own_data(folder, dataset)
+        data, tokenizer = dataset.folder, dataset.tokenizer.path
+    else:
+        try:
+            tokenizer = tokenizer_of(data, None).path
+        except DataError as error:
+            log.line(str(error))
+            return 1
+    threads = summary.environment.get("threads", 1)
+    log.line(f"scoring {folder / TRAIN_NAME} alone, {counted(threads, 'thread')} ...")
+    again = rescore(folder, "train", data, tokenizer, kind_of(run.eval), threads)
+    if again.error:
+        log.line(again.error)
+        return 1
+    code = compared(again.entry["val_bpb"], run, summary, log)
+    return max(code, compared_entry(folder, run, summary, log))
+
+
+def compared(found: float, run: Run, summary: Summary, log: Log) -> int:
+    """Hold the printed score against the run's; the exit code."""
+    told = summary.val_bpb
+    if summary.environment.get("ranks", 1) > 1:
+        # Ranks batched their windows otherwise than one process does: the last digits may differ.
+        same, how = abs(found - told) <= 1e-7 * told, "to 1e-7 (the run had several ranks)"
+    else:
+        same, how = found == told, "digit for digit"
+    if same:
+        log.line(f"the exported program scores val_bpb {found!r}: summary.json's, {how}")
+        return 0
+    log.line(f"DIFFERENT: the exported program scores {found!r}, summary.json says {told!r}")
+    return 1
+
+
+def compared_entry(folder: Path, run: Run, summary: Summary, log: Log) -> int:
+    """Hold submission.json against summary.json, and say how the audit stood; the exit code."""
+    entry = read_json(folder / "submission.json")
+    told = {"val_bpb": summary.val_bpb, "val_loss": summary.val_loss}
+    evals = summary.evals[kind_of(run.eval)]["val_bpb"]
+    if evals != summary.val_bpb:
+        log.line(f"DIFFERENT: summary.json says {summary.val_bpb!r}, its evals {evals!r}")
+        return 1
+    own = (entry.get("seed_results") or {}).get(str(run.seed), entry)
+    if len(entry.get("seeds") or []) == 1:
+        own = {**own, **{key: entry[key] for key in told}}
+    wrong = [key for key, value in told.items() if own.get(key) != value]
+    for key in wrong:
+        log.line(
+            f"DIFFERENT: submission.json says {key} {own.get(key)!r}, summary.json {told[key]!r}"
+        )
+    for seed, state in (entry.get("audit") or {str(run.seed): "not audited"}).items():
+        log.line(f"audit when it was exported, seed {seed}: {state}")
+    return int(bool(wrong))

@@ -7,17 +7,16 @@ the overrides choose a quantizer, so scoring it gives the source's own score.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from recurgolf import importers
-from recurgolf.config import ConfigError, suggestion
+from recurgolf.config import ConfigError
 from recurgolf.data import DataError, Dataset
+from recurgolf.disk import sha256
 from recurgolf.folders import check_new
-from recurgolf.model.transformer import Transformer
 from recurgolf.training.job import Job
 from recurgolf.training.new_folder import keep_weights, new_folder, pack, pack_and_score
 from recurgolf.verbs import parser_of
@@ -36,12 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="of the Run, as in data=shards data.path=…")
     parser.add_argument("--score", action="store_true", help="score the file: summary.json")
     asked = parser.parse_intermixed_args(arguments)
-    check_request(asked.system, asked.weights, asked.folder)
+    check_new(asked.folder)
     settings = read_config(asked.config)
     given = [f"name=imported_{asked.system}", *KEPT_EXACTLY, *asked.overrides]
     found = importers.load(asked.system, settings, asked.weights, given)
-    assert found.run is not None
-    model = cast("Transformer", found.model.get_submodule("transformer"))
     source = {
         "system": asked.system,
         "weights": asked.weights.name,
@@ -50,8 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     }
     with new_folder(found.run, asked.folder) as job:
         tokenizer = prepared(job).tokenizer
-        keep_weights(job, model, {"imported": source})
-        (pack_and_score if asked.score else pack)(job, model)
+        keep_weights(job, found.model.transformer, {"imported": source})
+        (pack_and_score if asked.score else pack)(job, found.model.transformer)
         job.log.line(f"tokenizer: {tokenizer.path} ({tokenizer.sha256[:12]}…), of the data")
         if found.passed_over:
             job.log.line(f"settings without bearing here: {', '.join(found.passed_over)}")
@@ -59,27 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_request(system: str, weights: Path, folder: Path) -> None:
-    """Refuse what needs no reading to be refused.
-
-    Raises:
-        ConfigError: an unknown system, missing weights, a destination that is in use.
-    """
-    if system not in importers.SYSTEMS:
-        raise ConfigError(
-            f"import {system!r}: no such system{suggestion(system, importers.SYSTEMS)}"
-        )
-    if not weights.is_file():
-        raise ConfigError(f"weights {weights}: no such file")
-    check_new(folder)
-
-
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The source's hyper-parameters.
-
-    Raises:
-        ConfigError: no such file, or no JSON.
-    """
+    """The source's hyper-parameters."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -89,11 +67,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def prepared(job: Job) -> Dataset:
-    """The data that the model will be scored on; its tokenizer is noted in the artifact.
-
-    Raises:
-        ConfigError: data that is not there, or a tokenizer of another size than the token table.
-    """
+    """The data that the model will be scored on; its tokenizer is noted in the artifact."""
     try:
         return job.dataset
     except DataError as error:
@@ -102,9 +76,3 @@ def prepared(job: Job) -> Dataset:
             f"the token table's {job.run.data.vocab_size} pieces: data=shards data.path=FOLDER "
             "data.tokenizer=FILE"
         ) from None
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

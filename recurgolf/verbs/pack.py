@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurgolf.config import ConfigError, kind_of, to_dict
+from recurgolf.config import EXIT_OVER_BUDGET, ConfigError, kind_of, to_dict
 from recurgolf.disk import read_json, write_json
 from recurgolf.folders import check_new
 from recurgolf.overrides import as_overrides
@@ -40,7 +40,6 @@ PARTS = ("quant", "artifact", "budget", "eval")
 """Parts of a Run that can change without training again."""
 TRAINED = (*PARTS, "optimizer", "averaging")
 """Those that can change with --steps."""
-EXIT_OVER_BUDGET = 3
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -148,11 +147,7 @@ def _is_below(key: str, groups: set[str]) -> bool:
 
 
 def repack(job: Job, own: Run, path: Path, score: bool) -> None:
-    """Quantize and pack a checkpoint, and score the file.
-
-    Args:
-        own: the run whose checkpoint it is.
-    """
+    """Quantize and pack a checkpoint, and score the file."""
     run, log = job.run, job.log
     check_own_data(path.parent.parent, job.dataset)
     model, state, averaged = weights_of(own, path)

@@ -9,14 +9,12 @@ from typing import Any
 
 import yaml
 
-from recurgolf.config import ConfigError, from_dict, suggestion, to_dict
+from recurgolf.config import EXIT_OVER_BUDGET, ConfigError, from_dict, suggestion, to_dict
 from recurgolf.run import Run
 from recurgolf.settings import TrainerConfig
 from recurgolf.training.launch import launch
 from recurgolf.training.resume import MAY_CHANGE_ON_RESUME
 from recurgolf.verbs import add_trust, parser_of
-
-EXIT_OVER_BUDGET = 3
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,11 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def reconfigured(run: Run, overrides: Sequence[str]) -> Run:
-    """The Run with `trainer.resume=auto` and what else was asked for.
-
-    Raises:
-        ConfigError: an override of what a continuation must not change.
-    """
+    """The Run with `trainer.resume=auto` and what else was asked for."""
     changes: dict[str, Any] = {"resume": "auto"}
     tracker = run.tracker
     for override in overrides:

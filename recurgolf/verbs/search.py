@@ -13,11 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recurgolf.config import ConfigError
+from recurgolf.config import EXIT_FAILED, ConfigError
 from recurgolf.overrides import split_arguments
 from recurgolf.verbs import parser_of
-
-EXIT_FAILED = 1
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ from recurgolf.compare.sweep import (
     note_failure,
     note_overrides,
 )
-from recurgolf.config import ConfigError
+from recurgolf.config import EXIT_FAILED, ConfigError
 from recurgolf.folders import moved_aside, only_one
 from recurgolf.run import Run
 from recurgolf.training.launch import launch
@@ -42,8 +42,6 @@ from recurgolf.training.summary import FILE as SUMMARY
 from recurgolf.training.summary import Summary
 from recurgolf.trust import check_trusted
 from recurgolf.verbs import add_trust, parser_of
-
-EXIT_FAILED, EXIT_OVER_BUDGET = 1, 3
 
 
 @dataclass
@@ -124,12 +122,6 @@ def jobs_of(folder: Path, config_dir: Path | None = None, trust: bool = False) -
     A job is known by the overrides that its folder has recorded, whatever the folder is called. One
     whose Run is recorded as well (run.json) goes on as that Run; only where there is none are the
     overrides composed.
-
-    Args:
-        trust: import plugins that the folder names and that are not installed.
-
-    Raises:
-        ConfigError: not a sweep's folder, or plugins that are not trusted.
     """
     from recurgolf.composing import named_plugins, plugin_modules
     from recurgolf.multirun import sweep_jobs, varied_keys
@@ -173,16 +165,12 @@ def _run_of(
     from recurgolf.multirun import of_sweep
 
     try:
-        if read_overrides(place) == overrides and _has_content(place / "run.json"):
+        path = place / "run.json"  # which a full disk may have left empty
+        if read_overrides(place) == overrides and path.is_file() and path.stat().st_size:
             return Run.read(place, trust)
         return of_sweep(compose(overrides, own), overrides, varied)
     except ConfigError as error:
         return error
-
-
-def _has_content(path: Path) -> bool:
-    """Whether a file is there; a full disk may have left an empty one."""
-    return path.is_file() and path.stat().st_size > 0
 
 
 def unfinished(run: Run | ConfigError, folder: Path) -> str | None:
@@ -206,11 +194,7 @@ def unfinished(run: Run | ConfigError, folder: Path) -> str | None:
 
 
 def run_job(job: Job, shown: str = "bar") -> int:
-    """Run a job in its folder, from its newest checkpoint where it has one.
-
-    Args:
-        shown: on the console, besides a line when it starts and one when it ends.
-    """
+    """Run a job in its folder, from its newest checkpoint where it has one."""
     lines, began = SweepAhead([], count=job.of), time.monotonic()
     print(lines.head(job.number, job.varied), flush=True)
     if isinstance(job.run, ConfigError):
@@ -219,7 +203,8 @@ def run_job(job: Job, shown: str = "bar") -> int:
         note_failure(job.folder, job.run, lines.named(job.number, job.varied))
         return EXIT_FAILED
     if _is_another_ones(job):
-        print(f"{job.folder} holds something else: now in {_made_way(job.folder)}")
+        aside = moved_aside(job.folder, job.folder.parent / MOVED_ASIDE)
+        print(f"{job.folder} holds something else: now in {aside}")
     job.folder.mkdir(parents=True, exist_ok=True)
     note_overrides(job.folder, job.overrides)
     continues = job.remark is not None and not job.remark.startswith("failed")
@@ -246,10 +231,6 @@ def _is_another_ones(job: Job) -> bool:
     return False
 
 
-def _made_way(folder: Path) -> Path:
-    return moved_aside(folder, folder.parent / MOVED_ASIDE)
-
-
 def _in_own_process(
     job: Job, asked: argparse.Namespace, started: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -272,7 +253,4 @@ def _config_dir(asked: dict[str, Any]) -> Path | None:
 def _ended(folder: Path) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
-    outcome = finish_sweep(folder)
-    if outcome.failed:
-        return EXIT_FAILED
-    return EXIT_OVER_BUDGET if outcome.over_budget else 0
+    return finish_sweep(folder)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recurgolf.config import ConfigError
+from recurgolf.config import EXIT_FAILED, ConfigError
 from recurgolf.tracker import check_key
 from recurgolf.verbs import parser_of
 from recurgolf.wandb_offline import check_server, offline_runs
-
-EXIT_FAILED = 1
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,14 +9,12 @@ import pytest
 import sentencepiece
 from smoke_runs import train
 
-from recurgolf.audit import validation_text
-from recurgolf.audit.accounts import ValidationText, byte_check, separation_check
+from recurgolf.audit.accounts import byte_check, separation_check
 from recurgolf.audit.separation import overlap_with_training
 from recurgolf.audit.texts import other_than_raw, raw_texts_of, separation_of
 from recurgolf.data import ByteCount
-from recurgolf.data.normalizer import normalizer_of
 from recurgolf.data.shards import write_shard
-from recurgolf.data.tokenizer import read_tokenizer
+from recurgolf.data.tokenizer import normalizer_of, read_tokenizer
 from recurgolf.run import Run
 
 
@@ -24,27 +22,27 @@ def dataset():
     return Run.read(train().path).data.prepare()
 
 
-def validation() -> ValidationText:
+def raw_bytes():
     config = json.loads((train().path / "run.json").read_text())
-    return validation_text(dataset(), raw_texts_of(config, dataset()))
+    return sum(len(text.encode()) for text in raw_texts_of(config, dataset()))
 
 
 def test_the_honest_byte_count_passes():
-    text = validation()
-    assert text.raw_bytes == text.told_raw_bytes
-    found = byte_check(text, train().summary["evals"])
+    data = dataset()
+    assert raw_bytes() == data.val_raw_bytes
+    found = byte_check(data, train().summary["evals"], raw_bytes=raw_bytes())
     assert (found.verdict, found.number) == ("pass", 0)
 
 
 def test_a_space_that_is_counted_twice():
-    text = validation()
-    table = text.byte_count
+    data = dataset()
+    table = data.byte_count
     double = ByteCount(
         table.base_bytes + table.has_leading_space.to(table.base_bytes.dtype),
         table.has_leading_space,
         table.is_boundary,
     )
-    found = byte_check(dataclasses.replace(text, byte_count=double), {})
+    found = byte_check(dataclasses.replace(data, byte_count=double), {}, raw_bytes=raw_bytes())
     assert found.verdict == "fail" and found.number is not None and found.number > 0
 
 
@@ -56,12 +54,12 @@ def test_a_space_that_is_counted_twice():
     ],
 )
 def test_totals_that_the_text_does_not_have(entry, message):
-    found = byte_check(validation(), {"sliding": entry})
+    found = byte_check(dataset(), {"sliding": entry}, raw_bytes=raw_bytes())
     assert found.verdict == "fail" and message in found.line
 
 
 def test_bytes_of_targets_that_were_not_scored():
-    text = validation()
+    text = dataset()
     times = np.ones(len(text.tokens) - 1, dtype=np.int64)
     times[-50:] = 0
     entry = {"tokens": int(times.sum()), "bytes": text.byte_count.total(text.tokens)}
@@ -69,27 +67,26 @@ def test_bytes_of_targets_that_were_not_scored():
 
 
 def test_a_manifest_and_public_totals_that_do_not_fit():
-    text = dataclasses.replace(validation(), entry={"tokens_val": 3, "docs_val": 30})
+    entry = {"name": dataset().name, "stats": {"tokens_val": 3, "docs_val": 30}}
+    text = dataclasses.replace(dataset(), manifest={"datasets": [entry]})
     assert "tokens_val=3" in byte_check(text, {}).line
-    public = dataclasses.replace(validation(), name="fineweb10B_sp1024", documents=50_000)
+    public = dataclasses.replace(dataset(), name="fineweb10B_sp1024", val_documents=50_000)
     found = byte_check(public, {})
     assert found.verdict == "fail" and "151,080,891" in found.line
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["raw text here", "raw text elsewhere"])
 def test_a_sidecar_and_raw_bytes_that_are_doubled(known):
-    text = validation()
+    text, raw = dataset(), raw_bytes() if known else None
     honest = text.byte_count.total(text.tokens)
-    if not known:
-        text = dataclasses.replace(text, raw_bytes=None)
     ids = text.tokens.astype(np.int64)
     table = text.byte_count
     sizes = table.base_bytes.numpy()[ids] + table.has_leading_space.numpy()[ids]
-    double = dataclasses.replace(text, sidecar=(2 * sizes).astype(np.uint16))
-    found = byte_check(double, {})
+    double = dataclasses.replace(text, val_byte_sidecar=(2 * sizes).astype(np.uint16))
+    found = byte_check(double, {}, raw_bytes=raw)
     assert found.verdict == "fail" and "sidecar counts" in found.line
-    told = dataclasses.replace(text, told_raw_bytes=2 * honest)
-    found = byte_check(told, {})
+    told = dataclasses.replace(text, val_raw_bytes=2 * honest)
+    found = byte_check(told, {}, raw_bytes=raw)
     assert found.verdict == "fail" and f"the manifest says {2 * honest:,}" in found.line
 
 
@@ -111,7 +108,7 @@ def test_tokens_that_are_not_those_of_the_raw_text(edit):
     changed = np.concatenate(documents)
     edited = dataclasses.replace(data, tokens=changed, val_documents=len(documents))
     assert other_than_raw(edited, texts)
-    found = byte_check(validation(), {}, altered=other_than_raw(edited, texts))
+    found = byte_check(dataset(), {}, altered=other_than_raw(edited, texts))
     assert found.verdict == "fail"
 
 
@@ -145,10 +142,18 @@ def test_a_tokenizer_that_lengthens_the_text(lengthening):
     words = "we see the bee"
     tokens = tokenizer.encode([words])[0]
     table = ByteCount.of(tokenizer)
-    text = ValidationText(tokens, tokenizer, table, None, 1, {}, "text")
+    text = dataclasses.replace(
+        dataset(),
+        tokens=tokens,
+        tokenizer=tokenizer,
+        byte_count=table,
+        val_documents=1,
+        val_raw_bytes=None,
+        manifest={},
+    )
     assert table.total(tokens) == len(words) + 3 * words.count("e")
     for raw in (len(words), None):
-        found = byte_check(dataclasses.replace(text, raw_bytes=raw), {})
+        found = byte_check(text, {}, raw_bytes=raw)
         assert found.verdict == "fail" and "'e' becomes 'eeee'" in found.line
     assert normalizer_of(dataset().tokenizer.path) == ""
 

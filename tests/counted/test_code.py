@@ -7,7 +7,7 @@ import pytest
 from smoke_runs import composed
 
 import recurgolf.counted.code as counted_code
-from recurgolf.counted.code import PackedCode, code_of, codes_of, training_code_of
+from recurgolf.counted.code import Codes, PackedCode, code_of, training_code_of
 from recurgolf.counted.minify import stripped
 
 CHOICES = ("score", "train")
@@ -65,7 +65,7 @@ def test_it_needs_neither_the_command_line_nor_what_only_watches():
 
 
 def test_what_counts_is_the_run_s_choice_and_both_sizes_are_told():
-    score, train = (codes_of(composed("experiment=smoke", f"artifact.code={c}")) for c in CHOICES)
+    score, train = (Codes(composed("experiment=smoke", f"artifact.code={c}")) for c in CHOICES)
     assert score.counted is score.score and train.counted is train.train
     told = train.to_json()
     assert told["counted"] == "train_gpt.py, packed"

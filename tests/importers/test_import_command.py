@@ -130,7 +130,7 @@ def test_plan_reads_the_folder(system, folder, source):
     smaller = recurgolf("plan", folder, "quant=int6", cwd=folder).finished().out
     assert model_bytes(smaller) < 0.7 * model_bytes(out)
     refused = recurgolf("plan", folder, "model.dim=3", cwd=folder).refused()
-    assert "plan FOLDER takes quant, looping and eval" in refused
+    assert "plan FOLDER takes overrides of quant, looping and eval" in refused
 
 
 def model_bytes(table):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import source_names
 import torch
+from gated_delta_layer import ImportedLayer
 from safetensors.torch import load_file, save_file
 
 from recurgolf import importers
@@ -158,13 +159,14 @@ def test_what_cannot_be_read_is_said(tmp_path):
 def test_delayed_looping_can_be_switched():
     config, _, path = model_with("per_iteration_lora", num_loops=lambda n: n > 0)
     settings = config["hyperparameters"]
-    model = importers.load("per_iteration_lora", config, path).model.eval()
+    found = importers.load("per_iteration_lora", config, path)
+    model = found.model.eval()
     ids = torch.arange(10).view(1, 10)
     looped = model(ids)
-    model.set_looping(False)
+    source_names.set_looping(found, False)
     assert model.plan.blocks == tuple(range(settings["num_layers"]))
     assert not torch.allclose(model(ids), looped)
-    model.set_looping(True)
+    source_names.set_looping(found, True)
     assert torch.equal(model(ids), looped)
 
 
@@ -227,10 +229,10 @@ def test_a_gated_delta_layer_and_its_gradients_equal_the_recording(layout, case,
     if form == "capitals":
         config = {key.upper(): value for key, value in config.items()}
     source = saved(weights) if form == "file" else weights
-    found = importers.load("gated_delta_layer", config, source)
+    found = ImportedLayer(config, source)
     x = recorded["hidden_states"].requires_grad_()
     masks = (recorded["attention_mask"],) if "attention_mask" in recorded else ()
-    output = found.model(x, *masks)
+    output = found(x, *masks)
     torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)
     if "grad_output" not in recorded:
         return
@@ -251,14 +253,14 @@ def test_a_layers_factors_are_scaled_by_alpha_over_their_rank():
     config, weights, recorded = read_layer(folder, "io_lora")
     (rank,) = {len(t) for name, t in weights.items() if name.endswith(".A")}
     config = config | {"lora_alpha": config.pop("lora_scale") * rank}
-    found = importers.load("gated_delta_layer", config, weights)
-    output = found.model(recorded["hidden_states"])
+    found = ImportedLayer(config, weights)
+    output = found(recorded["hidden_states"])
     torch.testing.assert_close(output, recorded["output"], atol=2e-5, rtol=1e-5)
 
 
 def test_a_layer_tells_what_it_leaves_unread_of_its_networks_configuration():
     config, weights, _ = read_layer(*LAYER_CASES[0])
-    found = importers.load("gated_delta_layer", config | {"num_hidden_layers": 24}, weights)
+    found = ImportedLayer(config | {"num_hidden_layers": 24}, weights)
     assert found.passed_over == ["num_hidden_layers"]
 
 
@@ -266,13 +268,13 @@ def test_a_layer_needs_its_sizes_and_its_tensors():
     config, weights, _ = read_layer(*LAYER_CASES[-1])
     less = {key: value for key, value in config.items() if key != "linear_num_value_heads"}
     with pytest.raises(ConfigError, match="lacks 'linear_num_value_heads'"):
-        importers.load("gated_delta_layer", less, weights)
+        ImportedLayer(less, weights)
     with pytest.raises(ConfigError, match="hidden_act='gelu'; only 'silu'"):
-        importers.load("gated_delta_layer", config | {"hidden_act": "gelu"}, weights)
+        ImportedLayer(config | {"hidden_act": "gelu"}, weights)
     with pytest.raises(ConfigError, match=r"no use for the tensor 'conv1d.bias'"):
-        importers.load("gated_delta_layer", config, weights | {"conv1d.bias": torch.ones(60)})
+        ImportedLayer(config, weights | {"conv1d.bias": torch.ones(60)})
     with pytest.raises(ConfigError, match="weights given: 'A_log' is a list, no tensor"):
-        importers.load("gated_delta_layer", config, weights | {"A_log": [1.0]})
+        ImportedLayer(config, weights | {"A_log": [1.0]})
 
 
 def test_a_finished_checkpoint_needs_no_heads_of_training(saved):

@@ -246,7 +246,7 @@ def test_logits_loss_and_gradients_follow_the_formulae(system, seed, tmp_path):
 
         model.train(training)
         model.zero_grad()
-        model.set_looping(looping)
+        source_names.set_looping(found, looping)
         torch.testing.assert_close(model(ids), logits, atol=1e-5, rtol=1e-5, msg=str(h))
         mine = model.loss(ids, targets)
         torch.testing.assert_close(mine.double(), loss.double(), atol=1e-5, rtol=0, msg=str(h))

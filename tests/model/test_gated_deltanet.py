@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gated_delta_layer import layer_state_from
 from safetensors.torch import load_file
 from torch.func import functional_call
 
 from recurgolf.config import ConfigError, from_dict, to_dict
-from recurgolf.importers.gated_delta_layer import layer_state_from
 from recurgolf.model.mixers.attention import AttentionConfig
 from recurgolf.model.mixers.gated_deltanet import (
     PROJECTIONS,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from source_names import set_looping
 from torch import Tensor
 
 from recurgolf import importers
@@ -43,7 +44,7 @@ def imported(folder: Path, case: str) -> Imported:
     found = _imported(folder, tuple((key, how[key]) for key in how if key.lower() in known))
     found.model.zero_grad(set_to_none=True)
     found.model.train(how["mode"] == "train")
-    found.model.set_looping(how.get("looping_active", True))
+    set_looping(found, how.get("looping_active", True))
     return found
 
 

@@ -68,7 +68,8 @@ def blocks_of_kind(model, kind):
 def test_visits_skips_and_adapters_follow_the_recorded_schedule(folder):
     derived = config_of(folder)["derived"]
     found = imported(folder, next(iter(config_of(folder)["cases"])))
-    found.model.train().set_looping(True)
+    source_names.set_looping(found, True)
+    found.model.train()
     plan, transformer = found.model.plan, found.model.transformer
     assert list(plan.blocks) == derived["encoder_indices"] + derived["decoder_indices"]
     assert len(transformer.skips.weight) == derived["num_skip_weights"]
@@ -83,7 +84,7 @@ def test_visits_skips_and_adapters_follow_the_recorded_schedule(folder):
         slot = transformer.adapters.slot(visit)
         ours = None if slot is None else f"lora_adapters.{slot}.{visit.block - start}"
         assert ours == expected
-    found.model.set_looping(False)
+    source_names.set_looping(found, False)
     halves = [derived[f"num_{half}_layers_when_inactive"] for half in ("encoder", "decoder")]
     assert found.model.plan.num_visits == sum(halves)
     assert len(transformer.skips.pairs(found.model.plan)) == min(halves)

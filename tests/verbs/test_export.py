@@ -16,7 +16,35 @@ from recurgolf.conf import options
 from recurgolf.config import to_dict
 from recurgolf.counted.code import code_of
 from recurgolf.standalone import console
-from recurgolf.verbs.export_check import run_alone
+
+# Every finder that is there forgets these names; the program then puts its own in front.
+ALONE = """
+import runpy, sys
+WITHOUT = ("recurgolf", "hydra", "omegaconf", "wandb", "rich", "scipy")
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in WITHOUT:
+            return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Finder(finder) for finder in sys.meta_path]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_alone(program, arguments):
+    """An exported program where recurgolf cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, program, *arguments],
+        cwd=program.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")

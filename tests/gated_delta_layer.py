@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurgolf.config import ConfigError
+from recurgolf.importers import Weights
+from recurgolf.importers.source import read_weights
+from recurgolf.lora import LowRank
 from recurgolf.model.mixers.gated_deltanet import PROJECTIONS, GatedDeltaNetConfig
 
 _SIZES: dict[str, tuple[str, Any]] = {
@@ -33,6 +36,44 @@ SETTINGS |= {"hidden_size", "hidden_act", "lora_alpha", "lora_scale"}
 """What a layer reads of its network's configuration, which says much else."""
 
 _FUSED = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+
+
+class ImportedLayer(nn.Module):
+    """One Gated DeltaNet layer: `model(hidden) -> hidden`, [b, t, d] both.
+
+    Attributes:
+        layer: the layer under our names.
+        factors: its low-rank factors, `lora/<projection>/A` and `B`.
+        passed_over: names in its network's configuration that it does not read.
+    """
+
+    def __init__(self, config: Mapping[str, Any], weights: Weights):
+        super().__init__()
+        source = read_weights(weights)
+        self.config = settings_of(config)
+        ours, state = layer_state_from(self.config, source)
+        self.passed_over = [key for key in self.config if key not in SETTINGS]
+        self.layer = ours.build(int(self.config["hidden_size"]))
+        self.layer.load_state_dict({n: t for n, t in state.items() if not n.startswith("lora.")})
+        self.factors = nn.ParameterDict(
+            {
+                name.replace(".", "/"): tensor.detach().clone()
+                for name, tensor in state.items()
+                if name.startswith("lora.")
+            }
+        )
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix along t; `mask` is 1 for tokens and 0 for padding [b, t]."""
+        adapters = {}
+        for name in sorted(n for n in self.factors if n.endswith("/A")):
+            a, b = self.factors[name], self.factors[f"{name[:-1]}B"]
+            adapters[name.split("/")[1]] = LowRank(a, b, self._scale(a.shape[0]))
+        return self.layer.segment(hidden, adapters, mask=mask)[0]
+
+    def _scale(self, rank: int) -> float:
+        alpha = self.config.get("lora_alpha")
+        return float(self.config.get("lora_scale", 1.0 if alpha is None else alpha / rank))
 
 
 def layer_state_from(
