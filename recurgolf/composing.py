@@ -30,13 +30,13 @@ from recurgolf.conf import (
     PageOption,
     conf_folder,
     group_names,
+    options,
     read_yaml,
     system_options,
 )
 from recurgolf.config import (
     REGISTRY,
     ConfigError,
-    kind_of,
     load_plugins,
     to_config,
     to_dict,
@@ -150,28 +150,38 @@ def _composed(overrides: Sequence[str], folder: Path | None, made: Callable[[Any
 def compose_parts(run: Run, overrides: Sequence[str]) -> Run:
     """A Run with some of its parts changed by overrides, the rest as it was.
 
-    A key alone (`eval.stride=32`) changes the run's own option; a group (`eval=sliding`) starts
-    from that option's YAML. Other data keep the model's vocabulary, unless they name their own.
+    A key alone (`eval.stride=32`) changes the run's own option; a group (`eval=sliding`,
+    `quant/calibration=train`) starts from that option's YAML. Other data keep the model's
+    vocabulary, unless they name their own.
     """
     if not overrides:
         return run
     keys = {override.partition("=")[0] for override in overrides}
     if "data" in keys and "data.vocab_size" not in keys:
         overrides = [f"data.vocab_size={run.data.vocab_size}", *overrides]
-    changed: dict[str, list[str]] = {}
-    for override in overrides:
-        changed.setdefault(group_of(override), []).append(override)
+    changed = dict.fromkeys(map(group_of, overrides))
+    chosen = {key.replace("/", ".") for key in keys if key in changed or "/" in key}
     own: list[str] = []
-    for group, changes in changed.items():
-        if not any(change.startswith(f"{group}=") for change in changes):
-            own += [f"{group}={kind_of(getattr(run, group))}"]
-            own += as_overrides(group, to_dict(getattr(run, group)))
+    kept: dict[str, dict[str, Any]] = {}
+    for group in changed.keys() - chosen:
+        option = getattr(run, group)
+        # No override can write a new entry of a mapping from names to options (`budget.caps`).
+        kept[group] = {key: value for key, value in vars(option).items() if isinstance(value, dict)}
+        kind = getattr(type(option), "kind", "")
+        # Where no option is named after the kind, all values are given anyway.
+        own += [f"{group}={kind}"] if kind in options().get(group, ()) else []
+        values = {key: value for key, value in to_dict(option).items() if key not in kept[group]}
+        own += as_overrides(group, values)
+    below = tuple(f"{group}." for group in chosen)
+    own = [o for o in own if not f"{o.partition('=')[0]}.".replace("/", ".").startswith(below)]
     # The parts alone: together with the default run's model they might be refused.
     parts = _composed(
         [*own, *overrides],
         None,
         lambda config: {group: built(config[group], f"{group}.") for group in changed},
     )
+    for group, values in kept.items():
+        parts[group] = dataclasses.replace(parts[group], **values)
     return dataclasses.replace(run, **parts)
 
 

@@ -16,7 +16,7 @@ from recurgolf.audit.check import FAIL, PASS, Check
 from recurgolf.audit.separation import Overlap, overlap_with_rows
 from recurgolf.budget import TRAINING, Budget
 from recurgolf.data import Dataset
-from recurgolf.data.byte_count import decoded_bytes
+from recurgolf.data.byte_count import decoded as decoded_texts
 from recurgolf.data.shards import Tokens
 from recurgolf.data.tokenizer import normalizer_of
 
@@ -56,7 +56,8 @@ def byte_check(
         altered: where the tokens are not those of the raw text.
     """
     counted = data.byte_count.total(data.tokens)
-    decoded = decoded_bytes(data.tokens, data.tokenizer)
+    texts = decoded_texts(data.tokens, data.tokenizer)
+    decoded = sum(len(text.encode()) for _, text in texts)
     wrong = [altered] if altered else []
     if counted != decoded:
         wrong.append(f"the table counts {counted:,} bytes, the decoded text has {decoded:,}")

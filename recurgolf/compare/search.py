@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import random
 import signal
@@ -36,6 +35,7 @@ from recurgolf.disk import write_json
 from recurgolf.folders import only_one
 from recurgolf.overrides import Choice, Interval, quoted
 from recurgolf.plan import make_plan
+from recurgolf.record import read_jsonl
 from recurgolf.run import Run
 from recurgolf.training.own_data import check_comparable
 from recurgolf.training.signals import WATCHED
@@ -339,16 +339,11 @@ def _only_once(study: optuna.Study, trial: optuna.Trial, asked: Search) -> None:
 
 def validation_curve(folder: Path) -> dict[str, float]:
     """Step -> val_bpb of the validations that a run has made so far (`trainer.val_every`)."""
-    path = folder / "metrics.jsonl"
-    curve = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # The last line is being written.
-        if "val/bpb" in event:
-            curve[str(event["step"])] = event["val/bpb"]
-    return curve
+    try:
+        events = read_jsonl(folder / "metrics.jsonl")
+    except (OSError, ValueError):
+        return {}
+    return {str(event["step"]): event["val/bpb"] for event in events if "val/bpb" in event}
 
 
 def hopeless(

@@ -184,8 +184,3 @@ def check_texts(
                 "cannot be counted. Use a tokenizer that knows every character, as one with "
                 "byte_fallback does"
             )
-
-
-def decoded_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """UTF-8 length of the text that the documents of a stream decode to."""
-    return sum(len(text.encode()) for _, text in decoded(tokens, tokenizer))

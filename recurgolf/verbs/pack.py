@@ -10,12 +10,11 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from recurgolf.config import EXIT_OVER_BUDGET, ConfigError, kind_of, to_dict
+from recurgolf.config import EXIT_OVER_BUDGET, ConfigError, kind_of
 from recurgolf.disk import read_json, write_json
 from recurgolf.folders import check_new
-from recurgolf.overrides import as_overrides
+from recurgolf.overrides import group_of
 from recurgolf.plan import check_ending
 from recurgolf.run import Run
 from recurgolf.training import checkpoint
@@ -102,48 +101,15 @@ def finishing(run: Run, asked: argparse.Namespace) -> Run:
 
 
 def reconfigured(run: Run, overrides: Sequence[str], allowed: Sequence[str] = PARTS) -> Run:
-    """A Run with other options in the parts that packing reads, the rest as it was trained.
+    """A Run with other options in the parts that packing reads, the rest as it was trained."""
+    from recurgolf.composing import compose_parts
 
-    A key alone changes the run's own option; a group (`quant=int8`, `quant/calibration=train`)
-    starts from that option's YAML.
-    """
-    from recurgolf.composing import compose
-    from recurgolf.conf import options
-
-    keys = [override.partition("=")[0] for override in overrides]
-    parts = {key.split(".")[0].split("/")[0]: key for key in keys}
-    for part, key in parts.items():
-        if part not in allowed:
+    for override in overrides:
+        if (part := group_of(override)) not in allowed:
             more = " (--steps lets it train)" if part in TRAINED else ""
+            key = override.partition("=")[0]
             raise ConfigError(f"pack takes overrides of {', '.join(allowed)}, not of {key!r}{more}")
-    if not parts:
-        return run
-    chosen = {key for key in keys if key in allowed or "/" in key}
-    own: list[str] = []
-    for part in parts:
-        option = getattr(run, part)
-        kind = kind_of(option) if hasattr(type(option), "kind") else ""
-        # Where no option is named after the kind, all values are given anyway.
-        own += [f"{part}={kind}"] if kind in options().get(part, ()) else []
-        values = {k: v for k, v in to_dict(option).items() if k not in _mappings(option)}
-        own += as_overrides(part, values)
-    kept = [o for o in own if not _is_below(o.partition("=")[0], chosen)]
-    composed = compose([*kept, *overrides])
-    made = {part: getattr(composed, part) for part in parts}
-    for part in parts.keys() - chosen:
-        kept_as_they_are = _mappings(getattr(run, part))
-        made[part] = dataclasses.replace(made[part], **kept_as_they_are)
-    return dataclasses.replace(run, **made)
-
-
-def _mappings(option: Any) -> dict[str, Any]:
-    """Fields that map names to options (`budget.caps`): no override can write a new entry."""
-    return {key: value for key, value in vars(option).items() if isinstance(value, dict)}
-
-
-def _is_below(key: str, groups: set[str]) -> bool:
-    dotted = key.replace("/", ".")
-    return any(f"{dotted}.".startswith(f"{group.replace('/', '.')}.") for group in groups)
+    return compose_parts(run, overrides)
 
 
 def repack(job: Job, own: Run, path: Path, score: bool) -> None:
