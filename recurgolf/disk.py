@@ -1,5 +1,4 @@
-"""Files that are there whole or not at all, JSON that every reader takes, and errors of a disk that
-name the file.
+"""Files written whole or not at all, strict JSON, and disk errors that name the file.
 
 Python says which file could not be opened, but not which one could not grow.
 """

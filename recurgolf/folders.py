@@ -1,5 +1,5 @@
-"""Folders that the program makes: names that are nobody else's and need no quotes, one process at a
-time, and whole or not at all."""
+"""The folders this program makes: unique names that need no quotes, one process at a time, whole or
+not at all."""
 
 from __future__ import annotations
 

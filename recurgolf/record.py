@@ -229,7 +229,7 @@ def history(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A copy of nothing but JSON's types: scalars of numpy and torch become Python's."""
+    """A copy made of JSON's types alone: scalars of numpy and torch become Python's."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

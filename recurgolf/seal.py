@@ -3,10 +3,9 @@
 seal.json, written at the end of a run, holds the SHA-256 of every file that says something about
 the result, what identifies the last checkpoint, and one signature over all of these.
 
-What it proves: these files are together as the run left them; an edited figure, an exchanged
-artifact or a program of another run is named. What it cannot prove: that nobody wrote a new seal.
-There is no secret in it, whoever can edit a file can also seal it again. That the figures are true
-is proven by `recurgolf audit` alone, which scores the artifact again.
+It proves that the files are as the run left them: an edited figure, an exchanged artifact or the
+program of another run is named. It holds no secret, so whoever can edit a file can seal it again;
+that the figures are true is shown by `recurgolf audit` alone, which scores the artifact again.
 """
 
 from __future__ import annotations

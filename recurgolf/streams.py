@@ -1,7 +1,6 @@
-"""Standard output and error that never end a run.
+"""Standard output and error whose failure never ends a run.
 
-Their reader may have gone, the terminal may be closed, there may be none, or none that knows
-Unicode: what is computed does not depend on who reads along.
+The reader may be gone, the terminal closed, missing or without Unicode: no result depends on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whose code is run: plugins that a folder names are not, unless installed or trusted."""
+"""Plugins that a folder names run only if they are installed or trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One check of an audit: what was asked, the number that was measured, and the verdict."""
+"""One check of an audit: its question, the number measured, and the verdict."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs found in folders.
 
-Everything is read from what runs leave in their folders, as plain data: a run of an older version,
-or with components that are not installed here, can still be compared.
+Their files are read as plain data, so that a run of an older version, or one whose components are
+not installed here, can still be compared.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def check_new_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
 
 
 def note_overrides(folder: Path, overrides: list[str]) -> None:
-    """Have a job's folder say its overrides, also where Hydra was told to write nothing."""
+    """Record a job's overrides in its folder, also where Hydra was told to write nothing."""
     path = folder / OVERRIDES
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

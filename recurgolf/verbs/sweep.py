@@ -1,7 +1,7 @@
 """recurgolf sweep: show the table of a sweep again, or run what is missing or failed in it.
 
-A sweep's folder says itself which jobs there should be (`multirun.yaml`) and which there are (the
-overrides that every job's folder has recorded).
+The folder itself says which jobs there should be (`multirun.yaml`) and which there are (the
+overrides recorded in each job's folder).
 """
 
 from __future__ import annotations
