@@ -302,12 +302,7 @@ def plugin_modules(folder: Path) -> list[str]:
 def explained(
     error: BaseException, overrides: Sequence[str] = (), folder: Path | None = None
 ) -> str:
-    """What Hydra or OmegaConf refused; see `override_errors.explain`.
-
-    Args:
-        overrides: of the command line; the groups they choose say which keys there are.
-        folder: a user's own, whose options are known as well.
-    """
+    """What Hydra or OmegaConf refused; see `override_errors.explain`."""
     groups = group_names()
     chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
 

@@ -129,9 +129,6 @@ class Page:
 def system_options(folder: Path | None = None) -> Sequence[PageOption]:
     """The options on the pages of the package and of a user's folder; the same object for as long
     as no page changes.
-
-    Raises:
-        ConfigError: a page that cannot be read, or an option that is a file as well.
     """
     return _made(_stamps(conf_folder()), folder, _stamps(folder))
 

@@ -128,9 +128,6 @@ def to_config(content: Mapping[str, Any]) -> DictConfig:
 def to_object(config: DictConfig, path: str = "") -> Any:
     """The composed config as instances of the registered classes, interpolations resolved.
 
-    Args:
-        path: dotted path of this node within the whole config.
-
     Raises:
         ConfigError: a value beyond the limits of its field, by its full key.
     """
@@ -177,11 +174,7 @@ def to_dict(node: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build `cls` (or the registered subclass that `data["kind"]` names) from `to_dict`'s output.
-
-    Raises:
-        ConfigError: an unknown key or kind, named with the nearest right one.
-    """
+    """Build `cls`, or the registered subclass named by `data["kind"]`, from `to_dict`'s output."""
     data = dict(data)
     kind = data.pop("kind", None)
     if kind is not None:

@@ -110,9 +110,6 @@ def _locked(handle: int) -> bool:
 def walked(folder: Path, without: Collection[str] = ()) -> Iterator[tuple[Path, list[str]]]:
     """Every folder in and below this one with the names in it that are no folders; links are
     followed, and what several names lead to comes once.
-
-    Args:
-        without: names of folders that are not looked into.
     """
     seen: set[str] = set()
     for here, below, files in os.walk(folder, followlinks=True):

@@ -163,11 +163,7 @@ def _with_headings(keys: Iterable[_Key]) -> Iterator[str]:
 
 
 def _own_keys(owner: Any, group: str, above: str = "") -> Iterator[tuple[str, str]]:
-    """Path and text of what a class itself declares, and of what lies below that.
-
-    Args:
-        above: path of the class, with a dot at its end.
-    """
+    """Path and text of what a class itself declares, and of what lies below that."""
     fields = {f.name: f for f in dataclasses.fields(owner)} if _is_option(owner) else {}
     for name in vars(owner).get("__annotations__", {}):
         if name not in fields:

@@ -39,11 +39,7 @@ _SECOND = frozenset(
 
 
 def modern(node: Any) -> Any:
-    """A tree of options as `config.from_dict` takes it.
-
-    Raises:
-        ConfigError: a field that is gone, with a value that nothing stands for any more.
-    """
+    """A tree of options as `config.from_dict` takes it."""
     if isinstance(node, list):
         return [modern(item) for item in node]
     if not isinstance(node, Mapping):

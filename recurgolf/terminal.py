@@ -82,12 +82,7 @@ class TerminalBar(Bar):
 
 
 def brief(text: str, room: int, without: str = "") -> str:
-    """A line of parts between bars, less the parts for which there is no room.
-
-    Args:
-        room: characters.
-        without: a word that a part which is never wanted has.
-    """
+    """A line of parts between bars, less those with `without` in them and those that do not fit."""
     parts = [part for part in text.split(" | ") if not without or without not in part]
     for word in _FIRST_TO_GO:
         if len(" | ".join(parts)) <= room:

@@ -59,9 +59,6 @@ def write_board(
 
     Returns:
         The HTML file, then its pictures.
-
-    Raises:
-        ConfigError: no run there, no such baseline, or the drawing libraries are not installed.
     """
     drawing = plotting_library()
     from recurgolf.compare.pictures import write_pictures

@@ -58,9 +58,6 @@ def flat_control(
 
     Args:
         match: `bytes`, `flops` (of the whole training) or `seconds` (steps timed on this machine).
-
-    Raises:
-        ConfigError: nothing loops, or no control comes within 1 %.
     """
     if match != "bytes" and match not in PER_STEP:
         raise ConfigError(f"{KEY}={match!r}{suggestion(match, ('bytes', *PER_STEP))}")

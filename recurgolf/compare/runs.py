@@ -132,9 +132,6 @@ def find_runs(folders: Iterable[Path], left_out: list[str] | None = None) -> lis
 
     Args:
         left_out: takes a line for every run with a damaged file; without it that is an error.
-
-    Raises:
-        ConfigError: a folder that is not there or has no run in it; nothing but damaged runs.
     """
     found: dict[Path, FoundRun] = {}
     damaged: list[str] = []

@@ -121,12 +121,7 @@ def text_corpus(
     val_fraction: float = 0.05,
     encoding: str = "utf-8",
 ) -> Corpus:
-    """The user's own files; `Text` in this package documents the arguments.
-
-    Raises:
-        DataError: no file matches; a file cannot be read as what its ending says; too few
-            documents to split.
-    """
+    """The user's own files; `Text` in this package documents the arguments."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     paths = list(dict.fromkeys(path for one in patterns for path in _matching(one)))
     try:

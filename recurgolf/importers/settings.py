@@ -46,10 +46,6 @@ def read_settings(system: System, config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: the source's names, or its environment's (capitals, values as text), perhaps under
             `hyperparameters`.
-
-    Raises:
-        ConfigError: a value that is not of the setting's type, a setting that the system does not
-            have, or one that is not reproduced here and asks for something.
     """
     settings = dict(system.defaults)
     for key, value in _given(config).items():
