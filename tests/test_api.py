@@ -32,7 +32,7 @@ print(json.dumps(found))
 
 def test_training_from_python_is_the_command_and_leaves_no_state_behind(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", IN_PYTHON, json.dumps(small())],
+        [sys.executable, "-c", IN_PYTHON, json.dumps(small("trainer.steps=2"))],
         cwd=tmp_path,
         # Another order of Python's sets than in the process that runs the commands.
         env={**os.environ, "PYTHONHASHSEED": "7"},
@@ -44,7 +44,7 @@ def test_training_from_python_is_the_command_and_leaves_no_state_behind(tmp_path
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first[:3] == second[:3]
     assert first[3] != second[3]
-    expected = train().summary
+    expected = train("trainer.steps=2").summary
     assert first[:2] == [expected["val_bpb"], expected["val_loss"]]
     assert first[2] == expected["artifact_bytes"]
     assert (tmp_path / first[3] / "summary.json").exists()
@@ -85,6 +85,7 @@ def test_the_own_module_goes_into_the_packed_code(own, tmp_path):
     assert scored_alone(own, tmp_path)["plain"]["val_bpb"] == own.summary["val_bpb"]
 
 
+@pytest.mark.slow
 def test_ranks_know_the_own_component_too(own, home):
     two = mine(home, "two", "trainer.devices=2")
     assert two.json("run.json")["looping"]["kind"] == "growing"

@@ -157,7 +157,15 @@ def refused_for_its_numbers(message):
     return two and not re.search("no key|no such option|no key or", message)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+SMALLER = {f"{name}_cpu" for name in EXPERIMENTS} & {*EXPERIMENTS}
+"""Systems at a size for processors: what they exchange, those at full size do as well."""
+
+
+def slowly(experiment: str):
+    return pytest.param(experiment, marks=pytest.mark.slow if experiment in SMALLER else [])
+
+
+@pytest.mark.parametrize("experiment", [slowly(name) for name in EXPERIMENTS])
 def test_exchanging_options_never_leaves_a_key_behind(experiment):
     for line in exchanges(experiment):
         try:
@@ -177,7 +185,7 @@ def test_every_option_can_be_exchanged_alone(experiment):
                 assert refused_for_its_numbers(str(error)), (group, name, str(error))
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "_" in name])
+@pytest.mark.parametrize("experiment", [slowly(name) for name in EXPERIMENTS if "_" in name])
 def test_an_exchanged_option_keeps_nothing_of_the_one_it_replaces(experiment):
     plain = ["looping=none", "lora=none", "averaging=none", "quant=none", "optimizer=adamw"]
     run = compose(

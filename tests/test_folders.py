@@ -154,7 +154,10 @@ def test_two_jobs_in_one_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("subdir", "folders"),
-    [("x_${seed}", {"x_1", "x_2"}), ("${hydra:job.num}_${seed}", {"0_1", "1_2"})],
+    [
+        pytest.param("x_${seed}", {"x_1", "x_2"}, marks=pytest.mark.slow),
+        ("${hydra:job.num}_${seed}", {"0_1", "1_2"}),
+    ],
 )
 def test_folders_of_jobs_may_be_named_after_what_varies(tmp_path, subdir, folders):
     asked = ["-m", *small(*SHORT), "seed=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}"]

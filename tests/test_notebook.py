@@ -100,23 +100,20 @@ def test_a_run_has_one_bar_that_is_updated_and_every_line_once(notebook):
     assert "\x1b" not in shown.printed and "\r" not in shown.printed
 
 
-def test_quiet_shows_the_result_of_the_cell_alone(notebook):
+def test_quiet_shows_the_result_of_the_cell_alone_and_the_loaded_run_its_text(notebook):
     shown = notebook.train(quiet=True)
     assert shown == Shown(value=shown.value)
     assert "val_bpb" in notebook.cell(f"print(open({shown.value} + '/train.log').read())").printed
-
-
-def test_several_ranks_write_lines_without_control_codes(notebook):
-    shown = notebook.train("trainer.devices=2")
-    assert not shown.displays
-    assert "step     8/8" in shown.printed and "2 ranks" in shown.printed
-    assert "\x1b" not in shown.printed and "\r" not in shown.printed
-
-
-def test_a_loaded_run_writes_in_a_cell(notebook):
-    notebook.train(quiet=True)
     shown = notebook.cell(
         "recurgolf.load(summary.folder).sample('The history of', tokens=12, seed=1)"
     )
     assert shown.value.startswith("'The history of") and len(shown.value) > len("'The history of'")
     assert not shown.printed and not shown.displays
+
+
+@pytest.mark.slow
+def test_several_ranks_write_lines_without_control_codes(notebook):
+    shown = notebook.train("trainer.devices=2")
+    assert not shown.displays
+    assert "step     8/8" in shown.printed and "2 ranks" in shown.printed
+    assert "\x1b" not in shown.printed and "\r" not in shown.printed

@@ -65,8 +65,9 @@ recurgolf.train(run, "run", quiet=True)
 """
 
 
-def test_quiet_prints_nothing_where_colours_are_forced(tmp_path):
-    overrides = json.dumps(small("trainer.steps=2", "trainer.devices=2"))
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_quiet_prints_nothing_where_colours_are_forced(tmp_path, ranks):
+    overrides = json.dumps(small("trainer.steps=2", f"trainer.devices={ranks}"))
     done = subprocess.run(
         [sys.executable, "-c", QUIET, overrides],
         cwd=tmp_path,

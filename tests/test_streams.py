@@ -75,7 +75,7 @@ def test_a_run_whose_reader_has_gone_is_finished_and_its_log_says_so(tmp_path):
     ("locale", "encoding"),
     [
         ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ascii"),
-        ({"PYTHONUTF8": "1"}, "utf-8"),
+        pytest.param({"PYTHONUTF8": "1"}, "utf-8", marks=pytest.mark.slow),
     ],
 )
 def test_neither_a_locale_nor_modules_beside_the_command_change_what_is_read(
@@ -107,7 +107,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint_and_a_line(tmp_path):
     assert "SIGHUP: stopped" in log.read_text()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_needs_no_home_no_unicode_and_no_module_called_like_pythons_own(tmp_path, ranks):
     """Ranks, W&B's process and the audit's are new interpreters in the folder of the command."""
     for name in ("random", "types", "queue", "token", "copy", "select", "secrets", "logging"):

@@ -171,7 +171,13 @@ def test_explicit_settings_win_over_the_environment_and_that_over_the_default(
 
 
 @pytest.mark.parametrize(
-    ("mode", "made"), [(None, True), ("offline", True), ("disabled", False), ("dryrun", True)]
+    ("mode", "made"),
+    [
+        (None, True),
+        pytest.param("offline", True, marks=pytest.mark.slow),
+        ("disabled", False),
+        pytest.param("dryrun", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_mode_is_the_environments_where_no_tracker_is_chosen(tmp_path, monkeypatch, mode, made):
     if mode is None:

@@ -37,7 +37,10 @@ def weights(folder):
     return model, of_adapters
 
 
-@pytest.mark.parametrize("devices", [1, 2], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    "devices",
+    [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.slow)],
+)
 def test_frozen_weights_are_the_bases_bit_for_bit_and_adapters_have_moved(devices):
     run = train(*alone("averaging=ema", *EXACT, f"trainer.devices={devices}"))
     base = read_finished(train(*BASE).path).state

@@ -128,7 +128,9 @@ def test_what_would_take_minutes_or_gigabytes_is_refused(honest, tmp_path, path,
     assert words in refused_or_sound(artifact, tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize(
+    "value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow), 3e38]
+)
 def test_weights_that_are_not_finite_are_refused(honest, tmp_path, value):
     for name, tensor in honest.tensors.items():
         bad = copy.deepcopy(tensor)

@@ -80,7 +80,7 @@ class SeesAhead(torch.nn.Module):
         return self.inner.logits(hidden)
 
 
-@pytest.mark.parametrize("share", [0.5, 1e-3])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 1e-3])
 @pytest.mark.parametrize("protocol", [PlainEval(), SlidingEval(stride=8)], ids=["plain", "sliding"])
 def test_a_model_that_sees_the_future(protocol, share):
     found = audited(protocol, SeesAhead(2, share))
@@ -115,7 +115,7 @@ def changing(change):
     [
         # A second expert that gives a twentieth to whatever the target is, as hashed caches do.
         lambda nats: -torch.log(torch.exp(-nats) * 0.98 + 0.05),
-        lambda nats: nats - 0.01,
+        pytest.param(lambda nats: nats - 0.01, marks=pytest.mark.slow),
         # Too little is wrong as well: these are no probabilities either.
         lambda nats: nats + 0.01,
     ],
@@ -253,7 +253,7 @@ class Smeared(SeesAhead):
         return torch.where(late, cheated, honest)[:, read_from:]
 
 
-@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("distance", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_leak_that_begins_at_row_56_of_a_window(distance):
     """Of the next token, or (a mask that is off by one more) of the one behind it."""
     found = audited(PlainEval(), Smeared(56, distance), length=64, count=14_000)
@@ -297,18 +297,23 @@ def cheats_when(tell):
 REAL = real_text().tokens
 
 
+TELLS = {
+    "text length": lambda how, model, text, accumulator: text.num_targets == TOKENS - 1,
+    "window": lambda how, model, text, accumulator: model.seq_len == LENGTH,
+    "repeats": lambda how, model, text, accumulator: not accumulator.repeats,
+    "first": lambda how, model, text, accumulator: how.calls == 1,
+    "parity": lambda how, model, text, accumulator: how.calls % 2 == 1,
+    "text": lambda how, model, text, accumulator: np.array_equal(text.tokens, REAL),
+    "last words": lambda how, model, text, accumulator: np.array_equal(text.tokens[-9:], REAL[-9:]),
+}
+
+
 @pytest.mark.parametrize(
     "tell",
     [
-        lambda how, model, text, accumulator: text.num_targets == TOKENS - 1,
-        lambda how, model, text, accumulator: model.seq_len == LENGTH,
-        lambda how, model, text, accumulator: not accumulator.repeats,
-        lambda how, model, text, accumulator: how.calls == 1,
-        lambda how, model, text, accumulator: how.calls % 2 == 1,
-        lambda how, model, text, accumulator: np.array_equal(text.tokens, REAL),
-        lambda how, model, text, accumulator: np.array_equal(text.tokens[-9:], REAL[-9:]),
+        pytest.param(tell, id=name, marks=[] if name in ("first", "text") else pytest.mark.slow)
+        for name, tell in TELLS.items()
     ],
-    ids=["text length", "window", "repeats", "first", "parity", "text", "last words"],
 )
 def test_a_protocol_that_cheats_where_it_thinks_it_is_not_watched(tell):
     assert "fail" in audited(cheats_when(tell)).values()

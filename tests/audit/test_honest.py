@@ -68,14 +68,20 @@ def test_every_protocol_passes_with_every_mixer(kind, mixer, text):
     honest(kind, ScoredModel(network, looping, 64), text)
 
 
-def test_a_finished_run_passes_every_check(tmp_path):
-    """At its end and again by the command, on everything that it was scored by."""
-    folder = train("eval.also=[ttt_reconstruct]", "eval.audit=true").path
+def test_a_finished_run_passes_every_check():
+    """On everything that it was scored by."""
+    folder = train("eval.also=[ttt_reconstruct]", "eval.audit=true", "data.val_documents=6").path
     written = json.loads((folder / "audit.json").read_text())
     assert set(written["checks"]) == CHECKS
     assert all(c["verdict"] == "pass" and c["line"] for c in written["checks"].values()), written
     assert written["passed"] and written["protocols"] == ["plain", "ttt_reconstruct"]
     assert seal.audit_state(folder) == "passed"
+
+
+@pytest.mark.slow
+def test_the_command_finds_what_the_run_found_at_its_end(tmp_path):
+    folder = train("eval.also=[ttt_reconstruct]", "eval.audit=true", "data.val_documents=6").path
+    written = json.loads((folder / "audit.json").read_text())
     same = ["--positions", written["positions"], "--chance", written["chance"]]
     ended = recurgolf("audit", folder, "--json", *same, cwd=tmp_path).finished()
     again = json.loads(ended.out.splitlines()[-1])

@@ -67,7 +67,8 @@ def made(tell: str, place: Path) -> None:
         "defaults:\n  - smoke\n  - override /eval: sly\n"
     )
     overrides = [o for o in small() if not re.match("experiment=", o)]
-    run = [*overrides, "experiment=mine", "trainer.steps=2", "hydra.run.dir=run"]
+    quick = ["trainer.steps=2", "data.val_documents=8"]
+    run = [*overrides, "experiment=mine", *quick, "hydra.run.dir=run"]
     recurgolf("--config-dir", "conf", *run, cwd=place).finished()
 
 
@@ -86,8 +87,9 @@ def shards() -> Path:
 CHEATS = {
     # Against everybody, with hands on the audit's own classes.
     "everywhere": ("return 1", "normalised"),
-    # Only where the accumulator is not the audit's.
-    "unwatched": ("return type(accumulator) is ScoreAccumulator", "rescored"),
+}
+"""Where the protocol gives half a nat, and the check that finds it."""
+SLOW = {
     # As long as the text is the one that lies on the disk: the cheat reads only what came before.
     "the text on the disk": (
         """
@@ -99,6 +101,8 @@ CHEATS = {
         return 0""",
         "rescored",
     ),
+    # Only where the accumulator is not the audit's.
+    "unwatched": ("return type(accumulator) is ScoreAccumulator", "rescored"),
     # As long as the text is the one of the first call.
     "the first call": (
         "return same_beginning(text.tokens, STATE.setdefault('first', text.tokens))",
@@ -109,9 +113,6 @@ CHEATS = {
         "return torch.from_file({table!r}, size=4, dtype=torch.uint8).float().mean().item()",
         "rescored",
     ),
-}
-"""Where the protocol gives half a nat, and the check that finds it."""
-SLOW = {
     "the program's name": ("return 'score' in os.path.basename(sys.argv[0])", "rescored"),
     "who called": (
         """

@@ -15,9 +15,16 @@ LOOPED = {
     "more passes when scored": ["experiment=parallel_recurrent_cpu"],
     "residual adapters": ["experiment=depth_recurrent_qat_cpu"],
 }
+SLOW = ("noise for looped blocks", "residual adapters")
 
 
-@pytest.mark.parametrize("overrides", LOOPED.values(), ids=LOOPED)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(own, id=name, marks=pytest.mark.slow if name in SLOW else [])
+        for name, own in LOOPED.items()
+    ],
+)
 def test_bytes_are_equal_and_nothing_loops(overrides):
     looped = composed(*overrides)
     flat = composed(*flat_control(overrides, "bytes", lambda own: composed(*own)).overrides)

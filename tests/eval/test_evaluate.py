@@ -21,7 +21,7 @@ from recurgolf.run import Run
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(train(attempt=3).path, tmp_path / "run")
+    return shutil.copytree(train(attempt=1).path, tmp_path / "run")
 
 
 def evaluated(folder, *asked) -> dict:
@@ -110,7 +110,7 @@ def test_one_chunk_in_which_nothing_is_learned_is_named(folder):
 
 def test_audit_looks_at_what_evaluate_has_scored_by_since(folder):
     evaluated(folder, "eval=ttt_sgd", "eval.chunk_tokens=512", "eval.passes=[1]")
-    ended = recurgolf("audit", folder, "--json", cwd=folder.parent).finished()
+    ended = recurgolf("audit", folder, "--positions", "1", "--json", cwd=folder.parent).finished()
     found = json.loads(ended.out)
     assert found["passed"] and found["protocols"] == ["plain", "ttt_sgd"]
 

@@ -93,7 +93,10 @@ def test_every_target_is_scored_once_and_learning_changes_scores(protocol):
 
 
 @each
-@pytest.mark.parametrize("cut", [2, 15, 16, 31, 32, 59, 60, 64, 100, 147])
+@pytest.mark.parametrize(
+    "cut",
+    [2, 16, 32, 60, 64, 147, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 31, 59, 100))],
+)
 def test_no_score_depends_on_a_later_token(protocol, cut):
     whom, what = scored_model(), text()
     changed = what.tokens.copy()
@@ -150,7 +153,7 @@ class _Broken:
 
 
 @each
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_ranks_score_as_one(protocol, ranks):
     alone = run(protocol, scored_model(), text())
     shares = in_threads(protocol, ranks)

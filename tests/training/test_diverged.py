@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_ends_it_in_that_step(tmp_path):
         assert "diverged" in told.err or "artifact.bin" in told.err
 
 
-@pytest.mark.parametrize("start", ["two ranks", "torchrun"])
+@pytest.mark.parametrize("start", ["two ranks", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ranks_that_diverge_end_together(tmp_path, start):
     overrides = small(*WILD, "trainer.steps=50", "optimizer.matrix_lr=1e38", "quant=none")
     if start == "two ranks":

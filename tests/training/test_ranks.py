@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import recurgolf_process
+from processes import on_ranks
 from safetensors.torch import load_file, save_file
 from smoke_runs import RunFolder, small, train
-from torch.multiprocessing.spawn import start_processes
 
 import recurgolf
 from recurgolf.artifact import load
@@ -82,9 +82,9 @@ def trained(run: Run, folder: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
     return {**before, **trainer.state.model.state_dict()}
 
 
-def one_rank_of_two(rank: int, runs: dict[str, dict], folder: str) -> None:
+def one_rank_of_two(rank: int, count: int, runs: dict[str, dict], folder: str) -> None:
     torch.set_num_threads(1)
-    with file_ranks("gloo", f"{folder}/rendezvous", rank, 2, 120) as ranks:
+    with file_ranks("gloo", f"{folder}/rendezvous", rank, count, 120) as ranks:
         for name, run in runs.items():
             (Path(folder) / name).mkdir(exist_ok=True)
             state = trained(Run.from_dict(run), Path(folder) / name, ranks)
@@ -109,7 +109,7 @@ def both_ranks(tmp_path_factory) -> Path:
         name: recurgolf.compose(small(*EXACT, *case, "trainer.devices=2")).to_dict()
         for name, case in CASES.items()
     }
-    start_processes(one_rank_of_two, args=(runs, str(folder)), nprocs=2, start_method="spawn")
+    on_ranks(2, one_rank_of_two, runs, str(folder))
     return folder
 
 

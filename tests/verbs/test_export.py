@@ -60,7 +60,13 @@ def test_it_scores_alone_digit_for_digit(exported):
     assert f"{train().summary['val_bpb']!r}: summary.json's, digit for digit" in ended.out
 
 
-@pytest.mark.parametrize("changed", [("summary.json",), ("summary.json", "submission.json")])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(("summary.json",), marks=pytest.mark.slow),
+        ("summary.json", "submission.json"),
+    ],
+)
 def test_another_score_is_told_with_both_numbers(exported, tmp_path, changed):
     shutil.copytree(exported, tmp_path / "told")
     told = train().summary["val_bpb"] + 1e-12
