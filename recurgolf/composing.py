@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
-from hydra._internal import defaults_list
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
@@ -117,19 +116,6 @@ class _Yaml(FileConfigSource):
 
 # By its name Hydra knows that `file` has its source, in a process that a launcher starts.
 _Yaml.__name__ = FileConfigSource.__name__
-
-
-_all_choices = defaults_list._create_interpolation_map
-
-
-def _choices_to_look_up(overrides: Any, defaults: Any, self_added: bool) -> Any:
-    """Hydra makes a config of all choices for every YAML, a fifth of the time of composing, though
-    only defaults such as `a: ${b}` look anything up in it."""
-    wanted = any(default.is_interpolation() for default in defaults)
-    return _all_choices(overrides, defaults, self_added) if wanted else None
-
-
-defaults_list._create_interpolation_map = _choices_to_look_up
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Run:
