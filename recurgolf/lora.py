@@ -168,6 +168,8 @@ class Adapters(nn.Module):
             for bank in self.bank(block).values():
                 fan = {"in": bank.lora_a.shape[-1], "rank": self.config.rank}
                 bound = 1 / math.sqrt(fan[self.config.compat_init_fan])
+                if bank.lora_a.is_meta:
+                    continue
                 if self.config.init == "normal":
                     bank.lora_a.normal_(std=bound)
                 else:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from recurgolf.artifact.ledger import Line, component, predict
 from recurgolf.config import ConfigError, to_dict
@@ -65,25 +64,10 @@ class Plan:
 def shapes_of(run: Run) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the run's parameters, from a model without storage."""
     plan = run.largest_plan
-    with torch.device("meta"), _NoDrawing():
+    with torch.device("meta"):
         model = run.model.build(plan)
         model.adapters = run.lora.build(run.model.projections, plan)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-class _NoDrawing(TorchFunctionMode):
-    """Draws nothing and stacks nothing: for tensors without storage that costs a second of imports.
-
-    What torch has in Python for such tensors brings its compiler along at the first call.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else (kwargs or {})["tensor"]
-        if name == "stack" and len(args) == 1 and not kwargs:
-            return torch.empty((len(args[0]), *args[0][0].shape))
-        return func(*args, **(kwargs or {}))
 
 
 def packed_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

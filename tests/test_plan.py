@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import recurgolf, recurgolf_process
 from smoke_runs import composed, small, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurgolf.artifact import load, pack
 from recurgolf.conf import options
@@ -165,3 +166,29 @@ def test_the_plan_of_a_large_model_takes_seconds(tmp_path):
     plan_table(composed("experiment=universal_rank1"))
     assert time.process_time() - began < 5
     assert "headroom" in recurgolf_process("plan", cwd=tmp_path).finished().out
+
+
+class Drawn(TorchDispatchMode):
+    """The operations of which torch's versions without storage load its compiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found |= {name for name in ("normal_", "stack") if name in str(func)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("experiment", ["universal_rank1_cpu", "gated_delta_lora_cpu"])
+def test_a_model_without_storage_draws_nothing(experiment):
+    """That would take a plan, and every start of score.py, a second."""
+    run = composed(f"experiment={experiment}")
+    with Drawn() as drawn:
+        shapes = shapes_of(run)
+    assert not drawn.found
+    model = run.build_model()
+    assert shapes == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    with Drawn() as drawn:
+        run.build_model()
+    assert "normal_" in drawn.found

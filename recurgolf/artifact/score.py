@@ -103,8 +103,8 @@ def check_data(metadata: Mapping[str, Any], dataset: ValidationData) -> None:
     """Refuse another tokenizer than the one the model was trained with."""
     if metadata["tokenizer"] != dataset.tokenizer.sha256:
         raise ArtifactError(
-            f"the artifact was made with tokenizer {metadata['tokenizer'][:12]}…, the data in "
-            f"{dataset.folder} has {dataset.tokenizer.sha256[:12]}…"
+            f"its tokenizer is {metadata['tokenizer'][:12]}, that of the data in {dataset.folder} "
+            f"{dataset.tokenizer.sha256[:12]}"
         )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurgolf.artifact.decode import DECODERS, library
 from recurgolf.config import REGISTRY, kind_of
-from recurgolf.counted.programs import LIBRARIES, replaced
+from recurgolf.counted.programs import LIBRARIES, LOADED, replaced
 from recurgolf.counted.tree_shaking import Shaken, Shaker, Target, module_source, named_options
 from recurgolf.disk import write_file
 
@@ -139,8 +139,9 @@ class Codes:
 
 
 def code_of(run: Run) -> PackedCode:
-    """Pack the program that scores a run's artifact."""
-    return pack_code([run.model, run.looping, run.lora, run.eval.alone], codec=run.artifact.codec)
+    """Pack the program that scores a run's artifact. It never draws weights."""
+    parts = [run.model, run.looping, run.lora, run.eval.alone]
+    return pack_code(parts, without=LOADED, codec=run.artifact.codec)
 
 
 def training_code_of(run: Run, score: PackedCode | None = None) -> PackedCode:

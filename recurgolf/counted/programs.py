@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 LIBRARIES = {"rich": "recurgolf.standalone.console"}
 """Libraries that only format console output, and the small modules that replace them."""
 
+LOADED = {
+    Target("recurgolf.model.transformer", "Transformer.init_weights"): Target(
+        "recurgolf.standalone.nothing", "as_it_is"
+    )
+}
+"""What a program that only scores has no use for: all weights come from the file."""
+
 
 def replaced(run: Run) -> dict[Target, Target]:
     """Definition -> the stub packed in its place; methods are named `Class.method`."""

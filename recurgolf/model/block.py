@@ -27,7 +27,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.weight = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.weight.to(x.dtype)  # (2, D)

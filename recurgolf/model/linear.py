@@ -50,7 +50,8 @@ class Embedding(nn.Embedding):
     """
 
     def __init__(self, count: int, dim: int):
-        super().__init__(count, dim)
+        # As nn.Embedding draws it. Without storage that would load torch's compiler: seconds.
+        super().__init__(count, dim, _weight=torch.randn(count, dim))
         self.fake_quantize: Callable[[Tensor], Tensor] | None = None
 
     @property

@@ -255,7 +255,8 @@ class Transformer(nn.Module):
         )
         self.adapters: Adapters | None = None
         self.quantizers: nn.Module | None = None
-        self.init_weights()
+        if not self.embed.weight.is_meta:  # without storage there is nothing to draw
+            self.init_weights()
 
     def forward(
         self,

@@ -148,6 +148,8 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(config.num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.num_value_heads))
         self.norm = GatedRMSNorm(config.value_head_dim, config.norm_eps)
+        if self.A_log.is_meta:
+            return
         # For use alone; a model sets its linear layers by its own rules afterwards.
         for name in PROJECTIONS:
             init_linear(self.get_submodule(name), "uniform", zero_output=False)  # type: ignore[arg-type]
