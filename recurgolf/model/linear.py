@@ -50,7 +50,7 @@ class Embedding(nn.Embedding):
     """
 
     def __init__(self, count: int, dim: int):
-        # As nn.Embedding draws it. Without storage that would load torch's compiler: seconds.
+        # As nn.Embedding draws it. Drawn without storage it would load torch's compiler: a second.
         super().__init__(count, dim, _weight=torch.randn(count, dim))
         self.fake_quantize: Callable[[Tensor], Tensor] | None = None
 
