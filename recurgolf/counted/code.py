@@ -139,7 +139,7 @@ class Codes:
 
 
 def code_of(run: Run) -> PackedCode:
-    """Pack the program that scores a run's artifact. It never draws weights."""
+    """Pack the program that scores a run's artifact."""
     parts = [run.model, run.looping, run.lora, run.eval.alone]
     return pack_code(parts, without=LOADED, codec=run.artifact.codec)
 

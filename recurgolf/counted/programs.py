@@ -21,7 +21,7 @@ LOADED = {
         "recurgolf.standalone.nothing", "as_it_is"
     )
 }
-"""What a program that only scores has no use for: all weights come from the file."""
+"""What a program that only scores has no use for: the network's weights come from the file."""
 
 
 def replaced(run: Run) -> dict[Target, Target]:

@@ -185,6 +185,10 @@ class LearnedSteps(nn.Module):
         """Whether layers see the file's values."""
         return int(self.age) >= 0
 
+    def own(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """The weights that have steps, in their order."""
+        return [weights[name] for name in self.names]
+
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
         """[entries] of all tensors, in a copy."""
         return torch.cat([tensor.flatten() for tensor in tensors])
@@ -229,13 +233,13 @@ class LearnedSteps(nn.Module):
     @torch.no_grad()
     def codes(self, weights: Mapping[str, Tensor]) -> Tensor:
         """[entries] codes of all weights, as floats."""
-        flat = self.flat([weights[name] for name in self.names])
+        flat = self.flat(self.own(weights))
         return self.rounded(flat, self.spread(self.scales().float()))
 
     @torch.no_grad()
     def start_at(self, weights: Mapping[str, Tensor], bits: float) -> None:
         """Steps in proportion to the size of rows, so that all codes take about so many bits."""
-        flat = self.flat([weights[name] for name in self.names])
+        flat = self.flat(self.own(weights))
         entries = self.by_step(torch.ones_like(flat), torch.sum)
         size = (self.by_step(flat.square(), torch.sum) / entries).sqrt()
         low, high = -6.0, 2.0
@@ -258,7 +262,7 @@ class LearnedSteps(nn.Module):
         Steps that are too small for their largest entry grow, so that no code is beyond 127; those
         that make zeros of all entries stay within reach of a way back.
         """
-        flat = self.flat([weights[name] for name in self.names])
+        flat = self.flat(self.own(weights))
         largest = self.by_step(flat.abs_(), torch.amax)
         least = largest.clamp_min(1e-9).log2() - math.log2(LIMIT - 7)
         most = largest.clamp_min(2.0**-6).log2() + 2
@@ -290,13 +294,11 @@ class LearnedSteps(nn.Module):
         """Expected bits per weight, with a gradient to weights and steps."""
         generator = torch.Generator(self.counts.device).manual_seed(seed)
         noise = torch.rand(self.numel, generator=generator, device=generator.device) - 0.5
-        own = [weights[name] for name in self.names]
-        return TableBits.apply(self.log_steps, self, noise, *own) / self.numel
+        return TableBits.apply(self.log_steps, self, noise, *self.own(weights)) / self.numel
 
     def seen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor as the file will hold it, with a gradient."""
-        own = [weights[name] for name in self.names]
-        values = StepRounding.apply(self.log_steps, self, *own)
+        values = StepRounding.apply(self.log_steps, self, *self.own(weights))
         return dict(zip(self.names, values, strict=True))
 
     @torch.no_grad()
@@ -319,6 +321,6 @@ class LearnedSteps(nn.Module):
                 scales = scales.reshape(())
             bits = next(b for b in range(2, 9) if int(codes.abs().max()) < 2 ** (b - 1))
             found[name] = QuantizedTensor(
-                codes.contiguous(), scales.contiguous(), bits, grouped, method="learned"
+                codes, scales.contiguous(), bits, grouped, method="learned"
             )
         return found
